@@ -1,0 +1,20 @@
+"""Flat minima for PyTorch Lightning: gradient regularization, SAM and flooding by adding one callback."""
+
+from lightning_gr._version import __version__
+from lightning_gr.callback import SAM, Flooding, GradientRegularization
+from lightning_gr.flooding import flood
+from lightning_gr.isolation import in_second_pass
+from lightning_gr.rules import GRRule, SAMRule
+from lightning_gr.two_pass import regularized_backward
+
+__all__ = [
+    "SAM",
+    "Flooding",
+    "GRRule",
+    "GradientRegularization",
+    "SAMRule",
+    "__version__",
+    "flood",
+    "in_second_pass",
+    "regularized_backward",
+]

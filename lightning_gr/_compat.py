@@ -1,0 +1,43 @@
+"""The only file that knows of Lightning's namespaces and versions."""
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+__all__ = ["SUPPORTED_STRATEGIES", "CallbackBase", "is_a", "lightning_attributes"]
+
+SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+
+
+def _namespaces() -> list[Any]:
+    """``pytorch_lightning``, and ``lightning.pytorch`` if installed: the same code, but other classes."""
+    names = ["pytorch_lightning"]
+    if importlib.util.find_spec("lightning") is not None and importlib.util.find_spec("lightning.pytorch") is not None:
+        names.append("lightning.pytorch")
+    return [importlib.import_module(name) for name in names]
+
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback as CallbackBase
+else:
+    _NAMESPACES = _namespaces()
+    CallbackBase = type(
+        "CallbackBase",
+        tuple(namespace.Callback for namespace in _NAMESPACES),
+        {"__doc__": "A callback for the Trainer of each installed namespace.", "__module__": __name__},
+    )
+
+
+def is_a(instance: object, *class_names: str) -> bool:
+    """Whether one of the classes of ``instance`` has one of these names, in whichever namespace it lives."""
+    return any(cls.__name__ in class_names for cls in type(instance).__mro__)
+
+
+def lightning_attributes() -> frozenset[str]:
+    """The instance attributes that Lightning itself gives a module and its metrics; ours to leave alone."""
+    names: set[str] = set(vars(nn.Module()))
+    for namespace in _namespaces():
+        names |= set(vars(namespace.LightningModule()))
+    return frozenset(names)

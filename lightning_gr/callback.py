@@ -1,0 +1,302 @@
+"""Callbacks for automatic optimization: gradient regularization, SAM and flooding."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_gr import checks
+from lightning_gr._compat import CallbackBase
+from lightning_gr.flooding import flood_gradient_
+from lightning_gr.perturb import WeightCopy
+from lightning_gr.recorder import Recorder, loss_scale
+from lightning_gr.rules import GRRule, Rule, SAMRule, Schedule, Scheme, Update, check_bool
+from lightning_gr.two_pass import add_second_pass_, check_exclude, match_names
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+__all__ = ["SAM", "Flooding", "GradientRegularization", "TwoPassCallback"]
+
+
+class Flooding(CallbackBase):
+    """Keep the training loss at a level: train on |L − b| + b (Ishida et al. 2020).
+
+    Only the direction of the gradient changes, by the sign of L − b, so this costs nothing; the loss that is logged is
+    L itself. Beside :class:`GradientRegularization` or :class:`SAM` in the callbacks list it floods that method's
+    loss: each of its gradients is turned round where the loss it comes from is below the level. The decision is
+    made for each micro-batch on each device from its own loss, and on the device.
+
+    Args:
+        level: The flood level b ≥ 0, in the unit of the training loss.
+
+    Raises:
+        ValueError: If ``level`` is not a non-negative float.
+
+    Source: Ishida et al. (ICML 2020, arXiv 2002.08709), equation 2. That its ups and downs perform finite-difference
+    GR implicitly: Karakida et al. (ICML 2023, arXiv 2210.02720), section 5.
+
+    Example::
+
+        >>> from pytorch_lightning import Trainer
+        >>> trainer = Trainer(callbacks=[Flooding(level=0.1)], logger=False, accelerator="cpu")
+    """
+
+    def __init__(self, level: float) -> None:
+        super().__init__()
+        checks.check_level(level)
+        self.level = float(level)
+
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Check the context."""
+        if stage == "fit":
+            checks.check_flooding(trainer, pl_module, Flooding)
+
+    def on_before_backward(self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor) -> None:
+        """Turn the gradient round where the loss, which comes divided and scaled, is below the level."""
+        scale = loss_scale(trainer, loss.device)
+        level = self.level / trainer.accumulate_grad_batches
+        flood_gradient_(loss, level if scale is None else level * scale)
+
+
+class TwoPassCallback(CallbackBase):
+    """What the methods with a second pass share. Not to be used by itself: give it a rule.
+
+    Args:
+        rule: The method, see :mod:`lightning_gr.rules`.
+        start_step: The first optimizer step (counted from 0) that is regularized.
+        interval: Every how many optimizer steps from there.
+        warmup_steps: Over how many optimizer steps from there the penalty (the radius) grows linearly from 0.
+        exclude: Shell-style patterns over parameter names. Such parameters are neither perturbed nor regularized.
+        ascent_sync: Whether the first gradient is averaged over devices before it gives the direction.
+
+    Raises:
+        ValueError: If an argument is out of its range, or at the start of ``fit`` if a pattern matches nothing.
+        MisconfigurationException: At the start of ``fit``, if this Trainer or module cannot be regularized.
+    """
+
+    _recorder: Recorder | None
+    _copy: WeightCopy
+    _excluded: set[int]
+    _update: Update | None
+
+    def __init__(
+        self,
+        rule: Rule,
+        start_step: int = 0,
+        interval: int = 1,
+        warmup_steps: int = 0,
+        exclude: Sequence[str] = (),
+        ascent_sync: bool = True,
+    ) -> None:
+        super().__init__()
+        check_bool("ascent_sync", ascent_sync)
+        self.rule = rule
+        self.schedule = Schedule(start_step, interval, warmup_steps)
+        self.exclude = check_exclude(exclude)
+        self.ascent_sync = ascent_sync
+        vars(self).update(self._fresh())
+
+    @staticmethod
+    def _fresh() -> dict[str, Any]:
+        """What belongs to one run, before the run."""
+        return {"_recorder": None, "_copy": WeightCopy(), "_excluded": set(), "_update": None}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to one run: a copy of this callback starts anew."""
+        return {**vars(self), **self._fresh()}
+
+    def should_regularize(self, step: int) -> bool:
+        """Whether to regularize optimizer step ``step`` (``trainer.global_step``, counted from 0).
+
+        Override it for a schedule of your own; it is asked once per optimizer step and must give the same answer on
+        all devices.
+        """
+        return self.schedule.due(step)
+
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Check the context."""
+        if stage == "fit":
+            checks.check_two_pass(trainer, pl_module, TwoPassCallback)
+
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Find the excluded parameters, which ``configure_model`` may have made only now."""
+        self._excluded = match_names(self.exclude, pl_module)
+        checks.check_sparse(pl_module, self._excluded)
+
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Begin to record."""
+        if self._recorder is not None:
+            self._recorder.remove()
+        floods = [callback.level for callback in trainer.callbacks if isinstance(callback, Flooding)]  # type: ignore[attr-defined]
+        self._recorder = Recorder(trainer, pl_module, floods[0] if floods else None)
+
+    def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Look for new modules, as those of a finetuning callback."""
+        self._running().look_through()
+
+    def on_train_batch_start(
+        self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """At the first micro-batch of a window, decide about the whole window."""
+        recorder = self._running()
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            recorder.forget()
+            step = trainer.global_step
+            update = self.rule.update(self.schedule.strength(step))
+            self._update = update if self.should_regularize(step) and not update.is_plain else None
+        if self._update is not None:
+            recorder.expect(batch_idx, local=self._is_local(trainer) and _is_window_end(trainer, batch_idx))
+
+    def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """After the last micro-batch of a window, run the second pass."""
+        recorder = self._running()
+        if self._update is None or not _is_window_end(trainer, recorder.batch_idx):
+            return
+        groups = trainer.optimizers[0].param_groups
+        params = [param for group in groups for param in group["params"] if id(param) not in self._excluded]
+        add_second_pass_(
+            self._update,
+            params,
+            recorder.replay,
+            self._copy,
+            excluded=[param for param in pl_module.parameters() if id(param) in self._excluded],
+            loss_scale=loss_scale(trainer, pl_module.device),
+            check_finite=not self._is_local(trainer),
+        )
+
+    def on_train_batch_end(
+        self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let go of the batches after the step."""
+        if _is_window_end(trainer, batch_idx):
+            self._running().forget()
+
+    def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Leave no trace."""
+        self._stop()
+
+    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
+        """Leave no trace."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._recorder is not None:
+            self._recorder.remove()
+        vars(self).update(self._fresh())
+
+    def _running(self) -> Recorder:
+        if self._recorder is None:
+            raise RuntimeError(f"{type(self).__name__} is used outside of Trainer.fit")
+        return self._recorder
+
+    def _is_local(self, trainer: "Trainer") -> bool:
+        return not self.ascent_sync and trainer.world_size > 1
+
+
+def _is_window_end(trainer: "Trainer", batch_idx: int) -> bool:
+    """Whether the optimizer steps after this micro-batch; Lightning cuts the last window of an epoch short."""
+    done = batch_idx + 1
+    return done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches or trainer.is_last_batch
+
+
+class GradientRegularization(TwoPassCallback):
+    """Gradient regularization by finite differences: penalize (γ/2)‖∇L(θ)‖² at the cost of a second pass.
+
+    F-GR (``scheme="forward"``) takes one ascent step and gives the optimizer
+
+        g = (1 − γ/ε) ∇L(θ) + (γ/ε) ∇L(θ + ε ∇L(θ)).
+
+    With γ = ε this is SAM without normalization. ``"backward"`` (B-GR) descends instead, ``"central"`` does both in
+    three passes, ``"exact"`` is double backward. ``normalize=True`` is the gradient-norm penalty γ‖∇L(θ)‖.
+
+    Args:
+        gamma: The strength γ ≥ 0 of the penalty. The paper's grid for WRN-28-10 spans 1e-4 to 1e-1; 0 is plain
+            training.
+        epsilon: The step ε > 0 of the finite difference. "A relatively large ε ≈ 0.05" works best (Ackermann et al.,
+            arXiv 2602.18037, appendix C, on the paper's grid 0.01 to 0.5).
+        scheme: ``"forward"`` (F-GR), ``"backward"`` (B-GR), ``"central"`` (three passes) or ``"exact"`` (double
+            backward).
+        normalize: Step ε∇L/‖∇L‖ instead of ε∇L, which penalizes γ‖∇L‖ instead of (γ/2)‖∇L‖².
+        start_step: The first optimizer step (counted from 0) that is regularized.
+        interval: Every how many optimizer steps from there.
+        warmup_steps: Over how many optimizer steps from there the penalty grows linearly from 0. Recommended with
+            Adam and a learning-rate warm-up.
+        exclude: Shell-style patterns over parameter names, as in ``["*.bias", "*norm*"]``. Such parameters are
+            neither perturbed nor regularized and end with exactly the clean gradient.
+        ascent_sync: On several devices, whether the first gradient is averaged over them before it gives the
+            direction. False saves that communication: each device ascends along its own gradient.
+
+    Raises:
+        ValueError: If an argument is out of its range, or at the start of ``fit`` if a pattern matches nothing.
+        MisconfigurationException: At the start of ``fit``, if this Trainer or module cannot be regularized.
+
+    Source: Karakida, Takase, Hayase & Osawa (ICML 2023, arXiv 2210.02720); Zhao, Zhang & Hu (ICML 2022, arXiv
+    2202.03599) for ``normalize=True``.
+
+    Example::
+
+        >>> from pytorch_lightning import Trainer
+        >>> trainer = Trainer(callbacks=[GradientRegularization(gamma=0.1)], logger=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self,
+        gamma: float = 0.05,
+        epsilon: float = 0.05,
+        scheme: Scheme = "forward",
+        normalize: bool = False,
+        start_step: int = 0,
+        interval: int = 1,
+        warmup_steps: int = 0,
+        exclude: Sequence[str] = (),
+        ascent_sync: bool = True,
+    ) -> None:
+        rule = GRRule(gamma, epsilon, scheme, normalize)
+        super().__init__(rule, start_step, interval, warmup_steps, exclude, ascent_sync)
+
+
+class SAM(TwoPassCallback):
+    """Sharpness-aware minimization: the gradient at the worst point of a ball around the weights.
+
+        g = ∇L(θ + ρ ∇L(θ)/‖∇L(θ)‖)
+
+    ``adaptive=True`` is ASAM, whose ball is scaled by T = |θ| + η: g = ∇L(θ + ρ T²∇L/‖T∇L‖).
+
+    Args:
+        rho: The radius ρ ≥ 0. 0.05 is Foret et al.'s; ASAM takes about ten times as much (Kwon et al.).
+        adaptive: ASAM.
+        eta: η ≥ 0 of ASAM; 0 as in the common implementations (Kwon et al. write 0.01).
+        start_step: The first optimizer step (counted from 0) that is regularized.
+        interval: Every how many optimizer steps from there.
+        warmup_steps: Over how many optimizer steps from there the radius grows linearly from 0.
+        exclude: Shell-style patterns over parameter names, as in ``["*.bias", "*norm*"]``. Such parameters are not
+            perturbed and end with exactly the clean gradient.
+        ascent_sync: On several devices, whether the first gradient is averaged over them before it gives the
+            direction. False (m-sharpness) saves that communication, and Foret et al. found it to generalize better.
+
+    Raises:
+        ValueError: If an argument is out of its range, or at the start of ``fit`` if a pattern matches nothing.
+        MisconfigurationException: At the start of ``fit``, if this Trainer or module cannot be regularized.
+
+    Source: Foret, Kleiner, Mobahi & Neyshabur (ICLR 2021, arXiv 2010.01412), equation 2 and algorithm 1; Kwon, Kim,
+    Park & Choi (ICML 2021, arXiv 2102.11600).
+
+    Example::
+
+        >>> from pytorch_lightning import Trainer
+        >>> trainer = Trainer(callbacks=[SAM(rho=0.05)], logger=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        eta: float = 0.0,
+        start_step: int = 0,
+        interval: int = 1,
+        warmup_steps: int = 0,
+        exclude: Sequence[str] = (),
+        ascent_sync: bool = True,
+    ) -> None:
+        super().__init__(SAMRule(rho, adaptive, eta), start_step, interval, warmup_steps, exclude, ascent_sync)

@@ -1,0 +1,69 @@
+"""What is refused before training starts, each in one line that says the way out."""
+
+import inspect
+from typing import TYPE_CHECKING
+
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_gr._compat import SUPPORTED_STRATEGIES, is_a
+from lightning_gr.rules import check_number
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+__all__ = ["check_flooding", "check_level", "check_sparse", "check_two_pass"]
+
+
+def check_level(level: object) -> None:
+    """Refuse a flood level that is not a non-negative number."""
+    check_number("level", level, positive=False)
+
+
+def check_flooding(trainer: "Trainer", pl_module: "LightningModule", kind: type) -> None:
+    """Refuse what :class:`~lightning_gr.Flooding` cannot flood."""
+    _check_alone(trainer, kind, "one flood level")
+    _check_automatic(pl_module)
+
+
+def check_two_pass(trainer: "Trainer", pl_module: "LightningModule", kind: type) -> None:
+    """Refuse what cannot get a second pass."""
+    _check_alone(trainer, kind, "one method with a second pass")
+    _check_automatic(pl_module)
+    if not is_a(trainer.strategy, *SUPPORTED_STRATEGIES) or is_a(trainer.strategy, "DeepSpeedStrategy"):
+        name = type(trainer.strategy).__name__
+        raise MisconfigurationException(
+            f"Gradient regularization does not work with {name}: the second pass was shown to be right on one device"
+            " and with DDP, so use `Trainer(strategy='auto')` or `Trainer(strategy='ddp')`"
+        )
+    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+        raise MisconfigurationException(
+            "Gradient regularization needs the batch twice, but `training_step(self, dataloader_iter)` takes it from"
+            " the iterator by itself: let it take `batch` instead"
+        )
+
+
+def _check_alone(trainer: "Trainer", kind: type, what: str) -> None:
+    names = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+    if len(names) > 1:
+        raise MisconfigurationException(
+            f"Expected at most {what} in a Trainer but got {' and '.join(names)}: remove all but one"
+        )
+
+
+def _check_automatic(pl_module: "LightningModule") -> None:
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} optimizes manually, which a callback cannot regularize: set"
+            " `automatic_optimization = True`, or call `lightning_gr.regularized_backward` in its `training_step`"
+        )
+
+
+def check_sparse(pl_module: "LightningModule", excluded: set[int]) -> None:
+    """Refuse sparse gradients, which have no norm, unless their parameters are excluded."""
+    for name, module in pl_module.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and id(module.weight) not in excluded:
+            raise MisconfigurationException(
+                f"`{name}.weight` gets sparse gradients, which cannot be perturbed along: build it with `sparse=False`"
+                f" or leave it out with `exclude=['{name}.weight']`"
+            )

@@ -1,0 +1,145 @@
+"""Remembers the calls of ``training_step`` in one accumulation window, and makes them again."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_gr._compat import is_a, lightning_attributes
+from lightning_gr.flooding import flood_gradient_
+from lightning_gr.isolation import ModuleState, RandomState, StatefulModules, second_pass
+from lightning_gr.two_pass import Transform, extract_loss
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+__all__ = ["Recorder", "loss_scale"]
+
+
+def loss_scale(trainer: "Trainer", device: torch.device) -> Tensor | None:
+    """The scale of the precision plugin's gradient scaler, as a tensor on ``device`` and without reading it back."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return None if scaler is None else scaler.scale(torch.ones((), device=device))
+
+
+class _Call:
+    """One call of ``training_step``: its arguments and the random numbers that it started with.
+
+    The containers of the batch are rebuilt, since training steps like to ``pop`` from them; tensors are not copied.
+    """
+
+    def __init__(self, args: tuple[Any, ...], devices: list[torch.device]) -> None:
+        self.tensors: list[tuple[Tensor, int]] = []
+        self.args = apply_to_collection(args, Tensor, self._note)
+        self.random_state = RandomState(devices)
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_inference():
+            self.tensors.append((tensor, tensor._version))
+        return tensor
+
+    def check_unchanged(self) -> None:
+        """Refuse a batch that the first pass wrote to: the second one would start from something else."""
+        if any(tensor._version != version for tensor, version in self.tensors):
+            raise RuntimeError(
+                "training_step changed a tensor of its batch in place, so it cannot be run again on the same data:"
+                " work on a copy there, as in `x = batch['x'].clone()`"
+            )
+
+
+class Recorder:
+    """Stands before the strategy's ``training_step``, where the arguments and the random state are seen as they are.
+
+    Args:
+        trainer: The Trainer, with its model set up.
+        pl_module: The module in training.
+        level: The flood level of the second pass's loss; None does not flood.
+    """
+
+    def __init__(self, trainer: "Trainer", pl_module: "LightningModule", level: float | None) -> None:
+        self.trainer = trainer
+        self.pl_module = pl_module
+        self.level = level
+        self._calls: dict[int, _Call] = {}
+        self.batch_idx = -1
+        self._local = False
+        self._foreign = lightning_attributes()
+        self._unsynced = ExitStack()
+        root = trainer.strategy.root_device
+        self._devices = [] if root.type == "cpu" else [root]
+        self._original: Callable[..., Any] = trainer.strategy.training_step
+        trainer.strategy.training_step = self._training_step  # type: ignore[method-assign]
+        self.look_through()
+
+    def remove(self) -> None:
+        """Give the strategy its own method back."""
+        self.forget()
+        vars(self.trainer.strategy).pop("training_step", None)
+
+    def look_through(self) -> None:
+        """Find the modules with a state; to be repeated when the module may have grown."""
+        self._modules = StatefulModules(self.pl_module, self._foreign)
+
+    def expect(self, batch_idx: int, *, local: bool) -> None:
+        """Record the next call, as micro-batch ``batch_idx`` of the window; ``local``: without reducing gradients."""
+        self.batch_idx, self._local = batch_idx, local
+
+    def forget(self) -> None:
+        """Drop the window and its batches."""
+        self._calls.clear()
+        self.batch_idx = -1
+        self._unsynced.close()
+
+    def _training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.batch_idx < 0:
+            return self._original(*args, **kwargs)
+        self._unsynced.close()
+        # an optimizer such as LBFGS evaluates one micro-batch several times: the last time counts
+        self._calls.pop(self.batch_idx, None)
+        if not self._calls:
+            self._before = ModuleState(self._modules)
+        call = _Call(args, self._devices)
+        if self._local:
+            self._unsynced.enter_context(self._without_sync())
+        output = self._original(*args, **kwargs)
+        if extract_loss(output) is not None:
+            self._calls[self.batch_idx] = call
+        return output
+
+    def _without_sync(self) -> AbstractContextManager[Any]:
+        strategy: Any = self.trainer.strategy
+        return strategy.block_backward_sync() if is_a(strategy, "ParallelStrategy") else nullcontext()
+
+    def replay(self, transform: Transform) -> None:
+        """Make the calls of the window again, see :class:`~lightning_gr.two_pass.Replay`."""
+        self._unsynced.close()
+        with second_pass(self._modules, self._before, self._devices, muted=self.pl_module):
+            for position, call in enumerate(self._calls.values(), start=1):
+                call.check_unchanged()
+                call.random_state.restore()
+                # one reduction of the gradients for the whole window, as in the first pass
+                with nullcontext() if position == len(self._calls) else self._without_sync():
+                    self._evaluate(call, transform)
+
+    def _evaluate(self, call: _Call, transform: Transform) -> None:
+        trainer = self.trainer
+        # rebuilt again: with the central scheme this call is made twice
+        loss = extract_loss(self._original(*apply_to_collection(call.args, Tensor, _same)))
+        if loss is None:
+            raise RuntimeError(
+                "training_step returned a loss in the first pass and None in the second, on the same batch"
+            )
+        loss = loss / trainer.accumulate_grad_batches
+        if self.level is not None:
+            flood_gradient_(loss, self.level / trainer.accumulate_grad_batches)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        loss = loss if scaler is None else scaler.scale(loss)
+        # not strategy.backward: its hooks belong to the first pass
+        trainer.precision_plugin.backward(transform(loss), self.pl_module, trainer.optimizers[0])
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
