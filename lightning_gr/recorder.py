@@ -66,6 +66,7 @@ class Recorder:
         self._calls: dict[int, _Call] = {}
         self.batch_idx = -1
         self._local = False
+        self._started = False
         self._foreign = lightning_attributes()
         self._unsynced = ExitStack()
         root = trainer.strategy.root_device
@@ -94,6 +95,7 @@ class Recorder:
         self._unsynced.close()
 
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:
+        first, self._started = not self._started, True
         if self.batch_idx < 0:
             return self._original(*args, **kwargs)
         self._unsynced.close()
@@ -102,7 +104,8 @@ class Recorder:
         if not self._calls:
             self._before = ModuleState(self._modules)
         call = _Call(args, self._devices)
-        if self._local:
+        # DDP learns a static graph in its first iteration, and does so only if it reduces there
+        if self._local and not (first and getattr(self.trainer.strategy.model, "static_graph", False)):
             self._unsynced.enter_context(self._without_sync())
         output = self._original(*args, **kwargs)
         if extract_loss(output) is not None:
@@ -130,7 +133,7 @@ class Recorder:
         loss = extract_loss(self._original(*apply_to_collection(call.args, Tensor, _same)))
         if loss is None:
             raise RuntimeError(
-                "training_step returned a loss in the first pass and None in the second, on the same batch"
+                "training_step returned a loss in the first pass and none in the second, for the same batch"
             )
         loss = loss / trainer.accumulate_grad_batches
         if self.level is not None:

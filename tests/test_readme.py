@@ -1,0 +1,55 @@
+"""The README's Python examples run, in order, in one namespace."""
+
+import re
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+class Model(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 2)
+
+    def loss(self, x, y):
+        return nn.functional.cross_entropy(self.net(x), y)
+
+    def training_step(self, batch):
+        return self.loss(*batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def quiet_trainer(**options):
+    return pl.Trainer(
+        **options,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def test_readme_examples_run():
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) >= 4
+    model = Model()
+    data = TensorDataset(torch.randn(16, 4), torch.randint(2, (16,)))
+    namespace = {"Trainer": quiet_trainer, "model": model, "train_loader": DataLoader(data, 8), "torch": torch}
+    for block in blocks:
+        before = model.net.weight.detach().clone()
+        exec(compile(block, str(README), "exec"), namespace)
+        assert not torch.equal(before, model.net.weight)
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)h][^)]*)\)", README.read_text(encoding="utf-8")))
+def test_readme_files_exist(link):
+    assert (README.parent / link).exists()
