@@ -7,10 +7,22 @@ from torch import Tensor
 
 from lightning_gr import checks
 from lightning_gr._compat import CallbackBase
+from lightning_gr.accumulation import HeldGradients
 from lightning_gr.flooding import flood_gradient_
 from lightning_gr.perturb import WeightCopy
-from lightning_gr.recorder import Recorder, loss_scale
-from lightning_gr.rules import GRRule, Rule, SAMRule, Schedule, Scheme, Update, check_bool
+from lightning_gr.recorder import Recorder, gradient_scale, loss_scale
+from lightning_gr.rules import (
+    ACCUMULATIONS,
+    Accumulation,
+    GRRule,
+    Rule,
+    SAMRule,
+    Schedule,
+    Scheme,
+    Update,
+    check_bool,
+    check_choice,
+)
 from lightning_gr.two_pass import add_second_pass_, check_exclude, match_names
 
 if TYPE_CHECKING:
@@ -69,6 +81,7 @@ class TwoPassCallback(CallbackBase):
         warmup_steps: Over how many optimizer steps from there the penalty (the radius) grows linearly from 0.
         exclude: Shell-style patterns over parameter names. Such parameters are neither perturbed nor regularized.
         ascent_sync: Whether the first gradient is averaged over devices before it gives the direction.
+        accumulation: Whether an accumulation window is regularized as a whole or micro-batch by micro-batch.
 
     Raises:
         ValueError: If an argument is out of its range, or at the start of ``fit`` if a pattern matches nothing.
@@ -79,6 +92,7 @@ class TwoPassCallback(CallbackBase):
     _copy: WeightCopy
     _excluded: set[int]
     _update: Update | None
+    _held: HeldGradients
 
     def __init__(
         self,
@@ -88,19 +102,28 @@ class TwoPassCallback(CallbackBase):
         warmup_steps: int = 0,
         exclude: Sequence[str] = (),
         ascent_sync: bool = True,
+        accumulation: Accumulation = "window",
     ) -> None:
         super().__init__()
         check_bool("ascent_sync", ascent_sync)
+        check_choice("accumulation", accumulation, ACCUMULATIONS)
         self.rule = rule
         self.schedule = Schedule(start_step, interval, warmup_steps)
         self.exclude = check_exclude(exclude)
         self.ascent_sync = ascent_sync
+        self.accumulation = accumulation
         vars(self).update(self._fresh())
 
     @staticmethod
     def _fresh() -> dict[str, Any]:
         """What belongs to one run, before the run."""
-        return {"_recorder": None, "_copy": WeightCopy(), "_excluded": set(), "_update": None}
+        return {
+            "_recorder": None,
+            "_copy": WeightCopy(check_resolution=True),
+            "_excluded": set(),
+            "_update": None,
+            "_held": HeldGradients(),
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one run: a copy of this callback starts anew."""
@@ -118,6 +141,7 @@ class TwoPassCallback(CallbackBase):
         """Check the context."""
         if stage == "fit":
             checks.check_two_pass(trainer, pl_module, TwoPassCallback)
+            checks.check_accumulation(trainer, self.accumulation, self.ascent_sync)
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Find the excluded parameters, which ``configure_model`` may have made only now."""
@@ -145,25 +169,31 @@ class TwoPassCallback(CallbackBase):
             step = trainer.global_step
             update = self.rule.update(self.schedule.strength(step))
             self._update = update if self.should_regularize(step) and not update.is_plain else None
+        elif self._by_micro_batch(trainer):
+            recorder.forget()
         if self._update is not None:
             recorder.expect(batch_idx, local=self._is_local(trainer) and _is_window_end(trainer, batch_idx))
 
+    def on_before_backward(self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor) -> None:
+        """Put the gradients of earlier micro-batches aside where each is to have its own direction."""
+        if self._update is not None and self._by_micro_batch(trainer):
+            self._held.put_aside(_parameters(trainer))
+
     def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """After the last micro-batch of a window, run the second pass."""
-        recorder = self._running()
-        if self._update is None or not _is_window_end(trainer, recorder.batch_idx):
+        """After the last micro-batch of a window (after each one, if so asked), run the second pass."""
+        recorder, alone = self._running(), self._by_micro_batch(trainer)
+        if self._update is None or not (alone or _is_window_end(trainer, recorder.batch_idx)):
             return
-        groups = trainer.optimizers[0].param_groups
-        params = [param for group in groups for param in group["params"] if id(param) not in self._excluded]
         add_second_pass_(
             self._update,
-            params,
-            recorder.replay,
+            [param for param in _parameters(trainer) if id(param) not in self._excluded],
+            self._held.before(recorder.replay),
             self._copy,
             excluded=[param for param in pl_module.parameters() if id(param) in self._excluded],
-            loss_scale=loss_scale(trainer, pl_module.device),
+            loss_scale=gradient_scale(trainer, pl_module.device, alone=alone),
             check_finite=not self._is_local(trainer),
         )
+        self._held.give_back()
 
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
@@ -171,6 +201,10 @@ class TwoPassCallback(CallbackBase):
         """Let go of the batches after the step."""
         if _is_window_end(trainer, batch_idx):
             self._running().forget()
+
+    def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
+        """Say what the run was trained with. Nothing of it is needed to go on: the schedule follows the global step."""
+        checkpoint["lightning_gr"] = {"format_version": 1, "rule": repr(self.rule), "schedule": repr(self.schedule)}
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Leave no trace."""
@@ -190,8 +224,15 @@ class TwoPassCallback(CallbackBase):
             raise RuntimeError(f"{type(self).__name__} is used outside of Trainer.fit")
         return self._recorder
 
+    def _by_micro_batch(self, trainer: "Trainer") -> bool:
+        return self.accumulation == "micro_batch" and trainer.accumulate_grad_batches > 1
+
     def _is_local(self, trainer: "Trainer") -> bool:
         return not self.ascent_sync and trainer.world_size > 1
+
+
+def _parameters(trainer: "Trainer") -> list[Tensor]:
+    return [param for group in trainer.optimizers[0].param_groups for param in group["params"]]
 
 
 def _is_window_end(trainer: "Trainer", batch_idx: int) -> bool:
@@ -226,6 +267,9 @@ class GradientRegularization(TwoPassCallback):
             neither perturbed nor regularized and end with exactly the clean gradient.
         ascent_sync: On several devices, whether the first gradient is averaged over them before it gives the
             direction. False saves that communication: each device ascends along its own gradient.
+        accumulation: With ``accumulate_grad_batches``: ``"window"`` regularizes the gradient of the whole window, as of
+            one large batch, and keeps its batches until then; ``"micro_batch"`` regularizes each micro-batch by
+            itself (m-sharpness) and keeps none.
 
     Raises:
         ValueError: If an argument is out of its range, or at the start of ``fit`` if a pattern matches nothing.
@@ -251,9 +295,10 @@ class GradientRegularization(TwoPassCallback):
         warmup_steps: int = 0,
         exclude: Sequence[str] = (),
         ascent_sync: bool = True,
+        accumulation: Accumulation = "window",
     ) -> None:
         rule = GRRule(gamma, epsilon, scheme, normalize)
-        super().__init__(rule, start_step, interval, warmup_steps, exclude, ascent_sync)
+        super().__init__(rule, start_step, interval, warmup_steps, exclude, ascent_sync, accumulation)
 
 
 class SAM(TwoPassCallback):
@@ -274,6 +319,9 @@ class SAM(TwoPassCallback):
             perturbed and end with exactly the clean gradient.
         ascent_sync: On several devices, whether the first gradient is averaged over them before it gives the
             direction. False (m-sharpness) saves that communication, and Foret et al. found it to generalize better.
+        accumulation: With ``accumulate_grad_batches``: ``"window"`` regularizes the gradient of the whole window, as of
+            one large batch, and keeps its batches until then; ``"micro_batch"`` regularizes each micro-batch by
+            itself (m-sharpness) and keeps none.
 
     Raises:
         ValueError: If an argument is out of its range, or at the start of ``fit`` if a pattern matches nothing.
@@ -298,5 +346,8 @@ class SAM(TwoPassCallback):
         warmup_steps: int = 0,
         exclude: Sequence[str] = (),
         ascent_sync: bool = True,
+        accumulation: Accumulation = "window",
     ) -> None:
-        super().__init__(SAMRule(rho, adaptive, eta), start_step, interval, warmup_steps, exclude, ascent_sync)
+        super().__init__(
+            SAMRule(rho, adaptive, eta), start_step, interval, warmup_steps, exclude, ascent_sync, accumulation
+        )

@@ -12,7 +12,7 @@ from lightning_gr.rules import check_number
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["check_flooding", "check_level", "check_sparse", "check_two_pass"]
+__all__ = ["check_accumulation", "check_flooding", "check_level", "check_sparse", "check_two_pass"]
 
 
 def check_level(level: object) -> None:
@@ -40,6 +40,15 @@ def check_two_pass(trainer: "Trainer", pl_module: "LightningModule", kind: type)
         raise MisconfigurationException(
             "Gradient regularization needs the batch twice, but `training_step(self, dataloader_iter)` takes it from"
             " the iterator by itself: let it take `batch` instead"
+        )
+
+
+def check_accumulation(trainer: "Trainer", accumulation: str, ascent_sync: bool) -> None:
+    """Refuse a synced ascent of single micro-batches, whose gradients DDP does not reduce."""
+    if accumulation == "micro_batch" and ascent_sync and trainer.world_size > 1:
+        raise MisconfigurationException(
+            "`accumulation='micro_batch'` on several devices takes each one's own direction: add `ascent_sync=False`,"
+            " or use `accumulation='window'`"
         )
 
 

@@ -5,6 +5,7 @@ weights, which is kept between steps because allocating it anew costs more than 
 parameters is allocated; ASAM needs one such set more, for |θ| + η.
 """
 
+import warnings
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -29,15 +30,19 @@ def scale_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
         torch._foreach_mul_(group, factor.to(device, non_blocking=True) if isinstance(factor, Tensor) else factor)
 
 
+def _wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Float64 if one of the tensors has it, else float32."""
+    wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of all tensors taken as one vector, as a 0-dimensional tensor on the first one's device.
 
     It is accumulated in float32 at least (bfloat16 keeps 8 bits and float16 ends at 65,504), in float64 if one of the
     tensors is.
     """
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.real.dtype if tensor.is_complex() else tensor.dtype)
+    dtype = _wide_dtype(tensors)
     norms: list[Tensor] = []
     for group in _by_device(tensors).values():
         # complex norms are real; the operator wants a dtype of the same kind as its input
@@ -67,14 +72,35 @@ def direction_factor(update: Update, grads: Sequence[Tensor], loss_scale: Tensor
             depend on it.
     """
     if update.direction == "gradient":
-        return None if loss_scale is None else loss_scale.reciprocal()
+        return None if loss_scale is None else loss_scale.to(_wide_dtype(grads)).reciprocal()
     return inverse(global_norm(grads))
 
 
-class WeightCopy:
-    """An exact copy of some parameters, in storage that is kept from step to step."""
+def warn_if_unmoved(params: Sequence[Tensor], before: Sequence[Tensor], direction: Sequence[Tensor]) -> None:
+    """Warn if most 16-bit weights with a direction to go are still where they were. This reads from the device."""
+    halves = (torch.bfloat16, torch.float16)
+    to_move = moved = 0
+    for param, old, d in zip(params, before, direction, strict=True):
+        if param.dtype in halves:
+            to_move += int((d != 0).sum())
+            moved += int(((param != old) & (d != 0)).sum())
+    if moved < to_move / 2:
+        warnings.warn(
+            f"Only {moved / to_move:.1%} of the 16-bit weights move: the perturbation is below their resolution, so the"
+            " second gradient says little. Train with precision='bf16-mixed', or take a larger `epsilon` or `rho`",
+            stacklevel=2,
+        )
 
-    def __init__(self) -> None:
+
+class WeightCopy:
+    """An exact copy of some parameters, in storage that is kept from step to step.
+
+    Args:
+        check_resolution: Whether to look, at the first perturbation and only then, if 16-bit weights move at all.
+    """
+
+    def __init__(self, check_resolution: bool = False) -> None:
+        self.check_resolution = check_resolution
         self._key: tuple[tuple[int, torch.Size, torch.dtype, torch.device], ...] = ()
         self.tensors: list[Tensor] = []
 
@@ -161,6 +187,9 @@ class Perturbation:
             torch._foreach_addcmul_(self.params, grads, scales, value=step)
         else:
             torch._foreach_add_(self.params, grads, alpha=step)
+        if self.copy.check_resolution:
+            self.copy.check_resolution = False
+            warn_if_unmoved(self.params, self.copy.tensors, grads)
         self._keep(grads, factor)
 
     def _keep(self, grads: list[Tensor], factor: Tensor | None) -> None:

@@ -16,13 +16,25 @@ from lightning_gr.two_pass import Transform, extract_loss
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["Recorder", "loss_scale"]
+__all__ = ["Recorder", "gradient_scale", "loss_scale"]
 
 
 def loss_scale(trainer: "Trainer", device: torch.device) -> Tensor | None:
     """The scale of the precision plugin's gradient scaler, as a tensor on ``device`` and without reading it back."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return None if scaler is None else scaler.scale(torch.ones((), device=device))
+
+
+def gradient_scale(trainer: "Trainer", device: torch.device, *, alone: bool) -> Tensor | None:
+    """The factor of the gradient from which the direction is made, against that of a loss by itself.
+
+    That of a window is the mean over its micro-batches; one that is taken ``alone`` came divided by their number.
+    """
+    scale = loss_scale(trainer, device)
+    if not alone:
+        return scale
+    share = 1.0 / trainer.accumulate_grad_batches
+    return torch.full((), share, device=device) if scale is None else scale * share
 
 
 class _Call:

@@ -12,12 +12,26 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
-__all__ = ["SCHEMES", "Direction", "GRRule", "Probe", "Rule", "SAMRule", "Schedule", "Scheme", "Update"]
+__all__ = [
+    "ACCUMULATIONS",
+    "SCHEMES",
+    "Accumulation",
+    "Direction",
+    "GRRule",
+    "Probe",
+    "Rule",
+    "SAMRule",
+    "Schedule",
+    "Scheme",
+    "Update",
+]
 
 Scheme = Literal["forward", "backward", "central", "exact"]
 Direction = Literal["gradient", "normalized", "adaptive"]
+Accumulation = Literal["window", "micro_batch"]
 
 SCHEMES: tuple[Scheme, ...] = ("forward", "backward", "central", "exact")
+ACCUMULATIONS: tuple[Accumulation, ...] = ("window", "micro_batch")
 
 
 def check_number(name: str, value: object, *, positive: bool) -> None:
@@ -37,6 +51,13 @@ def check_bool(name: str, value: object) -> None:
     """Refuse anything but True and False (a string such as ``"false"`` is true)."""
     if not isinstance(value, bool):
         raise ValueError(f"Expected argument `{name}` to be True or False but got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse anything but one of ``choices``."""
+    if value not in choices:
+        allowed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"Expected argument `{name}` to be one of {allowed} but got {value!r}")
 
 
 class Probe(NamedTuple):
@@ -133,9 +154,7 @@ class GRRule:
     def __post_init__(self) -> None:
         check_number("gamma", self.gamma, positive=False)
         check_number("epsilon", self.epsilon, positive=True)
-        if self.scheme not in SCHEMES:
-            allowed = ", ".join(repr(scheme) for scheme in SCHEMES)
-            raise ValueError(f"Expected argument `scheme` to be one of {allowed} but got {self.scheme!r}")
+        check_choice("scheme", self.scheme, SCHEMES)
         check_bool("normalize", self.normalize)
 
     def update(self, strength: float = 1.0) -> Update:

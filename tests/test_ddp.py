@@ -122,6 +122,13 @@ def test_accumulation_reduces_once_per_pass(tmp_path):
     assert count == 2 * 2 * BATCHES // 2
 
 
+def test_micro_batches_reduce_once_per_window(tmp_path):
+    callback = SAM(0.1, accumulation="micro_batch", ascent_sync=False)
+    (first, count), (second, _) = train(plain_net(), tmp_path / "two", [callback], accumulate=2)
+    assert torch.equal(first, second)
+    assert count == 2 * BATCHES // 2
+
+
 @pytest.mark.parametrize("sync", [True, False])
 def test_static_graph(tmp_path, sync):
     (first, _), (second, _) = train(noisy_net(), tmp_path / "two", [METHODS["F-GR"](sync)], static_graph=True)

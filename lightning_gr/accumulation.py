@@ -1,0 +1,43 @@
+"""Gradients of earlier micro-batches, out of the way while a later one gets its own direction."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_gr.two_pass import Replay, Transform
+
+__all__ = ["HeldGradients"]
+
+
+class HeldGradients:
+    """Puts ``.grad`` aside before a backward pass and adds it back when that pass's gradient has been used."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[Tensor, Tensor]] = []
+
+    def put_aside(self, params: Sequence[Tensor]) -> None:
+        """Leave ``params`` without gradients. Nothing is copied."""
+        self._held = [(param, param.grad) for param in params if param.grad is not None]
+        for param, _ in self._held:
+            param.grad = None
+
+    @torch.no_grad()
+    def give_back(self) -> None:
+        """Add what was put aside to ``.grad``, once."""
+        both = [(param.grad, grad) for param, grad in self._held if param.grad is not None]
+        if both:
+            now, before = zip(*both, strict=True)
+            torch._foreach_add_(now, before)
+        for param, grad in self._held:
+            param.grad = grad if param.grad is None else param.grad
+        self._held = []
+
+    def before(self, replay: Replay) -> Replay:
+        """``replay``, with the gradients given back first: DDP reduces all of them together in its backward pass."""
+
+        def give_back_and_replay(transform: Transform) -> None:
+            self.give_back()
+            replay(transform)
+
+        return give_back_and_replay

@@ -1,0 +1,155 @@
+"""The update family written the slow way, in float64, from the papers' equations and without lightning_gr.
+
+Weights θ and gradients are dictionaries of tensors, a loss is a function of θ, and nothing is done in place: θ + s·d is
+a new dictionary.
+"""
+
+import torch
+from torch.func import functional_call
+
+
+def plain(loss, theta):
+    """∇L(θ)."""
+    theta = {name: value.detach().clone().requires_grad_() for name, value in theta.items()}
+    gradients = torch.autograd.grad(loss(theta), list(theta.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(theta, gradients, strict=True))
+
+
+def norm(vector):
+    total = 0.0
+    for value in vector.values():
+        for entry in value.flatten().tolist():
+            total += entry * entry
+    return total**0.5
+
+
+def unit(vector):
+    length = norm(vector)
+    return {name: value / length if length > 0 else value for name, value in vector.items()}
+
+
+def combine(a, x, b, y):
+    """a·x + b·y."""
+    return {name: a * x[name] + b * y[name] for name in x}
+
+
+def moved(loss, theta, step, direction):
+    """∇L(θ + step·direction)."""
+    return plain(loss, combine(1.0, theta, step, direction))
+
+
+def hessian_times(loss, theta, vector):
+    """H·vector by double backward."""
+    theta = {name: value.detach().clone().requires_grad_() for name, value in theta.items()}
+    values = list(theta.values())
+    first = torch.autograd.grad(loss(theta), values, create_graph=True)
+    product = sum((g * vector[name].detach()).sum() for name, g in zip(theta, first, strict=True))
+    second = torch.autograd.grad(product, values, allow_unused=True, materialize_grads=True)
+    return dict(zip(theta, second, strict=True))
+
+
+def penalty(loss, theta, gamma, epsilon, scheme, direction):
+    """∇L + γ·H d, by finite differences (Karakida et al. 2023) or exactly."""
+    g = plain(loss, theta)
+    if scheme == "exact":
+        return combine(1.0, g, gamma, hessian_times(loss, theta, direction))
+    ahead, behind = moved(loss, theta, epsilon, direction), moved(loss, theta, -epsilon, direction)
+    if scheme == "forward":
+        return combine(1 - gamma / epsilon, g, gamma / epsilon, ahead)
+    if scheme == "backward":
+        return combine(1 + gamma / epsilon, g, -gamma / epsilon, behind)
+    return combine(1.0, g, gamma / (2 * epsilon), combine(1.0, ahead, -1.0, behind))
+
+
+def gradient_regularization(loss, theta, gamma, epsilon, scheme="forward"):
+    """(γ/2)‖∇L‖² is penalized: d = ∇L."""
+    return penalty(loss, theta, gamma, epsilon, scheme, plain(loss, theta))
+
+
+def norm_penalty(loss, theta, gamma, epsilon, scheme="forward"):
+    """γ‖∇L‖ is penalized (Zhao et al. 2022): d = ∇L/‖∇L‖."""
+    return penalty(loss, theta, gamma, epsilon, scheme, unit(plain(loss, theta)))
+
+
+def sam(loss, theta, rho):
+    """∇L(θ + ρ ∇L/‖∇L‖) (Foret et al. 2021)."""
+    return moved(loss, theta, rho, unit(plain(loss, theta)))
+
+
+def asam(loss, theta, rho, eta=0.0):
+    """∇L(θ + ρ T²∇L/‖T∇L‖) with T = |θ| + η (Kwon et al. 2021)."""
+    g = plain(loss, theta)
+    t = {name: value.detach().abs() + eta for name, value in theta.items()}
+    scaled = unit({name: t[name] * g[name] for name in g})
+    return moved(loss, theta, rho, {name: t[name] * scaled[name] for name in g})
+
+
+def unnormalized_sam(loss, theta, rho):
+    """∇L(θ + ρ ∇L)."""
+    return moved(loss, theta, rho, plain(loss, theta))
+
+
+def excluding(method, names):
+    """``method`` over the parameters that are not in ``names``; those in ``names`` keep ∇L(θ)."""
+
+    def gradient(loss, theta):
+        fixed = {name: value for name, value in theta.items() if name in names}
+        free = {name: value for name, value in theta.items() if name not in names}
+        clean = plain(loss, theta)
+        return {**{n: clean[n] for n in fixed}, **method(lambda part: loss({**fixed, **part}), free)}
+
+    return gradient
+
+
+def flooded(loss, level):
+    """|L − b| + b as a function of θ."""
+    return lambda theta: (loss(theta) - level).abs() + level
+
+
+def loss_of(net, loss, window, parts=1, level=None):
+    """Σ L(batch)/parts over a window of micro-batches as a function of θ, each flooded at ``level``."""
+
+    def total(theta):
+        losses = [loss(lambda *inputs: functional_call(net, theta, inputs), batch) for batch in window]
+        if level is not None:
+            losses = [(value - level).abs() + level for value in losses]
+        return sum(losses) / parts
+
+    return total
+
+
+class SGD:
+    """v ← μv + g, θ ← θ − ηv."""
+
+    def __init__(self, lr=0.1, momentum=0.9):
+        self.lr, self.momentum, self.velocity = lr, momentum, None
+
+    def step(self, theta, g):
+        self.velocity = g if self.velocity is None else combine(self.momentum, self.velocity, 1.0, g)
+        return combine(1.0, theta, -self.lr, self.velocity)
+
+
+class Adam:
+    """Kingma & Ba (2015), algorithm 1."""
+
+    def __init__(self, lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8):
+        self.lr, self.beta1, self.beta2, self.eps = lr, beta1, beta2, eps
+        self.m, self.v, self.t = {}, {}, 0
+
+    def step(self, theta, g):
+        self.t += 1
+        new = {}
+        for name, value in theta.items():
+            self.m[name] = self.beta1 * self.m.get(name, 0.0) + (1 - self.beta1) * g[name]
+            self.v[name] = self.beta2 * self.v.get(name, 0.0) + (1 - self.beta2) * g[name] ** 2
+            m, v = self.m[name] / (1 - self.beta1**self.t), self.v[name] / (1 - self.beta2**self.t)
+            new[name] = value - self.lr * m / (v.sqrt() + self.eps)
+        return new
+
+
+def train(net, losses, optimizer, gradient):
+    """One optimizer step for each of ``losses``; ``gradient(step, loss, θ)`` says along what. Returns θ."""
+    theta = {name: value.detach().clone() for name, value in net.named_parameters() if value.requires_grad}
+    for step, loss in enumerate(losses):
+        theta = optimizer.step(theta, gradient(step, loss, theta))
+    return theta
