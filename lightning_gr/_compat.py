@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-__all__ = ["SUPPORTED_STRATEGIES", "CallbackBase", "is_a", "lightning_attributes"]
+__all__ = ["REFUSED_STRATEGIES", "SUPPORTED_STRATEGIES", "CallbackBase", "is_a", "lightning_attributes"]
 
 SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+# these inherit from supported ones
+REFUSED_STRATEGIES = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrategy")
 
 
 def _namespaces() -> list[Any]:

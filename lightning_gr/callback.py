@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lightning_gr import checks
@@ -93,6 +94,7 @@ class TwoPassCallback(CallbackBase):
     _excluded: set[int]
     _update: Update | None
     _held: HeldGradients
+    _passed: bool
 
     def __init__(
         self,
@@ -123,6 +125,7 @@ class TwoPassCallback(CallbackBase):
             "_excluded": set(),
             "_update": None,
             "_held": HeldGradients(),
+            "_passed": False,
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -171,6 +174,7 @@ class TwoPassCallback(CallbackBase):
             self._update = update if self.should_regularize(step) and not update.is_plain else None
         elif self._by_micro_batch(trainer):
             recorder.forget()
+        self._passed = False
         if self._update is not None:
             recorder.expect(batch_idx, local=self._is_local(trainer) and _is_window_end(trainer, batch_idx))
 
@@ -181,16 +185,33 @@ class TwoPassCallback(CallbackBase):
 
     def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """After the last micro-batch of a window (after each one, if so asked), run the second pass."""
-        recorder, alone = self._running(), self._by_micro_batch(trainer)
-        if self._update is None or not (alone or _is_window_end(trainer, recorder.batch_idx)):
+        recorder = self._running()
+        if self._by_micro_batch(trainer) or _is_window_end(trainer, recorder.batch_idx):
+            self._second_pass(trainer, pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: "Trainer", pl_module: "LightningModule", optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Make up for a window whose last ``training_step`` returned None, after which there was no backward pass.
+
+        A gradient scaler makes no step then.
+        """
+        if not self._passed and loss_scale(trainer, pl_module.device) is None and not self._by_micro_batch(trainer):
+            with torch.enable_grad():
+                self._second_pass(trainer, pl_module)
+
+    def _second_pass(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._passed = True
+        if self._update is None:
             return
+        recorder = self._running()
         add_second_pass_(
             self._update,
             [param for param in _parameters(trainer) if id(param) not in self._excluded],
             self._held.before(recorder.replay),
             self._copy,
             excluded=[param for param in pl_module.parameters() if id(param) in self._excluded],
-            loss_scale=gradient_scale(trainer, pl_module.device, alone=alone),
+            loss_scale=gradient_scale(trainer, pl_module.device, alone=self._by_micro_batch(trainer)),
             check_finite=not self._is_local(trainer),
         )
         self._held.give_back()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_gr._compat import SUPPORTED_STRATEGIES, is_a
+from lightning_gr._compat import REFUSED_STRATEGIES, SUPPORTED_STRATEGIES, is_a
 from lightning_gr.rules import check_number
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def check_two_pass(trainer: "Trainer", pl_module: "LightningModule", kind: type)
     """Refuse what cannot get a second pass."""
     _check_alone(trainer, kind, "one method with a second pass")
     _check_automatic(pl_module)
-    if not is_a(trainer.strategy, *SUPPORTED_STRATEGIES) or is_a(trainer.strategy, "DeepSpeedStrategy"):
+    if not is_a(trainer.strategy, *SUPPORTED_STRATEGIES) or is_a(trainer.strategy, *REFUSED_STRATEGIES):
         name = type(trainer.strategy).__name__
         raise MisconfigurationException(
             f"Gradient regularization does not work with {name}: the second pass was shown to be right on one device"

@@ -131,6 +131,8 @@ class Recorder:
     def replay(self, transform: Transform) -> None:
         """Make the calls of the window again, see :class:`~lightning_gr.two_pass.Replay`."""
         self._unsynced.close()
+        if not self._calls:
+            return
         with second_pass(self._modules, self._before, self._devices, muted=self.pl_module):
             for position, call in enumerate(self._calls.values(), start=1):
                 call.check_unchanged()
