@@ -42,7 +42,7 @@ def hessian_times(loss, theta, vector):
     """H·vector by double backward."""
     theta = {name: value.detach().clone().requires_grad_() for name, value in theta.items()}
     values = list(theta.values())
-    first = torch.autograd.grad(loss(theta), values, create_graph=True)
+    first = torch.autograd.grad(loss(theta), values, create_graph=True, allow_unused=True, materialize_grads=True)
     product = sum((g * vector[name].detach()).sum() for name, g in zip(theta, first, strict=True))
     second = torch.autograd.grad(product, values, allow_unused=True, materialize_grads=True)
     return dict(zip(theta, second, strict=True))

@@ -324,6 +324,26 @@ def test_shapes_of_training_steps(name, kind):
     assert_near(weights(module.net), by_hand(METHODS[name], windows_of(1, make_batches(), EPOCHS)))
 
 
+class Holder:
+    """A batch that is no container, as those of graph libraries."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+
+def assigns(net, batch):
+    batch.x = batch.x * 2
+    return cross_entropy(net, (batch.x, batch.y))
+
+
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+def test_training_steps_may_assign_to_attributes_of_their_batch(scheme):
+    module, doubled = TinyModule(loss=assigns), [(2 * x, y) for x, y in make_batches()]
+    loader = DataLoader([Holder(x, y) for x, y in make_batches()], batch_size=None, collate_fn=lambda b: b)
+    fit(module, METHODS[f"{scheme} GR"].callback(), loader=loader)
+    assert_near(weights(module.net), by_hand(METHODS[f"{scheme} GR"], windows_of(1, doubled, 1)))
+
+
 class SometimesNone(TinyModule):
     """Skips the micro-batches in ``skipped``."""
 
@@ -478,6 +498,27 @@ def test_other_optimizers_equal_a_plain_loop_bit_for_bit(name, optimizer):
     fit(plain, max_epochs=2)
     assert_same(weights(module.net), loop(TinyModule(optimizer=optimizer), METHODS[name], make_batches(), 2))
     assert not torch.equal(module.net[0].weight, plain.net[0].weight)
+
+
+class Counts(nn.Module):
+    """Depends on how often it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        self.count += 1
+        return self.net(x) * (1 + self.count / 10)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_each_evaluation_of_lbfgs_has_a_second_pass_of_its_own(name):
+    modules = [TinyModule(Counts(), optimizer=lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3)) for _ in range(2)]
+    fit(modules[0], METHODS[name].callback())
+    assert_same(weights(modules[0].net), loop(modules[1], METHODS[name], make_batches()))
+    assert modules[0].net.count == modules[1].net.count == 9
 
 
 def test_without_an_optimizer_nothing_moves():

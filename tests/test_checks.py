@@ -332,6 +332,17 @@ def test_a_batch_that_is_changed_in_place(scheme, accumulate):
     assert_same(weights(module.net), weights(mlp()))
 
 
+def test_a_tensor_inside_an_object_that_is_changed_in_place():
+    class Holder:
+        def __init__(self, x, y):
+            self.x, self.y = x, y
+
+    module = TinyModule(loss=lambda net, batch: writes_in_place(net, (batch.x, batch.y)))
+    loader = DataLoader([Holder(x, y) for x, y in make_batches()], batch_size=None, collate_fn=lambda batch: batch)
+    with pytest.raises(RuntimeError, match="changed a tensor of its batch in place"):
+        fit(module, SAM(), loader=loader)
+
+
 def test_a_batch_may_be_changed_in_place_where_it_is_used_once():
     modules = [TinyModule(loss=writes_in_place) for _ in range(2)]
     fit(modules[0], Flooding(0.1), SAM(start_step=100))

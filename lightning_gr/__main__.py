@@ -1,0 +1,8 @@
+"""``python -m lightning_gr`` is ``lightning-gr``."""
+
+import sys
+
+from lightning_gr.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""The demonstration: a small classifier on real digits with noisy labels, plain and with each method."""
+
+import csv
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+from lightning_gr.callback import SAM, Flooding, GradientRegularization
+
+__all__ = ["METHODS", "Digits", "DigitsModule", "EpochRecord", "Interrupted", "measure_costs", "train", "write_csv"]
+
+TRAINING, NOISE, TEST = 500, 0.2, 897
+LEARNING_RATE, MOMENTUM, BATCH = 0.05, 0.9, 64
+
+# Chosen on the validation split by `python examples/select_demo_constants.py`, which prints the whole grid.
+METHODS: dict[str, Callable[[], list[pl.Callback]]] = {
+    "plain": list,
+    "F-GR": lambda: [GradientRegularization(gamma=1.0, epsilon=1.0)],
+    "B-GR": lambda: [GradientRegularization(gamma=0.3, epsilon=0.3, scheme="backward")],
+    "SAM": lambda: [SAM(rho=0.5)],
+    "flooding": lambda: [Flooding(level=1.1)],
+}
+
+
+class Interrupted(Exception):  # noqa: N818, it is no error
+    """Ctrl-C. Lightning turns it into a SystemExit."""
+
+
+@dataclass(frozen=True)
+class Digits:
+    """scikit-learn's 1,797 handwritten digits in three disjoint parts; only the training labels are noisy.
+
+    Args:
+        train: 500 images drawn by the seed, 20 % of them with a label drawn at random.
+        validation: The 400 images left over, clean, for choosing constants.
+        test: 897 images, clean and the same for each seed.
+    """
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+    @classmethod
+    def load(cls, seed: int) -> "Digits":
+        """Read the package's copy; nothing is downloaded."""
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        x, y = torch.tensor(pixels, dtype=torch.float32) / 16 - 0.3, torch.tensor(labels)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        test, rest = order[:TEST], order[TEST:]
+        draw = torch.Generator().manual_seed(seed)
+        rest = rest[torch.randperm(len(rest), generator=draw)]
+        train, validation = rest[:TRAINING], rest[TRAINING:]
+        noisy = y[train].clone()
+        flipped = torch.randperm(TRAINING, generator=draw)[: int(NOISE * TRAINING)]
+        noisy[flipped] = torch.randint(10, (len(flipped),), generator=draw)
+        return cls((x[train], noisy), (x[validation], y[validation]), (x[test], y[test]))
+
+
+class DigitsModule(pl.LightningModule):
+    """An MLP 64-512-512-10; knows nothing of regularization."""
+
+    def __init__(self, epochs: int) -> None:
+        super().__init__()
+        self.epochs = epochs
+        self.net = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross entropy."""
+        images, labels = batch
+        return nn.functional.cross_entropy(self.net(images), labels)
+
+    def configure_optimizers(self) -> Any:
+        """SGD with momentum, cosine schedule."""
+        optimizer = torch.optim.SGD(self.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)]
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """How one run stands after an epoch."""
+
+    method: str
+    seed: int
+    epoch: int
+    train_loss: float
+    gradient_norm: float
+    accuracy: float
+
+
+class _Curves(pl.Callback):
+    """Records the loss and gradient norm of the whole training set, and the accuracy on clean images."""
+
+    def __init__(
+        self, method: str, seed: int, data: Digits, held_out: tuple[Tensor, Tensor], tick: Callable[[], None]
+    ) -> None:
+        super().__init__()
+        self.name, self.seed, self.data, self.held_out, self.tick = method, seed, data, held_out, tick
+        self.records: list[EpochRecord] = []
+        self.interrupted = False
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure, without touching ``.grad``."""
+        net: nn.Module = pl_module.get_submodule("net")
+        images, labels = self.data.train
+        with torch.enable_grad():
+            loss = nn.functional.cross_entropy(net(images), labels)
+            grads = torch.autograd.grad(loss, list(net.parameters()))
+        norm = torch.cat([grad.flatten() for grad in grads]).norm()
+        images, labels = self.held_out
+        with torch.no_grad():
+            accuracy = (net(images).argmax(1) == labels).float().mean()
+        values = (float(value) for value in (loss.detach(), norm, accuracy))
+        self.records.append(EpochRecord(self.name, self.seed, trainer.current_epoch + 1, *values))
+        self.tick()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Remember Ctrl-C."""
+        self.interrupted = isinstance(exception, KeyboardInterrupt)
+
+
+class _StepTimes(pl.Callback):
+    """Times training steps, in seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Stop it."""
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def _fit(seed: int, epochs: int, data: Digits, callbacks: list[pl.Callback]) -> None:
+    """One quiet run; initialization and order of the batches follow from the seed alone."""
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(seed)
+        module = DigitsModule(epochs)
+        dataset = TensorDataset(*data.train)
+        order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
+        loader: DataLoader[Any] = DataLoader(dataset, sampler=BatchSampler(order, BATCH, False), batch_size=None)
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            callbacks=callbacks,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, loader)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what Lightning says about devices and loaders; one thread, since more only cost time on a small MLP."""
+    logger = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    level, threads = logger.level, torch.get_num_threads()
+    logger.setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        torch.set_num_threads(threads)
+
+
+def train(
+    method: str,
+    callbacks: list[pl.Callback],
+    seed: int,
+    epochs: int,
+    *,
+    validation: bool = False,
+    tick: Callable[[], None] = lambda: None,
+) -> list[EpochRecord]:
+    """Train once and return one record for each epoch.
+
+    Args:
+        method: The name in the records.
+        callbacks: What is added to the Trainer.
+        seed: Seed of the split, the initialization and the batches.
+        epochs: Number of epochs, of 8 steps each.
+        validation: Take the accuracy on the validation part instead of the test part.
+        tick: Called after each epoch.
+
+    Raises:
+        Interrupted: On Ctrl-C.
+    """
+    data = Digits.load(seed)
+    curves = _Curves(method, seed, data, data.validation if validation else data.test, tick)
+    try:
+        _fit(seed, epochs, data, [*callbacks, curves])
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if curves.interrupted or isinstance(stop, KeyboardInterrupt):
+            raise Interrupted from None
+        raise
+    return curves.records
+
+
+def measure_costs(methods: Sequence[str], rounds: int = 5, epochs: int = 4) -> dict[str, float]:
+    """The time of a training step against plain training, measured in turn; the median over ``rounds``."""
+    data = Digits.load(0)
+    ratios: dict[str, list[float]] = {method: [] for method in methods}
+    for _ in range(rounds):
+        plain = _step_seconds([], data, epochs)
+        for method in methods:
+            ratios[method].append(1.0 if method == "plain" else _step_seconds(METHODS[method](), data, epochs) / plain)
+    return {method: statistics.median(values) for method, values in ratios.items()}
+
+
+def _step_seconds(callbacks: list[pl.Callback], data: Digits, epochs: int) -> float:
+    times = _StepTimes()
+    # the first of the list starts its clock first; it ends last but for callbacks that only let go of memory
+    _fit(0, epochs, data, [times, *callbacks])
+    return statistics.median(times.seconds)
+
+
+def write_csv(records: Sequence[EpochRecord], path: Path) -> None:
+    """Write one line for each epoch of each run."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        names = [field.name for field in fields(EpochRecord)]
+        writer.writerow(names)
+        writer.writerows([getattr(record, name) for name in names] for record in records)

@@ -1,0 +1,109 @@
+"""What the demonstration shows: a table and a figure."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from lightning_gr.demo import METHODS, EpochRecord
+from lightning_gr.rules import GRRule, SAMRule
+
+__all__ = ["draw", "make_table", "verdicts"]
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart
+_COLOURS = {"plain": "#000000", "F-GR": "#0072B2", "B-GR": "#E69F00", "SAM": "#CC79A7", "flooding": "#009E73"}
+_STYLES = {"plain": "-", "F-GR": "-", "B-GR": "--", "SAM": "-.", "flooding": ":"}
+
+
+def constants(method: str) -> str:
+    """The constants of a method, as the table shows them."""
+    for callback in METHODS[method]():
+        rule = getattr(callback, "rule", None)
+        if isinstance(rule, GRRule):
+            return f"γ={rule.gamma:g} ε={rule.epsilon:g}"
+        if isinstance(rule, SAMRule):
+            return f"ρ={rule.rho:g}"
+        return f"b={getattr(callback, 'level', 0):g}"
+    return ""
+
+
+def _spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _last(records: Sequence[EpochRecord], method: str) -> list[EpochRecord]:
+    """The last epoch of each run of a method."""
+    runs = {record.seed: record for record in records if record.method == method}
+    return list(runs.values())
+
+
+def make_table(records: Sequence[EpochRecord], costs: Mapping[str, float], title: str) -> Table:
+    """One row for each method: means over seeds at the end of training."""
+    table = Table(title=title, caption="± is the standard deviation over seeds")
+    table.add_column("method")
+    table.add_column("constants")
+    for name in ("test accuracy", "train loss", "grad. norm", "step cost"):
+        table.add_column(name, justify="right")
+    for method in dict.fromkeys(record.method for record in records):
+        last = _last(records, method)
+        accuracy = [100 * record.accuracy for record in last]
+        table.add_row(
+            method,
+            constants(method),
+            f"{statistics.mean(accuracy):.1f} ± {_spread(accuracy):.1f} %",
+            f"{statistics.mean(record.train_loss for record in last):.3f}",
+            f"{statistics.mean(record.gradient_norm for record in last):.3f}",
+            f"{costs[method]:.2f}×" if method in costs else "–",
+        )
+    return table
+
+
+def verdicts(records: Sequence[EpochRecord]) -> list[str]:
+    """A line for each method that did not help: whose gain over plain is within the spread over seeds."""
+    plain = [record.accuracy for record in _last(records, "plain")]
+    lines = []
+    for method in dict.fromkeys(record.method for record in records if plain and record.method != "plain"):
+        accuracy = [record.accuracy for record in _last(records, method)]
+        gain = statistics.mean(accuracy) - statistics.mean(plain)
+        if gain <= max(_spread(accuracy), _spread(plain)):
+            lines.append(f"{method} does not help here: {100 * gain:+.1f} points, within the spread over seeds.")
+    return lines
+
+
+def draw(records: Sequence[EpochRecord], path: Path) -> None:
+    """Draw gradient norm and test accuracy over training, mean and band of one standard deviation."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for method in dict.fromkeys(record.method for record in records):
+        _curve(left, records, method, "gradient_norm", 1)
+        _curve(right, records, method, "accuracy", 100)
+    left.set(xlabel="epoch", ylabel="‖∇L‖ on the training set", yscale="log", title="Gradient norm")
+    right.set(xlabel="epoch", ylabel="test accuracy (%)", title="Accuracy on clean test images")
+    accuracies = [100 * record.accuracy for record in records]
+    right.set_ylim(max(60, min(accuracies)) - 1, max(accuracies) + 1)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    right.legend(loc="lower right", fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _curve(axes: object, records: Sequence[EpochRecord], method: str, name: str, factor: float) -> None:
+    epochs: dict[int, list[float]] = {}
+    for record in records:
+        if record.method == method:
+            epochs.setdefault(record.epoch, []).append(factor * getattr(record, name))
+    x = list(epochs)
+    mean = [statistics.mean(values) for values in epochs.values()]
+    low = [m - _spread(values) for m, values in zip(mean, epochs.values(), strict=True)]
+    high = [m + _spread(values) for m, values in zip(mean, epochs.values(), strict=True)]
+    if name == "gradient_norm":  # a logarithmic axis shows nothing below zero
+        low = [max(bound, m / 10) for bound, m in zip(low, mean, strict=True)]
+    colour = _COLOURS.get(method)
+    label = f"{method} {constants(method)}".strip()
+    axes.plot(x, mean, color=colour, linestyle=_STYLES.get(method, "-"), label=label)  # type: ignore[attr-defined]
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)  # type: ignore[attr-defined]

@@ -1,0 +1,52 @@
+"""The command line: help, version and wrong use."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from lightning_gr import __version__, cli
+from lightning_gr.demo import METHODS
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--seeds", "0"], "expected a positive whole number but got '0'"),
+        (["--epochs", "many"], "expected a positive whole number but got 'many'"),
+        (["--methods", "Adam"], "invalid choice: 'Adam'"),
+        (["--nothing"], "unrecognized arguments: --nothing"),
+    ],
+)
+def test_wrong_flags_end_with_one_line(flags, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["demo", *flags])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["sklearn", "matplotlib"])
+def test_a_missing_extra_is_named_before_anything_runs(name, capsys, monkeypatch, tmp_path):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None if module == name else real(module))
+    assert cli.main(["demo", "--output", str(tmp_path / "folder")]) == 2
+    assert f"needs {name}: pip install 'lightning_gr[demo]'" in capsys.readouterr().err
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_folder_that_cannot_be_made(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["demo", "--output", str(tmp_path / "file" / "folder")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_module_runs_as_a_command():
+    command = [sys.executable, "-m", "lightning_gr", "--version"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout.strip() == f"lightning-gr {__version__}"
+
+
+def test_methods_of_the_flag_are_those_of_the_demonstration():
+    assert list(METHODS) == list(cli.DEMO_METHODS)

@@ -1,0 +1,107 @@
+"""The demonstration: its data, a short run, and what it shows."""
+
+import csv
+
+import pytest
+import torch
+
+from lightning_gr import cli, demo
+from lightning_gr.demo import METHODS, Digits, EpochRecord, Interrupted, train
+from lightning_gr.demo_report import verdicts
+
+
+def test_data_is_as_promised():
+    from sklearn.datasets import load_digits
+
+    data = Digits.load(seed=3)
+    assert [len(labels) for _, labels in (data.train, data.validation, data.test)] == [500, 400, 897]
+    images = torch.cat([data.train[0], data.validation[0], data.test[0]])
+    everything = torch.tensor(load_digits().data, dtype=torch.float32) / 16 - 0.3
+    # the three parts are the whole set, each image once
+    assert sorted(map(tuple, images.tolist())) == sorted(map(tuple, everything.tolist()))
+
+
+def test_labels_are_clean_but_for_the_training_part():
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    truth = {tuple(image): label for image, label in zip((torch.tensor(pixels).float() / 16 - 0.3).tolist(), labels)}  # noqa: B905
+    data = Digits.load(seed=3)
+
+    def wrong(part):
+        images, labels = part
+        return sum(truth[tuple(image)] != label for image, label in zip(images.tolist(), labels.tolist(), strict=True))
+
+    assert wrong(data.test) == wrong(data.validation) == 0
+    # 100 labels drawn at random, of which about a tenth are right by chance
+    assert 80 <= wrong(data.train) <= 100
+
+
+def test_test_part_is_the_same_for_each_seed():
+    assert torch.equal(Digits.load(1).test[0], Digits.load(2).test[0])
+    assert not torch.equal(Digits.load(1).train[0], Digits.load(2).train[0])
+
+
+def test_a_run_follows_from_its_seed():
+    first, second, other = (train("SAM", METHODS["SAM"](), seed, epochs=2) for seed in (5, 5, 6))
+    assert first == second
+    assert first != other
+    assert [record.epoch for record in first] == [1, 2]
+
+
+def test_flooding_at_zero_is_plain():
+    runs = [train("plain", callbacks, 0, epochs=2) for callbacks in ([], [demo.Flooding(0.0)])]
+    assert runs[0] == runs[1]
+
+
+def test_demo_shows_table_figure_and_values(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = tmp_path / "new" / "folder"
+    code = cli.main(["demo", "--seeds", "2", "--epochs", "2", "--methods", "plain", "F-GR", "--output", str(folder)])
+    out = capsys.readouterr().out
+    assert code == 0
+    assert "test accuracy" in out
+    assert "γ=" in out
+    assert max(map(len, out.splitlines())) <= 80 + len(str(folder))
+    assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((folder / "demo.csv").read_text(encoding="utf-8").splitlines()))
+    assert [(row["method"], row["seed"], row["epoch"]) for row in rows] == [
+        (method, str(seed), str(epoch)) for seed in (0, 1) for method in ("plain", "F-GR") for epoch in (1, 2)
+    ]
+
+
+def test_ctrl_c_keeps_what_was_done(tmp_path, capsys, monkeypatch):
+    real, calls = demo._Curves.on_train_epoch_end, []
+
+    def interrupt(self, trainer, pl_module):
+        calls.append(self.name)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        real(self, trainer, pl_module)
+
+    monkeypatch.setattr(demo._Curves, "on_train_epoch_end", interrupt)
+    code = cli.main(["demo", "--seeds", "1", "--epochs", "2", "--methods", "plain", "SAM", "--output", str(tmp_path)])
+    assert code == 130
+    assert "Interrupted" in capsys.readouterr().out
+    assert len((tmp_path / "demo.csv").read_text().splitlines()) == 1 + 2
+
+
+def test_interrupted_run_says_so(monkeypatch):
+    def interrupt(self, trainer, pl_module):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo._Curves, "on_train_epoch_end", interrupt)
+    with pytest.raises(Interrupted):
+        train("plain", [], 0, epochs=1)
+
+
+def test_a_method_that_does_not_help_is_named():
+    accuracies = {"plain": (0.80, 0.82), "SAM": (0.90, 0.91), "F-GR": (0.81, 0.82), "B-GR": (0.7, 0.7)}
+    records = [
+        EpochRecord(method, seed, 1, 0.0, 0.0, accuracy)
+        for method, values in accuracies.items()
+        for seed, accuracy in enumerate(values)
+    ]
+    lines = verdicts(records)
+    assert [line.split()[0] for line in lines] == ["F-GR", "B-GR"]
+    assert "-11.0 points" in lines[1]

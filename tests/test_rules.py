@@ -1,0 +1,101 @@
+"""The rows of the table, the schedule and the values that are refused."""
+
+import dataclasses
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_gr import GRRule, SAMRule
+from lightning_gr.rules import SCHEMES, Probe, Schedule, Update
+
+positive = st.floats(1e-4, 1e2)
+strengths = st.floats(0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "row"),
+    [
+        (GRRule(0.1, 0.2), Update("gradient", 0.5, (Probe(0.2, 0.5),))),
+        (GRRule(0.1, 0.2, "backward"), Update("gradient", 1.5, (Probe(-0.2, -0.5),))),
+        (GRRule(0.1, 0.2, "central"), Update("gradient", 1.0, (Probe(0.2, 0.25), Probe(-0.2, -0.25)))),
+        (GRRule(0.1, 0.2, "exact"), Update("gradient", 1.0, curvature=0.1)),
+        (GRRule(0.1, 0.2, normalize=True), Update("normalized", 0.5, (Probe(0.2, 0.5),))),
+        (GRRule(0.1, 0.2, "exact", normalize=True), Update("normalized", 1.0, curvature=0.1)),
+        (GRRule(0.2, 0.2), Update("gradient", 0.0, (Probe(0.2, 1.0),))),
+        (SAMRule(0.1), Update("normalized", 0.0, (Probe(0.1, 1.0),))),
+        (SAMRule(0.1, adaptive=True, eta=0.01), Update("adaptive", 0.0, (Probe(0.1, 1.0),), eta=0.01)),
+    ],
+)
+def test_rows(rule, row):
+    assert rule.update() == row
+    assert not row.is_plain
+
+
+@given(gamma=positive, epsilon=positive, scheme=st.sampled_from(SCHEMES), normalize=st.booleans(), strength=strengths)
+def test_coefficients_of_gr_sum_to_one(gamma, epsilon, scheme, normalize, strength):
+    row = GRRule(gamma, epsilon, scheme, normalize).update(strength)
+    largest = max(1.0, *(abs(probe.weight) for probe in row.probes)) if row.probes else 1.0
+    assert row.keep + sum(probe.weight for probe in row.probes) == pytest.approx(1.0, abs=1e-15 * largest)
+    # what multiplies H d, to first order: the penalty, whichever scheme
+    curvature = row.curvature + sum(probe.step * probe.weight for probe in row.probes)
+    assert curvature == pytest.approx(strength * gamma, rel=1e-12)
+    assert {abs(probe.step) for probe in row.probes} <= {epsilon}
+
+
+@given(rho=positive, adaptive=st.booleans(), strength=strengths)
+def test_sam_is_one_gradient_at_the_scaled_radius(rho, adaptive, strength):
+    row = SAMRule(rho, adaptive).update(strength)
+    assert (row.keep, row.probes, row.curvature) == (0.0, (Probe(strength * rho, 1.0),), 0.0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_nothing_to_do_is_plain(scheme):
+    assert GRRule(0.0, 0.1, scheme).update().is_plain
+    assert GRRule(0.1, 0.1, scheme).update(0.0).is_plain
+    assert SAMRule(0.0).update().is_plain
+    assert SAMRule(0.1).update(0.0).is_plain
+
+
+def test_the_adaptive_direction_keeps_nothing():
+    for arguments in ({"keep": 0.5}, {"keep": 0.0, "curvature": 0.1}):
+        with pytest.raises(ValueError, match="to be 0 with the adaptive direction"):
+            Update("adaptive", probes=(Probe(0.1, 1.0),), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "due", "strength"),
+    [
+        (Schedule(), "11111111", [1, 1, 1, 1, 1, 1, 1, 1]),
+        (Schedule(start_step=3), "00011111", [1, 1, 1, 1, 1, 1, 1, 1]),
+        (Schedule(interval=3), "10010010", [1, 1, 1, 1, 1, 1, 1, 1]),
+        (Schedule(start_step=1, interval=2), "01010101", [1, 1, 1, 1, 1, 1, 1, 1]),
+        (Schedule(warmup_steps=4), "11111111", [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]),
+        (Schedule(start_step=2, interval=2, warmup_steps=4), "00101010", [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]),
+    ],
+)
+def test_schedule(schedule, due, strength):
+    assert "".join(str(int(schedule.due(step))) for step in range(8)) == due
+    assert [schedule.strength(step) for step in range(8)] == strength
+
+
+@pytest.mark.parametrize("rule", [GRRule(0.1, 0.2, "central", True), SAMRule(0.1, True, 0.01), Schedule(1, 2, 3)])
+def test_settings_are_frozen_and_picklable(rule):
+    assert pickle.loads(pickle.dumps(rule)) == rule
+    for field in dataclasses.fields(rule):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(rule, field.name, 0)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_equations_name_what_is_computed(scheme, normalize):
+    equation = GRRule(scheme=scheme, normalize=normalize).equation
+    assert ("/‖∇L(θ)‖" in equation) == normalize
+    assert ("θ + ε" in equation) == (scheme in ("forward", "central"))
+    assert ("θ − ε" in equation) == (scheme in ("backward", "central"))
+    assert ("H" in equation) == (scheme == "exact")
+    assert "\n" not in equation
+    assert "T²" in SAMRule(adaptive=True).equation
+    assert "T²" not in SAMRule().equation

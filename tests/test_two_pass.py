@@ -1,0 +1,378 @@
+"""The algorithm through its functional form, without Lightning: the reference, the algebra, another package."""
+
+import pytest
+import pytorch_optimizer
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from modules import (
+    METHODS,
+    OPTIMIZERS,
+    assert_near,
+    assert_same,
+    cross_entropy,
+    gradients,
+    make_batches,
+    mlp,
+    sgd,
+    weights,
+)
+from torch import nn
+
+from lightning_gr import GRRule, SAMRule, flood, regularized_backward
+from lightning_gr.rules import SCHEMES
+from lightning_gr.two_pass import match_names
+
+
+def regularized(net, batch, rule, *, loss=cross_entropy, **options):
+    """The regularized gradient at one batch."""
+    net.zero_grad()
+    regularized_backward(lambda: loss(net, batch), net, rule, **options)
+    return gradients(net)
+
+
+# --- the reference
+
+
+def train(net, rule, optimizer, batches, **options):
+    for batch in batches:
+        optimizer.zero_grad()
+        regularized_backward(lambda batch=batch: cross_entropy(net, batch), net, rule, **options)
+        optimizer.step()
+
+
+def train_by_hand(method, optimizer, batches, level=None):
+    losses = [reference.loss_of(mlp(), cross_entropy, [batch], level=level) for batch in batches]
+    return reference.train(mlp(), losses, optimizer, lambda step, loss, theta: method.gradient(loss, theta))
+
+
+@pytest.mark.parametrize("level", [None, 1.09])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_equals_the_reference(name, optimizer, level):
+    method, (build, by_hand), batches = METHODS[name], OPTIMIZERS[optimizer], make_batches() * 3
+    net = mlp()
+    train(net, method.rule, build(net.parameters()), batches, level=level)
+    assert_near(weights(net), train_by_hand(method, by_hand(), batches, level))
+
+
+def test_the_flood_level_of_these_tests_lies_among_the_losses():
+    below = [cross_entropy(mlp(), batch).item() < 1.09 for batch in make_batches()]
+    assert any(below)
+    assert not all(below)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_loss_scale_is_carried_by_the_result_and_changes_nothing_else(name):
+    method, batch = METHODS[name], make_batches()[0]
+    scaled = regularized(mlp(), batch, method.rule, loss_scale=torch.tensor(1024.0), level=0.5)
+    expected = regularized(mlp(), batch, method.rule, level=0.5)
+    assert_near({n: g / 1024 for n, g in scaled.items()}, expected, 1e-13)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "unnormalized SAM"])
+def test_strength_scales_the_penalty_or_the_radius(name, strength):
+    net, batch = mlp(), make_batches()[0]
+    loss = reference.loss_of(net, cross_entropy, [batch])
+    expected = METHODS[name].gradient(loss, weights(net), strength)
+    assert_near(regularized(net, batch, METHODS[name].rule, strength=strength), expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_excluded_parameters_keep_exactly_the_clean_gradient(name):
+    net, batch, method = mlp(6, 6), make_batches()[0], METHODS[name]
+    biases = {n for n, _ in net.named_parameters() if n.endswith("bias")}
+    loss = reference.loss_of(net, cross_entropy, [batch])
+    clean = regularized(net, batch, GRRule(gamma=0.0))
+    actual = regularized(net, batch, method.rule, exclude=["*.bias"])
+    assert_near(actual, reference.excluding(method.gradient, biases)(loss, weights(net)))
+    for part, same in ((biases, True), (actual.keys() - biases, False)):
+        assert all(torch.equal(actual[n], clean[n]) is same for n in part)
+
+
+class Real(nn.Module):
+    """Computes with complex weights, which are stored as pairs of real numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.randn(5, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        )
+
+    def forward(self, x):
+        return (x.to(torch.complex128) @ torch.view_as_complex(self.weight)).abs()
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.view_as_complex(Real().weight.detach().clone()))
+
+    def forward(self, x):
+        return (x.to(torch.complex128) @ self.weight).abs()
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "ASAM" not in name])  # |θ| differs
+def test_complex_parameters_are_pairs_of_real_ones(name):
+    results = []
+    for net in (Complex(), Real()):
+        train(net, METHODS[name].rule, sgd(net.parameters()), make_batches())
+        weight = net.weight.detach()
+        results.append({"weight": torch.view_as_real(weight) if weight.is_complex() else weight})
+    assert_near(*results, 1e-13)
+
+
+class Counts(nn.Module):
+    """Depends on how often it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        self.count += 1
+        return self.net(x) * (1 + self.count)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_passes_see_the_random_numbers_and_buffers_of_the_first(name):
+    batch, method = make_batches()[0], METHODS[name]
+
+    def noisy(net, batch, seed=None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return cross_entropy(lambda x: net(nn.functional.dropout(x, 0.5)), batch)
+
+    def frozen(net, batch):
+        return noisy(lambda x: net(x) * 2, batch, seed=5)
+
+    net = Counts()
+    torch.manual_seed(5)
+    actual = regularized(net, batch, method.rule, loss=noisy)
+    continued = torch.rand(3)
+    expected = regularized(mlp(), batch, method.rule, loss=frozen)
+    assert_near({n.removeprefix("net."): g for n, g in actual.items()}, expected, 1e-13)
+    assert net.count == 1
+    noisy(mlp(), batch, seed=5)
+    assert torch.equal(continued, torch.rand(3))
+
+
+def test_a_linear_loss_has_no_curvature():
+    net, batch = nn.Linear(5, 3).double(), make_batches()[0]
+    results = [
+        regularized(net, batch, rule, loss=lambda n, b: n(b[0]).sum())
+        for rule in (GRRule(0), GRRule(1.0, 0.1, "exact"))
+    ]
+    assert_same(*results)
+
+
+# --- the algebra, on random networks
+
+
+class Problem:
+    """A random network with a random batch."""
+
+    def __init__(self, hidden, activation, seed):
+        self.net = mlp(*hidden, activation=activation, seed=seed)
+        self.batch = make_batches(6, 6, seed=seed)[0]
+
+    def __repr__(self):
+        return f"{self.net}, {self.batch}"
+
+    def gradient(self, rule, **options):
+        return regularized(self.net, self.batch, rule, **options)
+
+
+problems = st.builds(
+    Problem,
+    st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    st.sampled_from([nn.Tanh, nn.Softplus, nn.Sigmoid, nn.SiLU]),
+    st.integers(0, 1000),
+)
+anywhere = pytest.mark.parametrize("normalize", [False, True])
+constants = st.floats(1e-3, 1.0)
+
+
+@given(problem=problems, rho=constants)
+def test_forward_with_gamma_epsilon_is_unnormalized_sam(problem, rho):
+    loss = reference.loss_of(problem.net, cross_entropy, [problem.batch])
+    expected = reference.unnormalized_sam(loss, weights(problem.net), rho)
+    assert_near(problem.gradient(GRRule(rho, rho)), expected)
+
+
+@anywhere
+@given(problem=problems, epsilon=constants, scheme=st.sampled_from(SCHEMES))
+def test_gamma_zero_is_plain(normalize, problem, epsilon, scheme):
+    problem.net.zero_grad()
+    cross_entropy(problem.net, problem.batch).backward()
+    plain = gradients(problem.net)
+    assert_same(problem.gradient(GRRule(0.0, epsilon, scheme, normalize)), plain)
+
+
+@anywhere
+@given(problem=problems, gamma=constants, epsilon=constants, scheme=st.sampled_from(SCHEMES))
+def test_the_penalty_is_linear_in_gamma(normalize, problem, gamma, epsilon, scheme):
+    none, once, twice = (problem.gradient(GRRule(k * gamma, epsilon, scheme, normalize)) for k in (0, 1, 2))
+    extrapolated = {name: 2 * once[name] - none[name] for name in none}
+    assert_near(twice, extrapolated, 1e-10 * max(1, gamma / epsilon))
+
+
+@anywhere
+@given(problem=problems, gamma=constants, epsilon=constants)
+def test_central_is_the_mean_of_forward_and_backward(normalize, problem, gamma, epsilon):
+    there, back, both = (
+        problem.gradient(GRRule(gamma, epsilon, s, normalize)) for s in ("forward", "backward", "central")
+    )
+    mean = {name: (there[name] + back[name]) / 2 for name in both}
+    assert_near(both, mean, 1e-10 * max(1, gamma / epsilon))
+
+
+@anywhere
+@pytest.mark.parametrize(("scheme", "order"), [("forward", 1), ("backward", 1), ("central", 2)])
+@given(problem=problems)
+def test_finite_differences_converge_to_exact(scheme, order, normalize, problem):
+    exact = problem.gradient(GRRule(1.0, scheme="exact", normalize=normalize))
+
+    def error(epsilon):
+        found = problem.gradient(GRRule(1.0, epsilon, scheme, normalize))
+        return torch.stack([(found[name] - exact[name]).norm() for name in exact]).norm().item()
+
+    coarse, fine = error(1e-2), error(1e-3)
+    # where the third derivative happens to vanish both are tiny
+    assert fine <= 2 * coarse / 10**order + 1e-9
+
+
+@given(problem=problems, rho=constants, adaptive=st.booleans(), factor=st.floats(1e-3, 1e3))
+def test_sam_does_not_see_the_scale_of_the_loss(problem, rho, adaptive, factor):
+    rule = SAMRule(rho, adaptive)
+    expected = {name: factor * g for name, g in problem.gradient(rule).items()}
+    assert_near(problem.gradient(rule, loss=lambda net, batch: factor * cross_entropy(net, batch)), expected)
+
+
+@given(problem=problems, name=st.sampled_from(list(METHODS)), level=st.none() | st.floats(0, 2))
+def test_the_weights_are_bit_identical_after_the_call(problem, name, level):
+    before = weights(problem.net)
+    problem.gradient(METHODS[name].rule, level=level)
+    assert_same(weights(problem.net), before)
+
+
+@given(problem=problems, name=st.sampled_from(list(METHODS)))
+def test_a_zero_gradient_moves_nothing(problem, name):
+    seen = []
+
+    def flat(net, batch):
+        seen.append(weights(net))
+        return (net(batch[0]) * 0.0).sum()
+
+    result = problem.gradient(METHODS[name].rule, loss=flat)
+    assert len(seen) >= 2
+    for theta in seen[1:]:
+        assert_same(theta, seen[0])
+    assert not any(g.any() for g in result.values())  # NaN counts as any
+
+
+@given(problem=problems, name=st.sampled_from(list(METHODS)), level=st.floats(0, 3))
+def test_a_flooded_method_is_the_method_on_the_flooded_loss(problem, name, level):
+    explicit = problem.gradient(METHODS[name].rule, loss=lambda net, batch: flood(cross_entropy(net, batch), level))
+    assert_near(problem.gradient(METHODS[name].rule, level=level), explicit)
+
+
+# --- another package
+
+
+@pytest.mark.parametrize("build", [OPTIMIZERS[name][0] for name in OPTIMIZERS], ids=OPTIMIZERS)
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_sam_equals_pytorch_optimizer(monkeypatch, adaptive, build):
+    # pytorch_optimizer.SAM, read in 4.1.0: perturbs by ρ p² g / ‖|p| g‖ if adaptive, so η = 0, and by ρ g / ‖g‖ if
+    # not, with `perturb_eps` added to the norm, and it takes its norm in float32, which would leave 7 digits
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    ours, theirs, batches = mlp(), mlp(), make_batches() * 3
+    train(ours, SAMRule(0.3, adaptive), build(ours.parameters()), batches)
+    base = build(theirs.parameters())
+    options = {key: base.defaults[key] for key in ("lr", "momentum") if key in base.defaults}
+    optimizer = pytorch_optimizer.SAM(theirs.parameters(), type(base), 0.3, adaptive, perturb_eps=0.0, **options)
+    for batch in batches:
+        cross_entropy(theirs, batch).backward()
+        optimizer.first_step(zero_grad=True)
+        cross_entropy(theirs, batch).backward()
+        optimizer.second_step(zero_grad=True)
+    assert_near(weights(ours), weights(theirs))
+
+
+# --- the function itself
+
+
+def test_returns_the_clean_loss_and_counts_its_calls():
+    net, batch = mlp(), make_batches()[0]
+    clean = cross_entropy(net, batch).detach()
+    for scheme, passes in zip(SCHEMES, (2, 2, 3, 2), strict=True):
+        losses = []
+        loss = regularized_backward(
+            lambda losses=losses: losses.append(cross_entropy(net, batch)) or losses[-1],
+            net,
+            GRRule(0.1, 0.1, scheme),
+            level=10.0,
+            loss_scale=torch.tensor(2.0),
+        )
+        assert torch.equal(loss, clean)
+        assert not loss.requires_grad
+        assert len(losses) == passes
+
+
+def test_takes_parameters_mappings_and_another_backward():
+    batch, expected = make_batches()[0], mlp()
+    regularized(expected, batch, SAMRule(0.1))
+    net, called = mlp(), []
+    regularized_backward(
+        lambda: {"loss": cross_entropy(net, batch), "other": 1},
+        iter(net.parameters()),
+        SAMRule(0.1),
+        backward=lambda loss: called.append(1) or loss.backward(),
+    )
+    assert_same(gradients(net), gradients(expected))
+    assert len(called) == 2
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "params", "options", "message"),
+    [
+        (lambda: 1.0, [torch.ones(1, requires_grad=True)], {}, "to return a loss with a graph but got float"),
+        (lambda: None, [torch.ones(1, requires_grad=True)], {}, "to return a loss with a graph but got NoneType"),
+        (lambda: {"x": 1}, [torch.ones(1, requires_grad=True)], {}, "to return a loss with a graph but got NoneType"),
+        (lambda: torch.ones(()), [torch.ones(1, requires_grad=True)], {}, "with a graph but got Tensor"),
+        (lambda: 1.0, [], {}, "Expected `params` to hold a parameter"),
+        (lambda: 1.0, nn.Tanh(), {}, "Expected `params` to hold a parameter"),
+        (lambda: 1.0, [torch.ones(1)], {"exclude": ["x"]}, "to be a module where `exclude` is given"),
+        (lambda: 1.0, nn.Linear(1, 1), {"exclude": ["x"]}, "'x' matches none of weight, bias"),
+        (lambda: 1.0, nn.Linear(1, 1), {"exclude": "bias"}, "to be a list of patterns"),
+    ],
+)
+def test_errors(loss_fn, params, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        regularized_backward(loss_fn, params, GRRule(), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_patterns_match_any_name_of_a_tied_parameter():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    assert match_names(["1.weight"], net) == {id(net[0].weight)}
+    assert match_names(["*.bias"], net) == {id(net[0].bias), id(net[1].bias)}
+    assert match_names(["0.*", "[1].bias"], net) == {id(net[0].weight), id(net[0].bias), id(net[1].bias)}
+    assert match_names([], net) == set()
+    with pytest.raises(ValueError, match=r"'0\.Weight' matches none of 0\.weight, 0\.bias, 1\.weight, 1\.bias;"):
+        match_names(["*", "0.Weight"], net)
+
+
+def test_gradients_with_nan_are_left_alone():
+    net, batch = mlp(), make_batches()[0]
+    before, calls = weights(net), []
+    result = regularized(
+        net, batch, SAMRule(0.1), loss=lambda net, batch: calls.append(1) or cross_entropy(net, batch) * float("nan")
+    )
+    assert len(calls) == 1
+    assert all(g.isnan().all() for g in result.values())
+    assert_same(weights(net), before)
