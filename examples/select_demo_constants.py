@@ -20,7 +20,7 @@ GRID = {
     "F-GR": {f"γ={g:g} ε={e:g}": lambda g=g, e=e: [GradientRegularization(g, e)] for g, e in PAIRS},
     "B-GR": {
         f"γ={g:g} ε={e:g}": lambda g=g, e=e: [GradientRegularization(g, e, "backward")]
-        for g, e in [(0.1, 0.1), (0.2, 0.2), (0.3, 0.2), (0.3, 0.3), (0.5, 0.3)]
+        for g, e in [(0.1, 0.1), (0.2, 0.2), (0.3, 0.2), (0.3, 0.3), (0.5, 0.3), (0.5, 0.5)]
     },
     "SAM": {f"ρ={rho:g}": lambda rho=rho: [SAM(rho)] for rho in (0.1, 0.2, 0.5, 1.0)},
     "flooding": {f"b={level:g}": lambda level=level: [Flooding(level)] for level in (0.5, 0.8, 1.1, 1.3)},

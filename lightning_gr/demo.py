@@ -26,10 +26,10 @@ LEARNING_RATE, MOMENTUM, BATCH = 0.05, 0.9, 64
 # Chosen on the validation split by `python examples/select_demo_constants.py`, which prints the whole grid.
 METHODS: dict[str, Callable[[], list[pl.Callback]]] = {
     "plain": list,
-    "F-GR": lambda: [GradientRegularization(gamma=1.0, epsilon=1.0)],
-    "B-GR": lambda: [GradientRegularization(gamma=0.3, epsilon=0.3, scheme="backward")],
+    "F-GR": lambda: [GradientRegularization(gamma=1.0, epsilon=0.5)],
+    "B-GR": lambda: [GradientRegularization(gamma=0.5, epsilon=0.3, scheme="backward")],
     "SAM": lambda: [SAM(rho=0.5)],
-    "flooding": lambda: [Flooding(level=1.1)],
+    "flooding": lambda: [Flooding(level=0.8)],
 }
 
 

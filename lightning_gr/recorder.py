@@ -1,11 +1,11 @@
 """Remembers the calls of ``training_step`` in one accumulation window, and makes them again."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_gr._compat import is_a, lightning_attributes
@@ -45,13 +45,12 @@ class _Call:
 
     def __init__(self, args: tuple[Any, ...], devices: list[torch.device]) -> None:
         self.tensors: list[tuple[Tensor, int]] = []
-        self.args = apply_to_collection(args, Tensor, self._note)
+        self.args = _rebuild(args, self._note)
         self.random_state = RandomState(devices)
 
-    def _note(self, tensor: Tensor) -> Tensor:
+    def _note(self, tensor: Tensor) -> None:
         if not tensor.is_inference():
             self.tensors.append((tensor, tensor._version))
-        return tensor
 
     def check_unchanged(self) -> None:
         """Refuse a batch that the first pass wrote to: the second one would start from something else."""
@@ -60,6 +59,31 @@ class _Call:
                 "training_step changed a tensor of its batch in place, so it cannot be run again on the same data:"
                 " work on a copy there, as in `x = batch['x'].clone()`"
             )
+
+
+def _rebuild(value: Any, note: Callable[[Tensor], None] = lambda tensor: None) -> Any:
+    """Copy the containers in a batch but not its tensors, each of which is shown to ``note``.
+
+    Any other object with attributes (the batches of graph libraries, dataclasses) is copied as ``copy.copy`` does.
+    """
+    if isinstance(value, Tensor):
+        note(value)
+    elif isinstance(value, (list, tuple)):
+        items = [_rebuild(item, note) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    elif isinstance(value, MutableMapping):
+        entries = copy.copy(value)
+        entries.update({key: _rebuild(item, note) for key, item in value.items()})
+        return entries
+    elif hasattr(value, "__dict__") and not callable(value):
+        try:
+            other = copy.copy(value)
+        except TypeError:  # it holds a lock, a file, …: nobody copies such a thing, so it is passed on
+            return value
+        own = {k: v for k, v in vars(value).items() if isinstance(v, (Tensor, list, tuple, dict))}
+        vars(other).update({key: _rebuild(item, note) for key, item in own.items()})
+        return other
+    return value
 
 
 class Recorder:
@@ -144,7 +168,7 @@ class Recorder:
     def _evaluate(self, call: _Call, transform: Transform) -> None:
         trainer = self.trainer
         # rebuilt again: with the central scheme this call is made twice
-        loss = extract_loss(self._original(*apply_to_collection(call.args, Tensor, _same)))
+        loss = extract_loss(self._original(*_rebuild(call.args)))
         if loss is None:
             raise RuntimeError(
                 "training_step returned a loss in the first pass and none in the second, for the same batch"
@@ -156,7 +180,3 @@ class Recorder:
         loss = loss if scaler is None else scaler.scale(loss)
         # not strategy.backward: its hooks belong to the first pass
         trainer.precision_plugin.backward(transform(loss), self.pl_module, trainer.optimizers[0])
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
