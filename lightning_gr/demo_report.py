@@ -85,7 +85,7 @@ def draw(records: Sequence[EpochRecord], path: Path) -> None:
     left.set(xlabel="epoch", ylabel="‖∇L‖ on the training set", yscale="log", title="Gradient norm")
     right.set(xlabel="epoch", ylabel="test accuracy (%)", title="Accuracy on clean test images")
     accuracies = [100 * record.accuracy for record in records]
-    right.set_ylim(max(60, min(accuracies)) - 1, max(accuracies) + 1)
+    right.set_ylim(max(75, min(accuracies)) - 1, max(accuracies) + 1)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     right.legend(loc="lower right", fontsize="small")
