@@ -1,0 +1,315 @@
+"""A second pass leaves no trace.
+
+Most of these train with a learning rate of zero: then a run with the callback goes through the very weights of a run
+without it, so that everything a user can look at must be equal, bit for bit.
+"""
+
+import copy
+import pickle
+import random
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from modules import METHODS, SOME, TinyModule, assert_same, fit, make_loader, weights
+from torch import nn
+from torch.nn.utils import parametrizations
+from torchmetrics import CatMetric, MeanMetric, MetricCollection, MinMaxMetric
+from torchmetrics.classification import MulticlassF1Score, MulticlassPrecision, MulticlassRecall
+
+from lightning_gr import SAM, GradientRegularization, in_second_pass
+
+ALL_METHODS = [*SOME, "SAM", "backward GR"]
+
+
+def standing(params):
+    """An optimizer that does not move."""
+    return torch.optim.SGD(params, lr=0.0)
+
+
+# --- random numbers
+
+
+class Draws(TinyModule):
+    """Draws from every generator in its training step."""
+
+    def __init__(self, **options):
+        super().__init__(nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double(), **options)
+
+    def training_step(self, batch, batch_idx):
+        drawn = (torch.rand(()).item(), np.random.rand(), random.random())
+        (SECOND if in_second_pass() else FIRST).append(drawn)
+        return super().training_step(batch, batch_idx) * (1 + drawn[0] + drawn[1] + drawn[2])
+
+
+FIRST, SECOND = [], []
+
+
+def generators():
+    return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
+
+
+def draw_and_fit(*callbacks, **options):
+    FIRST.clear()
+    SECOND.clear()
+    pl.seed_everything(1, verbose=False)
+    module = Draws(optimizer=options.pop("optimizer", None) or (lambda p: torch.optim.SGD(p, lr=0.1)))
+    loader = torch.utils.data.DataLoader(make_loader().dataset, batch_size=4, shuffle=True)
+    fit(module, *callbacks, loader=loader, max_epochs=2, **options)
+    return weights(module.net), generators(), list(FIRST), list(SECOND)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("name", ALL_METHODS)
+def test_random_numbers_are_replayed_and_go_on(name, accumulate):
+    _, plain_end, plain, _ = draw_and_fit(accumulate_grad_batches=accumulate)
+    _, end, first, second = draw_and_fit(METHODS[name].callback(), accumulate_grad_batches=accumulate)
+    assert first == plain
+    assert end == plain_end
+    passes = 2 if name.startswith("central") else 1
+    windows = [first[i : i + accumulate] for i in range(0, len(first), accumulate)]
+    assert second == [draw for window in windows for _ in range(passes) for draw in window]
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        GradientRegularization(gamma=0.0),
+        SAM(rho=0.0),
+        GradientRegularization(start_step=10**6),
+        GradientRegularization(warmup_steps=10**6, start_step=11),
+    ],
+)
+def test_nothing_to_do_is_bit_identical(callback):
+    without, with_it = draw_and_fit(), draw_and_fit(callback)
+    assert_same(with_it[0], without[0])
+    assert with_it[1:] == without[1:]
+    assert with_it[3] == []
+
+
+# --- modules
+
+
+class Stateful(nn.Module):
+    """Everything that a layer may carry along."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.average = nn.BatchNorm1d(5), nn.BatchNorm1d(5, momentum=None)
+        self.instance = nn.InstanceNorm1d(1, track_running_stats=True)
+        self.spectral = parametrizations.spectral_norm(nn.Linear(5, 5))
+        self.old_spectral = torch.nn.utils.spectral_norm(nn.Linear(5, 5))
+        self.head = nn.Linear(5, 3)
+        self.register_buffer("queue", torch.zeros(6, 5))
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("wide", torch.arange(5.0).expand(3, 5), persistent=False)
+        self.calls, self.pointer, self.seen, self.by_kind = 0, 0, [], {"loss": [], "n": set()}
+        self.hidden = torch.zeros(5)
+        self.many = list(range(2000))
+
+    def forward(self, x):
+        x = self.instance(self.average(self.norm(x)).unsqueeze(1)).squeeze(1)
+        x = self.old_spectral(self.spectral(x))
+        self.queue[self.pointer] = x.detach()[0]
+        self.pointer = (self.pointer + 1) % 6
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        self.hidden = 0.5 * self.hidden + x.detach()[0]
+        self.calls += 1
+        self.seen.append(x.detach().sum())
+        self.many.append(self.calls)
+        self.by_kind["loss"].append(self.calls)
+        self.by_kind["n"].add(self.calls)
+        return self.head(x + self.queue.mean() + self.mean + self.hidden)
+
+
+def state_of(net):
+    """All of it as plain values."""
+    own = (net.calls, net.pointer, [s.item() for s in net.seen], net.by_kind, net.hidden.tolist(), net.many)
+    return {name: value.tolist() for name, value in net.state_dict().items()}, own
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", ALL_METHODS)
+def test_modules_are_as_without(name, accumulate):
+    states = []
+    for callbacks in ([], [METHODS[name].callback()]):
+        torch.manual_seed(0)
+        module = TinyModule(Stateful().double(), optimizer=standing)
+        queue = module.net.queue
+        fit(module, *callbacks, max_epochs=2, accumulate_grad_batches=accumulate)
+        assert module.net.queue is queue
+        states.append(state_of(module.net))
+    assert states[0] == states[1]
+
+
+def test_second_pass_sees_the_function_of_the_first():
+    losses = {False: [], True: []}
+
+    class Looks(TinyModule):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            losses[in_second_pass()].append(loss.item())
+            return loss
+
+    torch.manual_seed(0)
+    # so small a step that the loss is the same: what differs would be the buffers that it is made from
+    fit(Looks(Stateful().double()), GradientRegularization(1e-30, 1e-30), max_epochs=2)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-14)
+    assert len(losses[True]) == 6
+
+
+# --- metrics, logs and hooks
+
+
+class Logs(TinyModule):
+    """Logs in every way, with metrics of every kind."""
+
+    def __init__(self):
+        super().__init__(optimizer=standing)
+        self.mean, self.kept, self.extremes = MeanMetric(), CatMetric(), MinMaxMetric(MeanMetric())
+        common = {"num_classes": 3}
+        kinds = [MulticlassPrecision(**common), MulticlassRecall(**common), MulticlassF1Score(**common)]
+        self.several = MetricCollection(kinds)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log_dict({"a": loss * 2, "b": batch_idx}, on_epoch=True)
+        self.mean(loss.detach())
+        self.kept.update(loss.detach())
+        self.extremes.update(loss.detach())
+        self.log("mean", self.mean, on_epoch=True)
+        self.log_dict(self.several(self.net(x), y), on_epoch=True)
+        return {"loss": loss, "extra": loss.detach() * 3}
+
+    def on_train_epoch_end(self):
+        RESULTS.append([value.item() for value in self.kept.value])
+        RESULTS.append({k: v.item() for k, v in self.extremes.compute().items()})
+        RESULTS.append({k: v.item() for k, v in self.several.compute().items()})
+        RESULTS.append((self.mean._update_count, self.mean._forward_cache.item(), self.kept._update_count))
+
+
+RESULTS = []
+
+
+class Watches(pl.Callback):
+    """Notes each hook that is called, and what it is given."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        RESULTS.append({k: v.item() for k, v in outputs.items()})
+        RESULTS.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+HOOKS = [name for name in dir(pl.Callback) if name.startswith("on_")]
+for _name in HOOKS:
+    if _name not in vars(Watches):
+        setattr(Watches, _name, lambda self, *args, _name=_name: RESULTS.append(_name))
+
+
+class Hooked(Logs):
+    """Notes its own hooks."""
+
+
+for _name in [n for n in dir(pl.LightningModule) if n.startswith("on_") and "transfer" not in n]:
+    if _name not in vars(Logs) and "gpu" not in _name:
+        setattr(Hooked, _name, lambda self, *args, _name=_name: RESULTS.append(f"module {_name}"))
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", ALL_METHODS)
+def test_logs_metrics_outputs_and_hooks_are_as_without(name, accumulate, tmp_path):
+    seen = []
+    for i, callbacks in enumerate(([], [METHODS[name].callback()])):
+        RESULTS.clear()
+        torch.manual_seed(0)
+        logger = pl.loggers.CSVLogger(tmp_path, version=i)
+        options = {"accumulate_grad_batches": accumulate, "log_every_n_steps": 1, "logger": logger}
+        trainer = fit(Hooked(), *callbacks, Watches(), max_epochs=2, **options)
+        final = {k: v.item() for k, v in trainer.callback_metrics.items()}
+        seen.append([*RESULTS, final, (tmp_path / "lightning_logs" / f"version_{i}" / "metrics.csv").read_text()])
+    assert len(seen[0]) > 80
+    assert seen[0] == seen[1]
+
+
+def test_long_list_states_are_not_copied():
+    module = Logs()
+    module.kept.update(torch.tensor(3.0))
+    (held,), states = module.kept.value, module.kept.value
+    fit(module, SAM(0.1), limit_train_batches=2)
+    assert module.kept.value is states
+    assert module.kept.value[0] is held
+
+
+# --- gradients that are not finite, or zero
+
+
+class Spoiled(TinyModule):
+    """One entry of its first gradient is not finite."""
+
+    bad = float("nan")
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss + self.net[0].weight[0, 0] * self.bad if batch_idx == 1 else loss
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ALL_METHODS)
+def test_gradients_that_are_not_finite_are_passed_on(name, bad):
+    seen = []
+    for callbacks in ([], [METHODS[name].callback()]):
+        module = Spoiled(optimizer=standing)
+        module.bad = bad
+        fit(module, *callbacks)
+        seen.append(module.gradients)
+    plain, regularized = seen
+    assert not all(gradient.isfinite().all() for gradient in plain[1].values())
+    for key in plain[1]:
+        torch.testing.assert_close(regularized[1][key], plain[1][key], rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(regularized[2]["0.weight"], plain[2]["0.weight"])
+
+
+@pytest.mark.parametrize("name", ALL_METHODS)
+def test_a_zero_gradient_perturbs_nothing(name):
+    module = TinyModule(loss=lambda net, batch: net(batch[0]).sum() * 0)
+    before = weights(module.net)
+    fit(module, METHODS[name].callback())
+    assert_same(weights(module.net), before)
+
+
+# --- copies of what is in training
+
+
+class Copies(pl.Callback):
+    """Copies module and callback at a moment when both are at work."""
+
+    def __init__(self):
+        self.copies = []
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        method = trainer.callbacks[0]
+        for duplicate in (copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))):
+            self.copies.append((duplicate(pl_module), duplicate(method)))
+
+
+class Picklable(TinyModule):
+    def __init__(self):
+        super().__init__()
+        self.scheduler = None
+
+
+def test_module_and_callback_are_copied_in_training():
+    copies = Copies()
+    module = Picklable()
+    fit(module, SAM(0.2), copies)
+    assert len(copies.copies) == 6
+    for other, method in copies.copies:
+        assert "log" not in vars(other)
+        assert "training_step" not in vars(other)
+        twin = copy.deepcopy(other)
+        fit(other, method)
+        fit(twin, SAM(0.2))
+        assert_same(weights(other.net), weights(twin.net))
