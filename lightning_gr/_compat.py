@@ -8,7 +8,7 @@ from torch import nn
 
 __all__ = ["REFUSED_STRATEGIES", "SUPPORTED_STRATEGIES", "CallbackBase", "is_a", "lightning_attributes"]
 
-SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
 # these inherit from supported ones
 REFUSED_STRATEGIES = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrategy")
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_gr.sharding import local_parts
 from lightning_gr.two_pass import Replay, Transform
 
 __all__ = ["HeldGradients"]
@@ -28,7 +29,7 @@ class HeldGradients:
         both = [(param.grad, grad) for param, grad in self._held if param.grad is not None]
         if both:
             now, before = zip(*both, strict=True)
-            torch._foreach_add_(now, before)
+            torch._foreach_add_(local_parts(now), local_parts(before))
         for param, grad in self._held:
             param.grad = grad if param.grad is None else param.grad
         self._held = []
@@ -36,8 +37,8 @@ class HeldGradients:
     def before(self, replay: Replay) -> Replay:
         """``replay``, with the gradients given back first: DDP reduces all of them together in its backward pass."""
 
-        def give_back_and_replay(transform: Transform) -> None:
+        def give_back_and_replay(transform: Transform, last: bool = True) -> None:
             self.give_back()
-            replay(transform)
+            replay(transform, last)
 
         return give_back_and_replay

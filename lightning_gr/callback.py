@@ -38,13 +38,16 @@ class Flooding(CallbackBase):
     Only the direction of the gradient changes, by the sign of L − b, so this costs nothing; the loss that is logged is
     L itself. Beside :class:`GradientRegularization` or :class:`SAM` in the callbacks list it floods that method's
     loss: each of its gradients is turned round where the loss it comes from is below the level. The decision is
-    made for each micro-batch on each device from its own loss, and on the device.
+    made for each micro-batch, and without the host waiting for the device.
 
     Args:
         level: The flood level b ≥ 0, in the unit of the training loss.
+        sync: On several devices, whether the loss that is compared with the level is the mean over them, as for one
+            large batch. That costs one all-reduce of one number per backward pass, for which that pass waits. False
+            lets each device decide by its own loss, at no cost.
 
     Raises:
-        ValueError: If ``level`` is not a non-negative float.
+        ValueError: If ``level`` is not a non-negative float or ``sync`` not a bool.
 
     Source: Ishida et al. (ICML 2020, arXiv 2002.08709), equation 2. That its ups and downs perform finite-difference
     GR implicitly: Karakida et al. (ICML 2023, arXiv 2210.02720), section 5.
@@ -55,10 +58,12 @@ class Flooding(CallbackBase):
         >>> trainer = Trainer(callbacks=[Flooding(level=0.1)], logger=False, accelerator="cpu")
     """
 
-    def __init__(self, level: float) -> None:
+    def __init__(self, level: float, sync: bool = False) -> None:
         super().__init__()
         checks.check_level(level)
+        check_bool("sync", sync)
         self.level = float(level)
+        self.sync = sync
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Check the context."""
@@ -67,9 +72,13 @@ class Flooding(CallbackBase):
 
     def on_before_backward(self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor) -> None:
         """Turn the gradient round where the loss, which comes divided and scaled, is below the level."""
-        scale = loss_scale(trainer, loss.device)
+        self.flood_gradient_(trainer, loss, loss_scale(trainer, loss.device))
+
+    def flood_gradient_(self, trainer: "Trainer", loss: Tensor, scale: Tensor | None = None) -> None:
+        """Flood the gradient of ``loss``, which comes divided by the number of micro-batches and times ``scale``."""
         level = self.level / trainer.accumulate_grad_batches
-        flood_gradient_(loss, level if scale is None else level * scale)
+        value = trainer.strategy.reduce(loss.detach(), reduce_op="mean") if self.sync else loss
+        flood_gradient_(loss, level if scale is None else level * scale, value)
 
 
 class TwoPassCallback(CallbackBase):
@@ -145,6 +154,7 @@ class TwoPassCallback(CallbackBase):
         if stage == "fit":
             checks.check_two_pass(trainer, pl_module, TwoPassCallback)
             checks.check_accumulation(trainer, self.accumulation, self.ascent_sync)
+            checks.check_sharded(trainer, self.rule, self.ascent_sync)
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Find the excluded parameters, which ``configure_model`` may have made only now."""
@@ -155,7 +165,7 @@ class TwoPassCallback(CallbackBase):
         """Begin to record."""
         if self._recorder is not None:
             self._recorder.remove()
-        floods = [callback.level for callback in trainer.callbacks if isinstance(callback, Flooding)]  # type: ignore[attr-defined]
+        floods = [callback.flood_gradient_ for callback in trainer.callbacks if isinstance(callback, Flooding)]  # type: ignore[attr-defined]
         self._recorder = Recorder(trainer, pl_module, floods[0] if floods else None)
 
     def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

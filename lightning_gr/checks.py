@@ -7,12 +7,12 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_gr._compat import REFUSED_STRATEGIES, SUPPORTED_STRATEGIES, is_a
-from lightning_gr.rules import check_number
+from lightning_gr.rules import Rule, check_number
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["check_accumulation", "check_flooding", "check_level", "check_sparse", "check_two_pass"]
+__all__ = ["check_accumulation", "check_flooding", "check_level", "check_sharded", "check_sparse", "check_two_pass"]
 
 
 def check_level(level: object) -> None:
@@ -33,8 +33,8 @@ def check_two_pass(trainer: "Trainer", pl_module: "LightningModule", kind: type)
     if not is_a(trainer.strategy, *SUPPORTED_STRATEGIES) or is_a(trainer.strategy, *REFUSED_STRATEGIES):
         name = type(trainer.strategy).__name__
         raise MisconfigurationException(
-            f"Gradient regularization does not work with {name}: the second pass was shown to be right on one device"
-            " and with DDP, so use `Trainer(strategy='auto')` or `Trainer(strategy='ddp')`"
+            f"Gradient regularization does not work with {name}: the second pass was shown to be right on one device,"
+            " with DDP and with FSDP2, so use `Trainer(strategy='auto')`, `'ddp'` or `ModelParallelStrategy()`"
         )
     if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
         raise MisconfigurationException(
@@ -49,6 +49,22 @@ def check_accumulation(trainer: "Trainer", accumulation: str, ascent_sync: bool)
         raise MisconfigurationException(
             "`accumulation='micro_batch'` on several devices takes each one's own direction: add `ascent_sync=False`,"
             " or use `accumulation='window'`"
+        )
+
+
+def check_sharded(trainer: "Trainer", rule: Rule, ascent_sync: bool) -> None:
+    """Refuse what cannot be done where each rank holds only a part of the parameters."""
+    if not is_a(trainer.strategy, "ModelParallelStrategy"):
+        return
+    if rule.update().curvature:
+        raise MisconfigurationException(
+            "`scheme='exact'` cannot differentiate twice through parameters that are spread over ranks: use"
+            " `scheme='central'`, which is as good to second order in epsilon"
+        )
+    if not ascent_sync and trainer.world_size > 1:
+        raise MisconfigurationException(
+            "`ascent_sync=False` needs all parameters on each device, but ModelParallelStrategy spreads them: leave"
+            " `ascent_sync=True`, or use `Trainer(strategy='ddp')`"
         )
 
 

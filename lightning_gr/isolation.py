@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_gr.sharding import local_parts
+
 __all__ = ["ModuleState", "RandomState", "StatefulModules", "deferred_signals", "in_second_pass", "second_pass"]
 
 _in_second_pass = False
@@ -142,7 +144,7 @@ class ModuleState:
             if getattr(module, name) is not buffer:
                 setattr(module, name, buffer)
         if self._values:
-            torch._foreach_copy_([buffer for _, _, buffer in self._buffers], self._values)
+            torch._foreach_copy_(local_parts([buffer for _, _, buffer in self._buffers]), local_parts(self._values))
         for module, own in self._attributes:
             _replace(vars(module), own, set(self._read(module, self._foreign)) - own.keys())
         for container in self._containers:

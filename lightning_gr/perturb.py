@@ -1,6 +1,7 @@
 """Directions, norms, and a perturbation of the weights that is taken back bit for bit.
 
-Everything here works in place and on the device (foreach operators, no host synchronization). Besides one copy of the
+Everything here works in place, on the device (foreach operators, no host synchronization) and on this rank's parts of
+distributed tensors; only a norm is reduced over ranks. Besides one copy of the
 weights, which is kept between steps because allocating it anew costs more than filling it, nothing of the size of the
 parameters is allocated; ASAM needs one such set more, for |θ| + η.
 """
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lightning_gr.rules import Update
+from lightning_gr.sharding import by_layout, local_parts, norm_over_ranks
 
-__all__ = ["Perturbation", "WeightCopy", "all_finite", "direction_factor", "global_norm"]
+__all__ = ["Perturbation", "WeightCopy", "direction_factor", "global_norm"]
 
 
 def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
@@ -40,21 +42,28 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of all tensors taken as one vector, as a 0-dimensional tensor on the first one's device.
 
     It is accumulated in float32 at least (bfloat16 keeps 8 bits and float16 ends at 65,504), in float64 if one of the
-    tensors is.
+    tensors is. Of distributed tensors it is the norm of the whole, equal on all ranks.
     """
     dtype = _wide_dtype(tensors)
+    groups = by_layout(tensors).values()
+    return _norm([norm_over_ranks(_norm(_tensor_norms(local_parts(group), dtype)), group[0]) for group in groups])
+
+
+def _norm(norms: Sequence[Tensor]) -> Tensor:
+    """The norm of all from the norms of each."""
+    if len(norms) == 1:
+        return norms[0]
+    together = torch.stack([norm.to(norms[0].device, non_blocking=True) for norm in norms])
+    return torch.linalg.vector_norm(together)  # type: ignore[no-any-return]
+
+
+def _tensor_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     norms: list[Tensor] = []
     for group in _by_device(tensors).values():
         # complex norms are real; the operator wants a dtype of the same kind as its input
         real = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in group]
         norms.extend(torch._foreach_norm(real, 2.0, dtype=dtype))
-    together = torch.stack([norm.to(norms[0].device, non_blocking=True) for norm in norms])
-    return torch.linalg.vector_norm(together)  # type: ignore[no-any-return]
-
-
-def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether all entries are finite, as a 0-dimensional tensor; a norm that overflows counts as not finite."""
-    return torch.isfinite(global_norm(tensors))
+    return norms
 
 
 def inverse(norm: Tensor) -> Tensor:
@@ -62,7 +71,9 @@ def inverse(norm: Tensor) -> Tensor:
     return norm.clamp_min(torch.finfo(norm.dtype).tiny).reciprocal()
 
 
-def direction_factor(update: Update, grads: Sequence[Tensor], loss_scale: Tensor | None) -> Tensor | None:
+def direction_factor(
+    update: Update, grads: Sequence[Tensor], loss_scale: Tensor | None, norm: Tensor | None = None
+) -> Tensor | None:
     """What ``grads`` must be multiplied by to be the direction d; None stands for 1.
 
     Args:
@@ -70,10 +81,11 @@ def direction_factor(update: Update, grads: Sequence[Tensor], loss_scale: Tensor
         grads: S · ∇L(θ); for the adaptive direction S · (|θ|+η) ⊙ ∇L(θ).
         loss_scale: The scale S of a gradient scaler, as a tensor; None stands for 1. A normalized direction does not
             depend on it.
+        norm: S · ‖∇L(θ)‖, if it is known already.
     """
     if update.direction == "gradient":
         return None if loss_scale is None else loss_scale.to(_wide_dtype(grads)).reciprocal()
-    return inverse(global_norm(grads))
+    return inverse(global_norm(grads) if norm is None or update.direction == "adaptive" else norm)
 
 
 def warn_if_unmoved(params: Sequence[Tensor], before: Sequence[Tensor], direction: Sequence[Tensor]) -> None:
@@ -93,7 +105,7 @@ def warn_if_unmoved(params: Sequence[Tensor], before: Sequence[Tensor], directio
 
 
 class WeightCopy:
-    """An exact copy of some parameters, in storage that is kept from step to step.
+    """An exact copy of some parameters (of their local parts), in storage that is kept from step to step.
 
     Args:
         check_resolution: Whether to look, at the first perturbation and only then, if 16-bit weights move at all.
@@ -101,12 +113,12 @@ class WeightCopy:
 
     def __init__(self, check_resolution: bool = False) -> None:
         self.check_resolution = check_resolution
-        self._key: tuple[tuple[int, torch.Size, torch.dtype, torch.device], ...] = ()
+        self._key: tuple[tuple[torch.Size, torch.dtype, torch.device], ...] = ()
         self.tensors: list[Tensor] = []
 
     def take(self, params: Sequence[Tensor]) -> None:
         """Copy ``params`` (their current values)."""
-        key = tuple((id(p), p.shape, p.dtype, p.device) for p in params)
+        key = tuple((p.shape, p.dtype, p.device) for p in params)
         if key != self._key:
             self.tensors = [torch.empty_like(p) for p in params]
             self._key = key
@@ -129,21 +141,29 @@ class Perturbation:
         params: The parameters to move. Each has a gradient.
         copy: Where the weights are kept meanwhile.
         loss_scale: The scale that the gradients carry, see :func:`direction_factor`.
+        norm: The norm of all gradients, if it is known already.
     """
 
     def __init__(
-        self, update: Update, params: Sequence[Tensor], copy: WeightCopy, loss_scale: Tensor | None = None
+        self,
+        update: Update,
+        params: Sequence[Tensor],
+        copy: WeightCopy,
+        loss_scale: Tensor | None = None,
+        norm: Tensor | None = None,
     ) -> None:
         self.update = update
         self.params = list(params)
+        self._parts = local_parts(params)
         self.copy = copy
         self.loss_scale = loss_scale
+        self.norm = norm
         self.step: float | None = None
         self._moved = False
 
     def __enter__(self) -> "Perturbation":
         with torch.no_grad():
-            self.copy.take(self.params)
+            self.copy.take(self._parts)
         return self
 
     def __exit__(
@@ -155,7 +175,7 @@ class Perturbation:
     def restore(self) -> None:
         """Put the copy back. Harmless to repeat, so that a caller can make sure after a KeyboardInterrupt in here."""
         if self._moved:
-            self.copy.put_back(self.params)
+            self.copy.put_back(self._parts)
             self._moved = False
             torch.clear_autocast_cache()
 
@@ -167,29 +187,30 @@ class Perturbation:
             self._leave(step)
         else:
             # θ + s₂ d = θ + (s₂/s₁)(θ₁ − θ), with θ₁ where the weights are now
-            torch._foreach_lerp_(self.params, self.copy.tensors, 1.0 - step / self.step)
+            torch._foreach_lerp_(self._parts, self.copy.tensors, 1.0 - step / self.step)
         self.step = step
         # a cast of the old weights may be cached if the caller holds one autocast context around both passes
         torch.clear_autocast_cache()
 
     def _leave(self, step: float) -> None:
-        grads = [p.grad for p in self.params if p.grad is not None]
+        whole = [p.grad for p in self.params if p.grad is not None]
+        grads = local_parts(whole)
         adaptive = self.update.direction == "adaptive"
         if adaptive:
-            scales = torch._foreach_abs(self.params)
+            scales = torch._foreach_abs(self._parts)
             if self.update.eta:
                 torch._foreach_add_(scales, self.update.eta)
             torch._foreach_mul_(grads, scales)
-        factor = direction_factor(self.update, grads, self.loss_scale)
+        factor = direction_factor(self.update, whole, self.loss_scale, self.norm)
         if factor is not None:
             scale_(grads, factor)
         if adaptive:
-            torch._foreach_addcmul_(self.params, grads, scales, value=step)
+            torch._foreach_addcmul_(self._parts, grads, scales, value=step)
         else:
-            torch._foreach_add_(self.params, grads, alpha=step)
+            torch._foreach_add_(self._parts, grads, alpha=step)
         if self.copy.check_resolution:
             self.copy.check_resolution = False
-            warn_if_unmoved(self.params, self.copy.tensors, grads)
+            warn_if_unmoved(self._parts, self.copy.tensors, grads)
         self._keep(grads, factor)
 
     def _keep(self, grads: list[Tensor], factor: Tensor | None) -> None:

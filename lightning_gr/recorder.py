@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_gr._compat import is_a, lightning_attributes
-from lightning_gr.flooding import flood_gradient_
 from lightning_gr.isolation import ModuleState, RandomState, StatefulModules, second_pass
 from lightning_gr.two_pass import Transform, extract_loss
 
@@ -92,13 +91,18 @@ class Recorder:
     Args:
         trainer: The Trainer, with its model set up.
         pl_module: The module in training.
-        level: The flood level of the second pass's loss; None does not flood.
+        flood: Floods the loss of the second pass, given the Trainer and the loss; None does not flood.
     """
 
-    def __init__(self, trainer: "Trainer", pl_module: "LightningModule", level: float | None) -> None:
+    def __init__(
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        flood: Callable[["Trainer", Tensor], None] | None,
+    ) -> None:
         self.trainer = trainer
         self.pl_module = pl_module
-        self.level = level
+        self.flood = flood
         self._calls: dict[int, _Call] = {}
         self.batch_idx = -1
         self._local = False
@@ -152,7 +156,7 @@ class Recorder:
         strategy: Any = self.trainer.strategy
         return strategy.block_backward_sync() if is_a(strategy, "ParallelStrategy") else nullcontext()
 
-    def replay(self, transform: Transform) -> None:
+    def replay(self, transform: Transform, last: bool = True) -> None:
         """Make the calls of the window again, see :class:`~lightning_gr.two_pass.Replay`."""
         self._unsynced.close()
         if not self._calls:
@@ -162,7 +166,7 @@ class Recorder:
                 call.check_unchanged()
                 call.random_state.restore()
                 # one reduction of the gradients for the whole window, as in the first pass
-                with nullcontext() if position == len(self._calls) else self._without_sync():
+                with nullcontext() if last and position == len(self._calls) else self._without_sync():
                     self._evaluate(call, transform)
 
     def _evaluate(self, call: _Call, transform: Transform) -> None:
@@ -174,8 +178,8 @@ class Recorder:
                 "training_step returned a loss in the first pass and none in the second, for the same batch"
             )
         loss = loss / trainer.accumulate_grad_batches
-        if self.level is not None:
-            flood_gradient_(loss, self.level / trainer.accumulate_grad_batches)
+        if self.flood is not None:
+            self.flood(trainer, loss)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         loss = loss if scaler is None else scaler.scale(loss)
         # not strategy.backward: its hooks belong to the first pass

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lightning_gr.flooding import flood_gradient_
 from lightning_gr.isolation import ModuleState, RandomState, StatefulModules, deferred_signals, second_pass
-from lightning_gr.perturb import Perturbation, WeightCopy, all_finite, direction_factor, scale_
+from lightning_gr.perturb import Perturbation, WeightCopy, direction_factor, global_norm, scale_
 from lightning_gr.rules import Rule, Update
+from lightning_gr.sharding import is_distributed, settle_gradients
 
 __all__ = ["Replay", "add_second_pass_", "extract_loss", "match_names", "regularized_backward"]
 
@@ -21,10 +22,11 @@ Transform = Callable[[Tensor], Tensor]
 class Replay(Protocol):
     """Computes the loss of the first pass again, at the current weights, and back-propagates what is made of it."""
 
-    def __call__(self, transform: Transform) -> None:
+    def __call__(self, transform: Transform, last: bool = True) -> None:
         """For each loss of the first pass: back-propagate ``transform(loss)``, adding to ``.grad``.
 
-        The loss carries whatever factor (of a gradient scaler, of accumulation) it carried in the first pass.
+        The loss carries whatever factor (of a gradient scaler, of accumulation) it carried in the first pass. Only the
+        last replay of a step needs to reduce the gradients over devices: it reduces what was accumulated before, too.
         """
         ...
 
@@ -51,28 +53,31 @@ def add_second_pass_(
         check_finite: Whether this process may decide by itself to leave a gradient with NaN or infinity alone. It is
             done on the CPU only, where looking is free; on a GPU it spreads over ``.grad``, never to the weights.
     """
+    settle_gradients(params)
     targets = [p for p in params if p.grad is not None]
     grads = [p.grad for p in targets if p.grad is not None]
-    on_cpu = all(grad.device.type == "cpu" for grad in grads)
-    if not grads or (check_finite and on_cpu and not all_finite(grads)):
+    if not grads:
+        return
+    looks = check_finite and all(grad.device.type == "cpu" for grad in grads)
+    norm = global_norm(grads) if looks or update.direction == "normalized" else None
+    # a norm that overflows counts as not finite
+    if looks and norm is not None and not norm.isfinite():
         return
     with _unchanged_gradients(excluded):
         if update.curvature:
-            _add_exact_(update, targets, grads, replay, loss_scale)
+            _add_exact_(update, targets, grads, replay, loss_scale, norm)
         if update.probes:
-            _add_probes_(update, targets, replay, copy, loss_scale)
+            _add_probes_(Perturbation(update, targets, copy, loss_scale, norm), replay)
 
 
-def _add_probes_(
-    update: Update, params: Sequence[Tensor], replay: Replay, copy: WeightCopy, loss_scale: Tensor | None
-) -> None:
-    perturbation = Perturbation(update, params, copy, loss_scale)
+def _add_probes_(perturbation: Perturbation, replay: Replay) -> None:
     with deferred_signals():
         try:
             with perturbation:
-                for step, weight in update.probes:
-                    perturbation.move_to(step)
-                    replay(_Times(weight))
+                probes = perturbation.update.probes
+                for probe in probes:
+                    perturbation.move_to(probe.step)
+                    replay(_Times(probe.weight), last=probe is probes[-1])
         finally:
             perturbation.restore()  # again, should Ctrl-C have come on the way to the first time
 
@@ -88,11 +93,16 @@ class _Times:
 
 
 def _add_exact_(
-    update: Update, params: Sequence[Tensor], grads: list[Tensor], replay: Replay, loss_scale: Tensor | None
+    update: Update,
+    params: Sequence[Tensor],
+    grads: list[Tensor],
+    replay: Replay,
+    loss_scale: Tensor | None,
+    norm: Tensor | None,
 ) -> None:
     """Add curvature · H d by back-propagating curvature · ⟨∇L, d⟩ with d held constant."""
     direction = [grad.detach().clone() for grad in grads]
-    factor = direction_factor(update, direction, loss_scale)
+    factor = direction_factor(update, direction, loss_scale, norm)
     if factor is not None:
         scale_(direction, factor)
 
@@ -108,10 +118,17 @@ def _add_exact_(
 
 @contextmanager
 def _unchanged_gradients(params: Sequence[Tensor]) -> Iterator[None]:
-    """Let everything that is back-propagated to ``params`` arrive as zero, so that DDP still sees it arrive."""
+    """Let nothing of what is back-propagated to ``params`` be kept.
+
+    It arrives as zero, so that DDP still sees it arrive. No hook sees what FSDP2 writes: there, the old gradient is put
+    back.
+    """
     with ExitStack() as stack:
         for param in params:
-            if param.requires_grad:
+            if is_distributed(param):
+                stack.callback(setattr, param, "grad", param.grad)
+                param.grad = None
+            elif param.requires_grad:
                 stack.callback(param.register_hook(torch.zeros_like).remove)  # type: ignore[no-untyped-call]
         yield
 
@@ -219,7 +236,7 @@ def regularized_backward(
         backward(transform(scaled))
         return loss.detach()
 
-    def replay(transform: Transform) -> None:
+    def replay(transform: Transform, last: bool = True) -> None:
         with second_pass(stateful, before, devices):
             numbers.restore()
             evaluate(transform)

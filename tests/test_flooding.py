@@ -46,6 +46,16 @@ def test_the_hook_survives_double_backward(level):
     assert torch.equal(hg, 4 * x)  # both factors turn round
 
 
+@pytest.mark.parametrize("value", [1.0, 9.0])
+def test_another_value_may_decide(value):
+    """As the mean of the loss over devices does."""
+    x = torch.tensor([1.0], requires_grad=True)
+    loss = (5 * x).sum()
+    flood_gradient_(loss, 4.0, torch.tensor(value))
+    loss.backward()
+    assert x.grad.item() == (-5 if value < 4 else 5)
+
+
 def test_a_scaled_loss_is_compared_with_a_scaled_level():
     for scale, level in ((1.0, 4.0), (1024.0, torch.tensor(4096.0))):
         x = torch.tensor([1.0], requires_grad=True)
