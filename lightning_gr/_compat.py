@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-__all__ = ["REFUSED_STRATEGIES", "SUPPORTED_STRATEGIES", "CallbackBase", "is_a", "lightning_attributes"]
+__all__ = [
+    "REFUSED_STRATEGIES",
+    "SUPPORTED_STRATEGIES",
+    "CallbackBase",
+    "is_a",
+    "lightning_attributes",
+    "skips_backward",
+]
 
 SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
 # these inherit from supported ones
@@ -23,6 +30,7 @@ def _namespaces() -> list[Any]:
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as CallbackBase
+    from pytorch_lightning import Trainer
 else:
     _NAMESPACES = _namespaces()
     CallbackBase = type(
@@ -35,6 +43,11 @@ else:
 def is_a(instance: object, *class_names: str) -> bool:
     """Whether one of the classes of ``instance`` has one of these names, in whichever namespace it lives."""
     return any(cls.__name__ in class_names for cls in type(instance).__mro__)
+
+
+def skips_backward(trainer: "Trainer") -> bool:
+    """Whether this epoch has no backward pass: StochasticWeightAveraging's last one, for BatchNorm's statistics."""
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))
 
 
 def lightning_attributes() -> frozenset[str]:

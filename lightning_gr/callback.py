@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_gr import checks
-from lightning_gr._compat import CallbackBase
+from lightning_gr._compat import CallbackBase, skips_backward
 from lightning_gr.accumulation import HeldGradients
 from lightning_gr.flooding import flood_gradient_
 from lightning_gr.perturb import WeightCopy
@@ -103,6 +103,7 @@ class TwoPassCallback(CallbackBase):
     _excluded: set[int]
     _update: Update | None
     _held: HeldGradients
+    _begun: bool
     _passed: bool
 
     def __init__(
@@ -134,6 +135,7 @@ class TwoPassCallback(CallbackBase):
             "_excluded": set(),
             "_update": None,
             "_held": HeldGradients(),
+            "_begun": False,
             "_passed": False,
         }
 
@@ -163,6 +165,7 @@ class TwoPassCallback(CallbackBase):
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Begin to record."""
+        self._begun = False
         if self._recorder is not None:
             self._recorder.remove()
         floods = [callback.flood_gradient_ for callback in trainer.callbacks if isinstance(callback, Flooding)]  # type: ignore[attr-defined]
@@ -175,13 +178,15 @@ class TwoPassCallback(CallbackBase):
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        """At the first micro-batch of a window, decide about the whole window."""
+        """At the first micro-batch of a window (which may be resumed in its middle), decide about the whole window."""
         recorder = self._running()
-        if batch_idx % trainer.accumulate_grad_batches == 0:
+        if batch_idx % trainer.accumulate_grad_batches == 0 or not self._begun:
+            self._begun = True
             recorder.forget()
             step = trainer.global_step
             update = self.rule.update(self.schedule.strength(step))
-            self._update = update if self.should_regularize(step) and not update.is_plain else None
+            due = self.should_regularize(step) and not update.is_plain and not skips_backward(trainer)
+            self._update = update if due else None
         elif self._by_micro_batch(trainer):
             recorder.forget()
         self._passed = False
