@@ -34,8 +34,10 @@ def end(process):
 
 def finish(log, *commands, limit):
     """Run commands side by side; returns the exit statuses and what all of them printed."""
+    temporary = {"TMPDIR": str(Path(log).parent)}  # torchrun leaves folders there
     with open(log, "w", encoding="utf-8") as output:
-        processes = [start(command, stdout=output, stderr=subprocess.STDOUT) for command in commands]
+        options = {"stdout": output, "stderr": subprocess.STDOUT, "environment": temporary}
+        processes = [start(command, **options) for command in commands]
     try:
         codes = [process.wait(limit) for process in processes]
     except subprocess.TimeoutExpired as error:

@@ -1,0 +1,106 @@
+"""The program of a cluster job: digits, a small network and gradient regularization, by LightningCLI.
+
+It stops cleanly when it is preempted, and goes on where it was when it is started again, to the same weights as if
+nothing had happened. See README.md here.
+"""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.utilities import rank_zero_info
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+import lightning_gr  # noqa: F401  (makes its callbacks known by their short names)
+
+
+class Digits(pl.LightningDataModule):
+    """Handwritten digits, in an order that depends on the epoch only: a run can go on in the middle of one.
+
+    Args:
+        batch_size: The number of images in a step, over all devices.
+    """
+
+    def __init__(self, batch_size: int = 64) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        images, labels = load_digits(return_X_y=True)
+        data = TensorDataset(torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels))
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        sampler = StatefulDistributedSampler(data, ranks, rank, shuffle=True, seed=0, drop_last=True)
+        return StatefulDataLoader(data, self.batch_size // ranks, sampler=sampler, drop_last=True)
+
+
+class Classifier(pl.LightningModule):
+    """A multilayer perceptron.
+
+    Args:
+        width: The number of units in each hidden layer.
+        learning_rate: Of SGD with momentum.
+    """
+
+    def __init__(self, width: int = 256, learning_rate: float = 0.05) -> None:
+        super().__init__()
+        self.learning_rate = learning_rate
+        self.net = nn.Sequential(
+            nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
+        )
+
+    def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
+        images, labels = batch
+        loss = nn.functional.cross_entropy(self.net(images), labels)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)
+
+
+class Preemption(pl.Callback):
+    """On SIGUSR1, save and requeue after the step in which all ranks know of it.
+
+    Lightning's own requeueing saves from inside the signal handler, in the middle of whatever the program does: the
+    checkpoint may count a step that was not made, and ranks that are at different points wait for each other for ever
+    (Lightning issues 21406 and 21407). Here the handler only takes a note, and the ranks agree once per step.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        signal.signal(signal.SIGUSR1, self._take_note)
+
+    def _take_note(self, number: int, frame: object) -> None:
+        self.asked = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        # before the checkpoint callback's own hook, since Lightning calls that last
+        if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+            trainer.save_checkpoint(Path(trainer.checkpoint_callback.dirpath) / "last.ckpt")
+            rank_zero_info(f"Preempted after step {trainer.global_step}: start the same command again to go on.")
+            if trainer.is_global_zero and "SLURM_JOB_ID" in os.environ:
+                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+            raise SystemExit(0)  # not an error, which would make srun and torchrun kill the rank that requeues
+
+
+if __name__ == "__main__":
+    plugins = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None
+    LightningCLI(
+        Classifier,
+        Digits,
+        trainer_defaults={"callbacks": [Preemption()], "plugins": plugins},
+        save_config_kwargs={"overwrite": True},  # a run that goes on finds its own
+    )
