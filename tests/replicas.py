@@ -9,6 +9,7 @@ import torch
 from modules import METHODS, make_data, mlp, weights
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
+from torch.distributed import nn as collectives
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -52,6 +53,7 @@ JOINT = {
     "synced flooding with GR": Case(flooding=FLOODED),
     "synced flooding with accumulation": Case(flooding=FLOODED, trainer=TWO),
     "synced unused": Case("SAM", net="unused", ddp=UNUSED),
+    "synced batch norm": Case("SAM", net="batch norm"),
     "synced bucket view": Case(ddp={"gradient_as_bucket_view": True}),
     "synced static graph": Case("SAM", ddp={"static_graph": True}),
 }
@@ -94,11 +96,26 @@ class Branches(nn.Module):
         return self.own[rank](self.common(x))
 
 
+class SyncedNorm(nn.BatchNorm1d):
+    """What SyncBatchNorm does on GPUs: the statistics are those of the joint batch. In one process, BatchNorm."""
+
+    def forward(self, x):
+        if not torch.distributed.is_initialized():
+            return super().forward(x)
+        mean, square = collectives.functional.all_reduce(torch.stack([x.mean(0), x.square().mean(0)])) / RANKS
+        count, var = RANKS * len(x), square - mean.square()
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
+        return (x - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+
+
 def make_net(kind):
     torch.manual_seed(0)
     if kind == "noisy":
         layers = nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 3)
         return nn.Sequential(*layers).double()
+    if kind == "batch norm":
+        return nn.Sequential(nn.Linear(5, 16), SyncedNorm(16), nn.Tanh(), nn.Linear(16, 3)).double()
     if kind == "branches":
         return Branches()
     net = mlp()
@@ -169,7 +186,12 @@ def fit(case, module=None, **strategy):
         use_distributed_sampler=False,
         **case.trainer,
     ).fit(module)
-    return {**module.result, "reduced": len(REDUCED), "weights": weights(module.net)}
+    return {
+        **module.result,
+        "reduced": len(REDUCED),
+        "weights": weights(module.net),
+        "buffers": dict(module.net.named_buffers()),
+    }
 
 
 if __name__ == "__main__":

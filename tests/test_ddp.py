@@ -40,6 +40,17 @@ def test_synced_ascent_equals_the_joint_batch(results, name):
     assert_near(moved(results[0][name], net), moved(alone, net), 1e-10)
 
 
+def test_statistics_of_the_joint_batch_are_counted_once(results):
+    """Layers that talk to other ranks in the forward pass, as SyncBatchNorm does, do so in the second pass, too."""
+    alone = replicas.fit(JOINT["synced batch norm"])["buffers"]
+    for rank in results:
+        buffers = rank["synced batch norm"]["buffers"]
+        assert_near(
+            {n: buffers[n] for n in buffers if n.startswith("1.running")},
+            {n: alone[n] for n in alone if n.startswith("1.running")},
+        )
+
+
 class OwnBranch(replicas.Branches):
     """What one rank does, in one process."""
 
