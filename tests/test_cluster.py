@@ -1,4 +1,4 @@
-"""The cluster example as two nodes of torchrun and as a job of a real SLURM: preempted, it ends as if it had not been."""
+"""The cluster example under torchrun and a real SLURM: preempted, it ends as if nothing had happened."""
 
 import contextlib
 import os
