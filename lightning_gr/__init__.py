@@ -2,16 +2,18 @@
 
 from lightning_gr._version import __version__
 from lightning_gr.callback import SAM, Flooding, GradientRegularization
+from lightning_gr.closure import regularized_backward
 from lightning_gr.flooding import flood
 from lightning_gr.isolation import in_second_pass
+from lightning_gr.mixin import GradientRegularizationMixin
 from lightning_gr.rules import GRRule, SAMRule
-from lightning_gr.two_pass import regularized_backward
 
 __all__ = [
     "SAM",
     "Flooding",
     "GRRule",
     "GradientRegularization",
+    "GradientRegularizationMixin",
     "SAMRule",
     "__version__",
     "flood",

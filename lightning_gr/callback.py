@@ -24,6 +24,7 @@ from lightning_gr.rules import (
     check_bool,
     check_choice,
 )
+from lightning_gr.steps import OptimizerSteps
 from lightning_gr.two_pass import add_second_pass_, check_exclude, match_names
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ class Flooding(CallbackBase):
 
     def on_before_backward(self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor) -> None:
         """Turn the gradient round where the loss, which comes divided and scaled, is below the level."""
-        self.flood_gradient_(trainer, loss, loss_scale(trainer, loss.device))
+        if pl_module.automatic_optimization:  # the mixin does it by itself
+            self.flood_gradient_(trainer, loss, loss_scale(trainer, loss.device))
 
     def flood_gradient_(self, trainer: "Trainer", loss: Tensor, scale: Tensor | None = None) -> None:
         """Flood the gradient of ``loss``, which comes divided by the number of micro-batches and times ``scale``."""
@@ -124,6 +126,7 @@ class TwoPassCallback(CallbackBase):
         self.exclude = check_exclude(exclude)
         self.ascent_sync = ascent_sync
         self.accumulation = accumulation
+        self._steps = OptimizerSteps()
         vars(self).update(self._fresh())
 
     @staticmethod
@@ -144,7 +147,7 @@ class TwoPassCallback(CallbackBase):
         return {**vars(self), **self._fresh()}
 
     def should_regularize(self, step: int) -> bool:
-        """Whether to regularize optimizer step ``step`` (``trainer.global_step``, counted from 0).
+        """Whether to regularize optimizer step ``step`` (counted from 0, in manual optimization for each optimizer).
 
         Override it for a schedule of your own; it is asked once per optimizer step and must give the same answer on
         all devices.
@@ -164,7 +167,10 @@ class TwoPassCallback(CallbackBase):
         checks.check_sparse(pl_module, self._excluded)
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Begin to record."""
+        """Begin to record, or to count the steps of each optimizer where the module optimizes manually."""
+        if not pl_module.automatic_optimization:
+            self._steps.begin(trainer.optimizers, anew=trainer.global_step == 0)
+            return
         self._begun = False
         if self._recorder is not None:
             self._recorder.remove()
@@ -173,25 +179,25 @@ class TwoPassCallback(CallbackBase):
 
     def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Look for new modules, as those of a finetuning callback."""
-        self._running().look_through()
+        if self._recorder is not None:
+            self._recorder.look_through()
 
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """At the first micro-batch of a window (which may be resumed in its middle), decide about the whole window."""
-        recorder = self._running()
+        recorder = self._recorder
+        if recorder is None:
+            return
         if batch_idx % trainer.accumulate_grad_batches == 0 or not self._begun:
             self._begun = True
             recorder.forget()
-            step = trainer.global_step
-            update = self.rule.update(self.schedule.strength(step))
-            due = self.should_regularize(step) and not update.is_plain and not skips_backward(trainer)
-            self._update = update if due else None
+            self._update = None if skips_backward(trainer) else self._update_at(trainer.global_step)
         elif self._by_micro_batch(trainer):
             recorder.forget()
         self._passed = False
         if self._update is not None:
-            recorder.expect(batch_idx, local=self._is_local(trainer) and _is_window_end(trainer, batch_idx))
+            recorder.expect(batch_idx, local=self.is_local(trainer) and _is_window_end(trainer, batch_idx))
 
     def on_before_backward(self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor) -> None:
         """Put the gradients of earlier micro-batches aside where each is to have its own direction."""
@@ -200,7 +206,9 @@ class TwoPassCallback(CallbackBase):
 
     def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """After the last micro-batch of a window (after each one, if so asked), run the second pass."""
-        recorder = self._running()
+        recorder = self._recorder
+        if recorder is None:
+            return
         if self._by_micro_batch(trainer) or _is_window_end(trainer, recorder.batch_idx):
             self._second_pass(trainer, pl_module)
 
@@ -211,15 +219,17 @@ class TwoPassCallback(CallbackBase):
 
         A gradient scaler makes no step then.
         """
+        if self._recorder is None:
+            return
         if not self._passed and loss_scale(trainer, pl_module.device) is None and not self._by_micro_batch(trainer):
             with torch.enable_grad():
                 self._second_pass(trainer, pl_module)
 
     def _second_pass(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         self._passed = True
-        if self._update is None:
+        recorder = self._recorder
+        if self._update is None or recorder is None:
             return
-        recorder = self._running()
         add_second_pass_(
             self._update,
             [param for param in _parameters(trainer) if id(param) not in self._excluded],
@@ -227,7 +237,7 @@ class TwoPassCallback(CallbackBase):
             self._copy,
             excluded=[param for param in pl_module.parameters() if id(param) in self._excluded],
             loss_scale=gradient_scale(trainer, pl_module.device, alone=self._by_micro_batch(trainer)),
-            check_finite=not self._is_local(trainer),
+            check_finite=not self.is_local(trainer),
         )
         self._held.give_back()
 
@@ -235,12 +245,35 @@ class TwoPassCallback(CallbackBase):
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let go of the batches after the step."""
-        if _is_window_end(trainer, batch_idx):
-            self._running().forget()
+        if self._recorder is not None and _is_window_end(trainer, batch_idx):
+            self._recorder.forget()
+
+    # --- what the mixin asks for
+
+    @property
+    def excluded(self) -> set[int]:
+        """The ids of the parameters that are left out."""
+        return self._excluded
+
+    def update_of(self, optimizer: torch.optim.Optimizer) -> Update | None:
+        """What to do in the current step of one of several optimizers; None stands for a plain one."""
+        return self._update_at(self._steps.of(optimizer))
+
+    def _update_at(self, step: int) -> Update | None:
+        update = self.rule.update(self.schedule.strength(step))
+        return update if self.should_regularize(step) and not update.is_plain else None
 
     def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
-        """Say what the run was trained with. Nothing of it is needed to go on: the schedule follows the global step."""
-        checkpoint["lightning_gr"] = {"format_version": 1, "rule": repr(self.rule), "schedule": repr(self.schedule)}
+        """Say what the run was trained with, which is not needed to go on: the schedule follows the global step.
+
+        In manual optimization it follows the steps of each optimizer, which are needed.
+        """
+        ours = {"format_version": 1, "rule": repr(self.rule), "schedule": repr(self.schedule)}
+        checkpoint["lightning_gr"] = {**ours, "steps": list(self._steps.made)} if self._steps.made else ours
+
+    def on_load_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
+        """Go on counting the steps of each optimizer."""
+        self._steps.made = list(checkpoint.get("lightning_gr", {}).get("steps", ()))
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Leave no trace."""
@@ -253,17 +286,14 @@ class TwoPassCallback(CallbackBase):
     def _stop(self) -> None:
         if self._recorder is not None:
             self._recorder.remove()
+        self._steps.end()
         vars(self).update(self._fresh())
-
-    def _running(self) -> Recorder:
-        if self._recorder is None:
-            raise RuntimeError(f"{type(self).__name__} is used outside of Trainer.fit")
-        return self._recorder
 
     def _by_micro_batch(self, trainer: "Trainer") -> bool:
         return self.accumulation == "micro_batch" and trainer.accumulate_grad_batches > 1
 
-    def _is_local(self, trainer: "Trainer") -> bool:
+    def is_local(self, trainer: "Trainer") -> bool:
+        """Whether each device ascends along its own gradient."""
         return not self.ascent_sync and trainer.world_size > 1
 
 

@@ -23,13 +23,13 @@ def check_level(level: object) -> None:
 def check_flooding(trainer: "Trainer", pl_module: "LightningModule", kind: type) -> None:
     """Refuse what :class:`~lightning_gr.Flooding` cannot flood."""
     _check_alone(trainer, kind, "one flood level")
-    _check_automatic(pl_module)
+    _check_optimization(pl_module)
 
 
 def check_two_pass(trainer: "Trainer", pl_module: "LightningModule", kind: type) -> None:
     """Refuse what cannot get a second pass."""
     _check_alone(trainer, kind, "one method with a second pass")
-    _check_automatic(pl_module)
+    _check_optimization(pl_module)
     if not is_a(trainer.strategy, *SUPPORTED_STRATEGIES) or is_a(trainer.strategy, *REFUSED_STRATEGIES):
         name = type(trainer.strategy).__name__
         raise MisconfigurationException(
@@ -76,11 +76,13 @@ def _check_alone(trainer: "Trainer", kind: type, what: str) -> None:
         )
 
 
-def _check_automatic(pl_module: "LightningModule") -> None:
-    if not pl_module.automatic_optimization:
+def _check_optimization(pl_module: "LightningModule") -> None:
+    if not pl_module.automatic_optimization and not is_a(pl_module, "GradientRegularizationMixin"):
+        name = type(pl_module).__name__
         raise MisconfigurationException(
-            f"{type(pl_module).__name__} optimizes manually, which a callback cannot regularize: set"
-            " `automatic_optimization = True`, or call `lightning_gr.regularized_backward` in its `training_step`"
+            f"{name} optimizes manually, which a callback alone cannot regularize: write"
+            f" `class {name}(GradientRegularizationMixin, ...)` and call `self.regularized_step` in its"
+            " `training_step`, or set `automatic_optimization = True`"
         )
 
 

@@ -8,13 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_gr.flooding import flood_gradient_
-from lightning_gr.isolation import ModuleState, RandomState, StatefulModules, deferred_signals, second_pass
+from lightning_gr.isolation import deferred_signals
 from lightning_gr.perturb import Perturbation, WeightCopy, direction_factor, global_norm, scale_
-from lightning_gr.rules import Rule, Update
+from lightning_gr.rules import Update
 from lightning_gr.sharding import is_distributed, settle_gradients
 
-__all__ = ["Replay", "add_second_pass_", "extract_loss", "match_names", "regularized_backward"]
+__all__ = ["Replay", "add_second_pass_", "check_exclude", "extract_loss", "match_names"]
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -166,89 +165,3 @@ def check_exclude(exclude: object) -> tuple[str, ...]:
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(f"Expected argument `exclude` to be a list of strings but got {exclude!r}")
     return patterns
-
-
-def regularized_backward(
-    loss_fn: Callable[[], Any],
-    params: nn.Module | Iterable[Tensor],
-    rule: Rule,
-    *,
-    strength: float = 1.0,
-    level: float | None = None,
-    exclude: Iterable[str] = (),
-    backward: Callable[[Tensor], object] = torch.Tensor.backward,
-    loss_scale: Tensor | None = None,
-) -> Tensor:
-    """Compute the regularized gradient of a closure and add it to ``.grad``: the update family without Lightning.
-
-    The second evaluation sees the random numbers and the buffers of the first one and leaves no trace in them.
-    Call ``optimizer.zero_grad()`` before, as before any backward pass: the direction is what ``.grad`` holds after
-    the first one.
-
-    Args:
-        loss_fn: Computes the loss, a scalar (or a mapping with ``"loss"``), at the current weights. Called two times
-            (three for the central scheme).
-        params: The module to regularize, or parameters alone (then no buffers are protected).
-        rule: The method: :class:`~lightning_gr.GRRule` or :class:`~lightning_gr.SAMRule`.
-        strength: Factor of the penalty (of the radius), for warm-up.
-        level: Flood the loss at this level; None does not.
-        exclude: Shell-style patterns over the names of parameters that end with exactly the clean gradient; needs a
-            module.
-        backward: How a loss is back-propagated, for example ``fabric.backward``.
-        loss_scale: The scale S of a gradient scaler as a tensor, ``scaler.scale(torch.ones((), device=...))``; each
-            loss is multiplied by it before ``backward``, so that ``.grad`` is ready for ``scaler.unscale_``.
-
-    Returns:
-        The loss of the first pass, detached, without flooding and scale.
-
-    Raises:
-        ValueError: If a pattern matches nothing, if there are no parameters, or if ``loss_fn`` returns no loss that
-            can be back-propagated.
-
-    Source: Karakida et al. (ICML 2023, arXiv 2210.02720), F-GR and B-GR.
-
-    Example::
-
-        >>> from lightning_gr import GRRule, regularized_backward
-        >>> w = torch.tensor([3.0], requires_grad=True)
-        >>> loss = regularized_backward(lambda: (w**2).sum(), [w], GRRule(gamma=0.5, epsilon=0.1))
-        >>> loss, w.grad  # ∇L + γ H ∇L = 6 + 0.5 · 2 · 6
-        (tensor(9.), tensor([12.]))
-    """
-    module = params if isinstance(params, nn.Module) else None
-    everything = list(module.parameters()) if module is not None else list(params)  # type: ignore[arg-type]
-    patterns = check_exclude(exclude)
-    if not everything or (patterns and module is None):
-        raise ValueError("Expected `params` to hold a parameter, and to be a module where `exclude` is given")
-    left_out = match_names(patterns, module) if module is not None else set()
-    update = rule.update(strength)
-    devices = sorted({p.device for p in everything if p.device.type != "cpu"}, key=str)
-    stateful = StatefulModules(module)
-    numbers, before = RandomState(devices), ModuleState(stateful)
-
-    def evaluate(transform: Transform) -> Tensor:
-        loss = extract_loss(loss_fn())
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
-            raise ValueError(f"Expected `loss_fn` to return a loss with a graph but got {type(loss).__name__}")
-        scaled = loss * 1 if loss_scale is None else loss * loss_scale
-        if level is not None:
-            flood_gradient_(scaled, level if loss_scale is None else level * loss_scale)
-        backward(transform(scaled))
-        return loss.detach()
-
-    def replay(transform: Transform, last: bool = True) -> None:
-        with second_pass(stateful, before, devices):
-            numbers.restore()
-            evaluate(transform)
-
-    loss = evaluate(lambda scaled: scaled)
-    if not update.is_plain:
-        add_second_pass_(
-            update,
-            [p for p in everything if id(p) not in left_out],
-            replay,
-            WeightCopy(),
-            excluded=[p for p in everything if id(p) in left_out],
-            loss_scale=loss_scale,
-        )
-    return loss

@@ -13,7 +13,7 @@ from torch.distributed import nn as collectives
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_gr import Flooding, in_second_pass
+from lightning_gr import Flooding, GradientRegularizationMixin, in_second_pass
 
 RANKS, BATCH, SAMPLES, EPOCHS = 2, 8, 44, 2  # the last batch has 4
 WINDOWS = -(-SAMPLES // BATCH)
@@ -31,6 +31,7 @@ class Case(NamedTuple):
     flooding: dict | None = None
     bad_step: int | None = None
     compressed: bool = False
+    manual: bool = False
 
     def callbacks(self):
         own = [] if self.method is None else [METHODS[self.method].callback(**self.options)]
@@ -54,6 +55,8 @@ JOINT = {
     "synced flooding with accumulation": Case(flooding=FLOODED, trainer=TWO),
     "synced unused": Case("SAM", net="unused", ddp=UNUSED),
     "synced batch norm": Case("SAM", net="batch norm"),
+    "synced manual": Case("SAM", manual=True),
+    "synced manual central": Case("central GR", manual=True, net="unused", ddp=UNUSED),
     "synced bucket view": Case(ddp={"gradient_as_bucket_view": True}),
     "synced static graph": Case("SAM", ddp={"static_graph": True}),
 }
@@ -64,6 +67,10 @@ OWN = {
     "local micro-batches": Case("SAM", MICRO, trainer=TWO),
     "local flooding": Case("SAM", LOCAL, flooding={"level": 1.0}),
     "local bucket view": Case("SAM", LOCAL, ddp={"gradient_as_bucket_view": True}),
+    "local manual": Case("SAM", LOCAL, manual=True),
+    "local manual central": Case("central GR", LOCAL, manual=True),
+    "local manual exclude": Case(options={**LOCAL, **EXCLUDE}, manual=True),
+    "local manual flooding": Case("SAM", LOCAL, flooding={"level": 1.0}, manual=True),
     "local branches": Case("SAM", LOCAL, net="branches", ddp=UNUSED),
 }
 OTHERS = {
@@ -71,6 +78,7 @@ OTHERS = {
     "noisy local": Case("SAM", LOCAL, net="noisy"),
     "noisy local unused": Case(options=LOCAL, net="noisy", ddp=UNUSED),
     "noisy local flooding": Case(options=LOCAL, net="noisy", flooding={"level": 1.0}),
+    "noisy manual": Case("SAM", LOCAL, net="noisy", manual=True),
     "local static graph": Case(options=LOCAL, net="noisy", ddp={"static_graph": True}),
     "compressed synced": Case("SAM", compressed=True),
     "compressed local": Case("SAM", LOCAL, compressed=True),
@@ -161,6 +169,17 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
+class Manual(GradientRegularizationMixin, Module):
+    """The same by manual optimization."""
+
+    def __init__(self, case):
+        super().__init__(case)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.regularized_step(self.optimizers(), lambda: super(Manual, self).training_step(batch, batch_idx))
+
+
 def is_finite(tensor):
     return bool(tensor.isfinite().all())
 
@@ -173,7 +192,7 @@ def _counted(compressed, bucket):
 
 def fit(case, module=None, **strategy):
     """Train and return the weights and what the module noted."""
-    module = Module(case) if module is None else module
+    module = (Manual if case.manual else Module)(case) if module is None else module
     pl.Trainer(
         accelerator="cpu",
         **{"devices": 1, **strategy},

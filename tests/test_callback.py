@@ -663,11 +663,6 @@ def test_callbacks_can_be_copied_while_they_run(clone):
     assert_same(weights(again.net), weights(original.net))
 
 
-def test_hooks_outside_of_fit_say_so():
-    with pytest.raises(RuntimeError, match=r"SAM is used outside of Trainer\.fit"):
-        SAM().on_after_backward(make_trainer(), TinyModule())
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_the_arguments_are_those_of_the_rule(name):
     callback = METHODS[name].callback()

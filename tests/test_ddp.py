@@ -35,7 +35,9 @@ def test_ranks_end_with_identical_weights(results, name):
 @pytest.mark.parametrize("name", JOINT)
 def test_synced_ascent_equals_the_joint_batch(results, name):
     case = JOINT[name]
-    alone = replicas.fit(case._replace(ddp={}, flooding=case.flooding and {"level": case.flooding["level"]}))
+    alone = replicas.fit(
+        case._replace(ddp={}, manual=False, flooding=case.flooding and {"level": case.flooding["level"]})
+    )
     net = replicas.make_net(case.net)
     assert_near(moved(results[0][name], net), moved(alone, net), 1e-10)
 

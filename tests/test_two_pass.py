@@ -342,7 +342,7 @@ def test_takes_parameters_mappings_and_another_backward():
         (lambda: 1.0, [torch.ones(1, requires_grad=True)], {}, "to return a loss with a graph but got float"),
         (lambda: None, [torch.ones(1, requires_grad=True)], {}, "to return a loss with a graph but got NoneType"),
         (lambda: {"x": 1}, [torch.ones(1, requires_grad=True)], {}, "to return a loss with a graph but got NoneType"),
-        (lambda: torch.ones(()), [torch.ones(1, requires_grad=True)], {}, "with a graph but got Tensor"),
+        (lambda: torch.ones(()), [torch.ones(1, requires_grad=True)], {}, "with a graph but got a tensor without one"),
         (lambda: 1.0, [], {}, "Expected `params` to hold a parameter"),
         (lambda: 1.0, nn.Tanh(), {}, "Expected `params` to hold a parameter"),
         (lambda: 1.0, [torch.ones(1)], {"exclude": ["x"]}, "to be a module where `exclude` is given"),
