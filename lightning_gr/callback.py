@@ -24,6 +24,7 @@ from lightning_gr.rules import (
     check_bool,
     check_choice,
 )
+from lightning_gr.sharding import mean_over_ranks
 from lightning_gr.steps import OptimizerSteps
 from lightning_gr.two_pass import add_second_pass_, check_exclude, match_names
 
@@ -79,7 +80,7 @@ class Flooding(CallbackBase):
     def flood_gradient_(self, trainer: "Trainer", loss: Tensor, scale: Tensor | None = None) -> None:
         """Flood the gradient of ``loss``, which comes divided by the number of micro-batches and times ``scale``."""
         level = self.level / trainer.accumulate_grad_batches
-        value = trainer.strategy.reduce(loss.detach(), reduce_op="mean") if self.sync else loss
+        value = mean_over_ranks(loss) if self.sync and trainer.world_size > 1 else loss
         flood_gradient_(loss, level if scale is None else level * scale, value)
 
 

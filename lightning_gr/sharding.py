@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["by_layout", "is_distributed", "local_parts", "norm_over_ranks", "settle_gradients"]
+__all__ = ["by_layout", "is_distributed", "local_parts", "mean_over_ranks", "norm_over_ranks", "settle_gradients"]
 
 
 def is_distributed(tensor: Tensor) -> bool:
@@ -43,6 +43,14 @@ def norm_over_ranks(norm: Tensor, like: Tensor) -> Tensor:
         if not placement.is_replicate():
             torch.distributed.all_reduce(square, group=spread.device_mesh.get_group(dim))
     return square.sqrt().to(norm.dtype)
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean over all ranks of a number that each of them has."""
+    # not strategy.reduce: it overwrites its argument, and sends a barrier besides
+    total = value.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
 
 
 def settle_gradients(params: Sequence[Tensor]) -> None:

@@ -140,7 +140,7 @@ class Module(pl.LightningModule):
         super().__init__()
         self.case = case
         self.net = make_net(case.net)
-        self.result = {"gradients": [], "finite": []}
+        self.result = {"gradients": [], "finite": [], "losses": []}
 
     def train_dataloader(self):
         rank, ranks = self.global_rank, self.trainer.world_size
@@ -164,6 +164,9 @@ class Module(pl.LightningModule):
         assert not in_second_pass()
         self.result["gradients"].append([is_finite(p.grad) for p in self.parameters() if p.grad is not None])
         self.result["finite"].append(all(is_finite(p) for p in self.parameters()))
+
+    def on_before_backward(self, loss):
+        self.result["losses"].append(loss.detach().clone())
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)

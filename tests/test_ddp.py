@@ -53,6 +53,16 @@ def test_statistics_of_the_joint_batch_are_counted_once(results):
         )
 
 
+@pytest.mark.parametrize("name", ["synced flooding", "synced flooding with GR"])
+def test_a_common_decision_leaves_each_rank_its_own_loss(results, name):
+    """As other hooks see it; the mean is the loss of the joint batch."""
+    case = JOINT[name]
+    joint = torch.stack(replicas.fit(case._replace(flooding={"level": case.flooding["level"]}))["losses"])
+    own = [torch.stack(rank[name]["losses"]) for rank in results]
+    torch.testing.assert_close((own[0] + own[1]) / 2, joint, rtol=1e-10, atol=0)
+    assert ((own[0] - own[1]).abs() > 1e-3).all()
+
+
 class OwnBranch(replicas.Branches):
     """What one rank does, in one process."""
 
