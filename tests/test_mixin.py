@@ -283,6 +283,34 @@ def test_clipping_under_a_gradient_scaler(algorithm):
     assert_near(moved[1], moved[0], 1e-2)
 
 
+@pytest.mark.parametrize("name", ["SAM", "central norm penalty"])
+def test_compiled_equals_uncompiled(name):
+    torch._dynamo.reset()
+    compiled, plain = Manual(mlp()), Manual(mlp())
+    compiled.net = torch.compile(compiled.net, backend="aot_eager")
+    for module in (compiled, plain):
+        fit(module, METHODS[name].callback(), max_epochs=2)
+    assert_near(weights(compiled.net._orig_mod), weights(plain.net))
+
+
+@pytest.mark.parametrize("bad_pass", [False, True])
+def test_overflow_under_a_gradient_scaler_skips_the_step(bad_pass):
+    """In either pass: the scale falls, the weights stay finite."""
+    seen = []
+
+    def loss(net, batch):
+        bad = len(seen) == 1 and in_second_pass() == bad_pass
+        seen.extend([1] * (in_second_pass() or bad))
+        return cross_entropy(net, batch) * (torch.inf if bad else 1.0)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    module = Manual(mlp(dtype=torch.float32), loss)
+    plugin = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    fit(module, SAM(0.2), loader=make_loader(dtype=torch.float32), max_epochs=2, plugins=[plugin])
+    assert scaler.get_scale() == 2.0**11
+    assert all(p.isfinite().all() for p in module.net.parameters())
+
+
 # --- errors, and what leaves no trace
 
 

@@ -1,0 +1,109 @@
+"""What a step sends, counted by the benchmark's own command; its calculation, by hand."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from launching import PYTHON, finish
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 150
+pytestmark = pytest.mark.timeout(LIMIT + 60)
+
+
+def communication(folder, *flags):
+    """What the command prints."""
+    command = ["env", "COLUMNS=80", *PYTHON, ROOT / "benchmarks/communication.py", *flags]
+    codes, output = finish(folder / "log", command, limit=LIMIT)
+    assert codes == [0], output[-3000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def sent(tmp_path_factory):
+    """The rows of the CSV file; the ranks are started once, since that takes longest."""
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("this torch cannot shard on a CPU")
+    folder = tmp_path_factory.mktemp("communication")
+    table = communication(folder, "--steps", "1", "--limit", str(LIMIT - 30), "--csv", folder / "sent.csv")
+    assert all(len(line) <= 80 for line in table.splitlines())
+    with open(folder / "sent.csv", newline="", encoding="utf-8") as file:
+        return {(row["case"], row["kind"]): row for row in csv.DictReader(file)}
+
+
+def gradients(sent, case):
+    """All-reduces in the first and in later passes, and bytes per parameter."""
+    row = sent[case, "all-reduce"]
+    second = float(row["in_second_pass"])
+    return float(row["number"]) - second, second, float(row["bytes_per_parameter"])
+
+
+@pytest.mark.parametrize("suffix", ["", " ×4", " bf16"])
+def test_gradients_sent_with_ddp(sent, suffix):
+    """Synced ascent sends them twice, local ascent once and in its second pass; accumulation changes nothing."""
+    buckets, none, once = gradients(sent, f"plain{suffix}")
+    assert (none, once) == (0, 2 if "bf16" in suffix else 4)
+    assert buckets > 1
+    assert gradients(sent, f"F-GR synced{suffix}") == (buckets, buckets, 2 * once)
+    assert gradients(sent, f"F-GR local{suffix}") == (0, buckets, once)
+
+
+@pytest.mark.parametrize("method", ["central", "SAM"])
+def test_other_methods_send_the_same(sent, method):
+    """The central scheme, with three passes, too."""
+    for mode in ("synced", "local"):
+        assert gradients(sent, f"{method} {mode}") == gradients(sent, f"F-GR {mode}")
+
+
+def test_numbers_besides_gradients(sent):
+    """One for a flood level compared over ranks; none for an ascent with DDP."""
+    assert [case for case, kind in sent if kind == "scalar" and "FSDP2" not in case] == ["flooding synced"]
+    assert float(sent["flooding synced", "scalar"]["number"]) == 1
+    assert gradients(sent, "flooding synced") == gradients(sent, "plain")
+
+
+@pytest.mark.parametrize("suffix", [", FSDP2", " ×4, FSDP2"])
+def test_parts_sent_with_fsdp2(sent, suffix):
+    """Twice what plain training gathers and scatters, and one number for a norm."""
+    for kind in ("all-gather", "reduce-scatter"):
+        once = float(sent[f"plain{suffix}", kind]["bytes"])
+        assert float(sent[f"F-GR synced{suffix}", kind]["bytes"]) == 2 * once
+    assert (f"plain{suffix}", "scalar") not in sent
+    assert float(sent[f"F-GR synced{suffix}", "scalar"]["number"]) == 1
+
+
+@pytest.fixture
+def step_time(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import step_time
+
+    return step_time
+
+
+def test_calculation_of_an_all_reduce(step_time):
+    """16 GPUs on two nodes, 50 MiB: 1.875 · 52,428,800 / 12.5e9 s, and two buckets · (14 + 2 · (7 · 1.25 + 8.5)) µs."""
+    cluster = step_time.Cluster("Ethernet", between=12.5e9)
+    assert math.isclose(step_time.all_reduce_time(cluster, 16, 50 * 2**20), 7.86432e-3 + 97e-6)
+
+
+def test_calculation_of_a_step(step_time):
+    """Forward 1 s, backward 2 s, all-reduce 4 s."""
+    assert step_time.step_times(3, 4, overlap=True) == {"plain": 5, "synced": 10, "local": 8}
+    assert step_time.step_times(3, 4, overlap=False) == {"plain": 7, "synced": 14, "local": 10}
+    assert step_time.step_times(3, 1, overlap=True) == {"plain": 3, "synced": 6, "local": 6}
+
+
+def test_calculation_of_the_break_even(step_time):
+    """There, the all-reduce and the backward pass, two thirds of the computing, take equally long."""
+    cluster, work = step_time.CLUSTERS[1], step_time.WORKLOADS[0]
+    samples = step_time.break_even(cluster, 64, work)
+    sent = step_time.all_reduce_time(cluster, 64, work.parameters * work.sent)
+    assert math.isclose(sent, 2 / 3 * samples * work.flop / (work.utilization * cluster.peak))
+
+
+def test_page_shows_what_the_command_calculates(tmp_path):
+    page = {line.strip() for line in (ROOT / "docs/scaling.md").read_text(encoding="utf-8").splitlines()}
+    shown = [line.strip() for line in communication(tmp_path, "--calculate").splitlines()]
+    assert [line for line in shown if line not in page] == []
