@@ -166,6 +166,9 @@ class _Run:
         return run
 
     def _prepare(self, module: Any, trainer: "Trainer") -> None:
+        if vars(self).get("trainer") is not trainer:
+            # DDP learns a static graph in its first backward pass, and does so only if it reduces there
+            self._knows_graph = not getattr(trainer.strategy.model, "static_graph", False)
         self.module, self.trainer = module, trainer
         key = id(trainer), trainer.current_epoch
         if key != self._key:
@@ -215,6 +218,7 @@ class _Run:
         held.put_aside(own)
         passes = self._passes(loss_fn, level, local=update is not None and self._is_local())
         loss = passes.first(only=update is None)
+        self._knows_graph = True
         if update is not None:
             add_second_pass_(
                 update,
@@ -258,7 +262,7 @@ class _Run:
                 muted=self.module,
                 without_sync=self._without_sync,
                 # only the last micro-batch reduces the gradients
-                local=local or position < len(functions) - 1,
+                local=(local or position < len(functions) - 1) and self._knows_graph,
             )
             for position, function in enumerate(functions)
         ]

@@ -79,6 +79,8 @@ OTHERS = {
     "noisy local unused": Case(options=LOCAL, net="noisy", ddp=UNUSED),
     "noisy local flooding": Case(options=LOCAL, net="noisy", flooding={"level": 1.0}),
     "noisy manual": Case("SAM", LOCAL, net="noisy", manual=True),
+    "synced manual static graph": Case("SAM", manual=True, ddp={"static_graph": True}),
+    "local manual static graph": Case(options=LOCAL, manual=True, ddp={"static_graph": True}),
     "local static graph": Case(options=LOCAL, net="noisy", ddp={"static_graph": True}),
     "compressed synced": Case("SAM", compressed=True),
     "compressed local": Case("SAM", LOCAL, compressed=True),
