@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_gr import Flooding, in_second_pass
+from lightning_gr import Flooding, GradientRegularizationMixin, in_second_pass
 
 try:
     from torch.distributed.fsdp import fully_shard
@@ -35,6 +35,7 @@ class Case(NamedTuple):
     trainer: dict = {}  # options of the Trainer  # noqa: RUF012
     adam: bool = False
     sync_flood: bool = False
+    manual: bool = False
 
     def callbacks(self):
         own = [] if self.method is None else [METHODS[self.method].callback(**self.options)]
@@ -53,6 +54,8 @@ CASES = {
     "fsdp Adam": Case("fsdp", adam=True),
     "fsdp flooding": Case("fsdp", level=0.9, sync_flood=True),
     "fsdp interval": Case("fsdp", "SAM", options={"interval": 2, "warmup_steps": 3}),
+    "fsdp by hand": Case("fsdp", "SAM", manual=True),
+    "both by hand": Case("both", "central norm penalty", manual=True),
     "fsdp kept whole": Case("kept whole", "SAM"),
     "sequence SAM": Case("sequence", "SAM"),
 }
@@ -102,6 +105,17 @@ class Module(pl.LightningModule):
         if self.case.adam:
             return torch.optim.Adam(self.parameters(), lr=0.01)
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Manual(GradientRegularizationMixin, Module):
+    """The same by manual optimization."""
+
+    def __init__(self, case):
+        super().__init__(case)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.regularized_step(self.optimizers(), lambda: super(Manual, self).training_step(batch, batch_idx))
 
 
 def whole(module):
@@ -162,7 +176,7 @@ def broken_off(folder, full_checkpoint):
 def main(folder):
     results = {}
     for name, case in CASES.items():
-        module = Module(case)
+        module = (Manual if case.manual else Module)(case)
         spread(case).fit(module)
         results[name] = whole(module)
     for method in (None, "forward GR", "SAM"):
