@@ -5,6 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from modules import assert_same, weights
+
+from lightning_gr import GRRule
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -38,3 +44,22 @@ def test_gan_on_two_processes():
     """Both end with the same weights."""
     first, second = re.findall(r"sum up to ([\d.]+)", run("gan.py", "--epochs", "2", "--devices", "2"))
     assert first == second
+
+
+@pytest.mark.parametrize("name", ["plain_loop.py", "fabric_loop.py", "alternating_optimizers.py"])
+def test_loops(name):
+    accuracies = re.findall(r"test accuracy ([\d.]+)", run(name, "--epochs", "15"))
+    assert len(accuracies) == 2
+    assert all(float(accuracy) > 0.8 for accuracy in accuracies)
+
+
+def test_fabric_equals_the_plain_loop(monkeypatch):
+    """Bit for bit."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import fabric_loop
+    import plain_loop
+
+    rule, plain = GRRule(gamma=0.1, epsilon=0.05), plain_loop.network()
+    plain_loop.train(plain, torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9), rule, epochs=2)
+    with_fabric, _ = fabric_loop.run(rule, epochs=2)
+    assert_same(weights(with_fabric), weights(plain))

@@ -1,0 +1,53 @@
+"""Gradient regularization in a plain PyTorch loop: `python examples/plain_loop.py [--epochs 20]`."""
+
+import argparse
+
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from lightning_gr import GRRule, regularized_backward
+
+
+def digits():
+    """Training and test images and labels."""
+    pixels, labels = load_digits(return_X_y=True)
+    images, labels = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(labels)
+    return images[:1200], labels[:1200], images[1200:], labels[1200:]
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+def train(model, optimizer, rule, epochs, backward=torch.Tensor.backward):
+    """Train ``model`` and return its accuracy on the test images."""
+    images, labels, test_images, test_labels = digits()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(images), generator=generator).split(64):
+            optimizer.zero_grad()
+            regularized_backward(
+                lambda batch=batch: nn.functional.cross_entropy(model(images[batch]), labels[batch]),
+                model,
+                rule,
+                backward=backward,
+            )
+            optimizer.step()
+    with torch.no_grad():
+        return (model(test_images).argmax(1) == test_labels).float().mean().item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=20)
+    epochs = parser.parse_args().epochs
+    for name, rule in {"plain": GRRule(gamma=0.0), "regularized": GRRule(gamma=0.5, epsilon=0.1)}.items():
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        print(f"{name}: test accuracy {train(model, optimizer, rule, epochs):.3f}")
+
+
+if __name__ == "__main__":
+    main()
