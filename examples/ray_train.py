@@ -15,8 +15,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports its use ove
 
 import ray
 import torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, get_checkpoint
-from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, RayTrainReportCallback, prepare_trainer
+from ray.train import RunConfig, ScalingConfig
+from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, RayTrainReportCallback
 from ray.train.torch import TorchTrainer
 from sklearn.datasets import load_digits
 from torch import nn
