@@ -1,6 +1,6 @@
 """Manual optimization: GANs, several optimizers, loops of one's own."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -119,7 +119,8 @@ class GradientRegularizationMixin(_Base):
 
         Args:
             loss_fn: As in :meth:`regularized_step`.
-            optimizer: One of ``self.optimizers()``, whose parameters are regularized.
+            optimizer: One of ``self.optimizers()``, whose parameters are regularized; or some of the parameters of one
+                of them, as in ``self.backbone.parameters()``. The others get the clean gradient.
             rule: As there.
             level: As there.
 
@@ -131,6 +132,9 @@ class GradientRegularizationMixin(_Base):
             ValueError: If ``loss_fn`` returns no loss with a graph.
         """
         run = _Run.of(self, "regularized_backward")
+        if isinstance(optimizer, Iterable):
+            params = list(optimizer)
+            return run.backward(loss_fn, run.find_owner(params), rule, level, params)
         return run.backward(loss_fn, run.find(optimizer), rule, level)
 
 
@@ -178,11 +182,13 @@ class _Run:
             self._two_pass = next((c for c in callbacks if isinstance(c, TwoPassCallback)), None)
             self._flooding = next((c for c in callbacks if isinstance(c, Flooding)), None)
 
+    def _optimizers(self) -> list[Any]:
+        known = self.module.optimizers()
+        return known if isinstance(known, list) else [known]
+
     def find(self, optimizer: Any) -> Any:
         """The one of the module's optimizers that is meant, as Lightning wraps it."""
-        known = self.module.optimizers()
-        known = known if isinstance(known, list) else [known]
-        for wrapped in known:
+        for wrapped in self._optimizers():
             if optimizer is wrapped or optimizer is wrapped.optimizer:
                 return wrapped
         raise MisconfigurationException(
@@ -190,11 +196,22 @@ class _Run:
             " `configure_optimizers` return it"
         )
 
+    def find_owner(self, params: Sequence[Tensor]) -> Any:
+        """The optimizer that has all of ``params``."""
+        ids = {id(param) for param in params}
+        for wrapped in self._optimizers():
+            if ids and ids <= {id(param) for param in _parameters(wrapped)}:
+                return wrapped
+        raise MisconfigurationException(
+            f"Expected the {len(params)} parameters given as `optimizer` to belong to one of `self.optimizers()`, all"
+            " of them: call `regularized_backward` for each optimizer by itself"
+        )
+
     @contextmanager
     def unscaled(self, optimizer: Any) -> Iterator[None]:
         """Take a gradient scaler's factor out of the gradients; the precision plugin wants it back for its own."""
         scale = loss_scale(self.trainer, self.module.device)
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [param.grad for param in _parameters(optimizer) if param.grad is not None]
         if scale is None or not grads:
             yield
             return
@@ -208,9 +225,10 @@ class _Run:
         optimizer: Any,
         rule: _RuleChoice,
         level: _LevelChoice,
+        params: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Both passes."""
-        own = [param for group in optimizer.param_groups for param in group["params"]]
+        """Both passes, for ``params``, by default all that the optimizer has."""
+        own = _parameters(optimizer) if params is None else params
         update = self._update(optimizer, rule)
         callback, chosen = self._two_pass, {id(param) for param in own}
         left_out = callback.excluded if callback is not None and rule == "trainer" else set()
@@ -288,6 +306,10 @@ class _Run:
         scaler = getattr(strategy.precision_plugin, "scaler", None)
         loss = loss if scaler is None else scaler.scale(loss)
         strategy.precision_plugin.backward(loss, self.module, None)
+
+
+def _parameters(optimizer: Any) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 class _Micro:

@@ -249,6 +249,23 @@ def test_excluded_parameters_keep_the_clean_gradient():
     assert_same(weights(manual.net), weights(automatic.net))
 
 
+@each_method
+def test_some_parameters_of_an_optimizer(name):
+    """The others keep the clean gradient, as those that are excluded do."""
+
+    class Backbone(Manual):
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.regularized_backward(lambda: self.loss(self.net, batch), self.net[0].parameters())
+            optimizer.step()
+
+    automatic, manual = TinyModule(), Backbone()
+    fit(automatic, METHODS[name].callback(exclude=["net.2.*"]), max_epochs=2)
+    fit(manual, METHODS[name].callback(), max_epochs=2)
+    assert_same(weights(manual.net), weights(automatic.net))
+
+
 # --- precision and clipping
 
 
@@ -383,6 +400,9 @@ class Wrong(Manual):
     ("call", "kind", "message"),
     [
         (lambda m, o, f: m.regularized_step(sgd(m.parameters()), f), MisconfigurationException, "one of `self.optim"),
+        (lambda m, o, f: m.regularized_backward(f, [nn.Parameter(torch.ones(2))]), MisconfigurationException, "1 p"),
+        (lambda m, o, f: m.regularized_backward(f, []), MisconfigurationException, "the 0 parameters given"),
+        (lambda m, o, f: m.regularized_step(m.parameters(), f), MisconfigurationException, "one of `self.optim"),
         (lambda m, o, f: m.regularized_step(o, lambda: f().detach()), ValueError, "a loss with a graph but got"),
         (lambda m, o, f: m.regularized_step(o, lambda: None), ValueError, "a loss with a graph but got NoneType"),
         (lambda m, o, f: m.regularized_step(o, []), ValueError, "a function or some of them"),
