@@ -12,6 +12,7 @@ __all__ = [
     "CallbackBase",
     "is_a",
     "lightning_attributes",
+    "logged_results",
     "skips_backward",
 ]
 
@@ -56,3 +57,8 @@ def lightning_attributes() -> frozenset[str]:
     for namespace in _namespaces():
         names |= set(vars(namespace.LightningModule()))
     return frozenset(names)
+
+
+def logged_results(module: nn.Module | None) -> Any:
+    """Where ``LightningModule.log`` writes to in the end; None outside a Trainer."""
+    return getattr(getattr(module, "_trainer", None), "_results", None)

@@ -201,8 +201,10 @@ class TwoPassCallback(CallbackBase):
             recorder.expect(batch_idx, local=self.is_local(trainer) and _is_window_end(trainer, batch_idx))
 
     def on_before_backward(self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor) -> None:
-        """Put the gradients of earlier micro-batches aside where each is to have its own direction."""
-        if self._update is not None and self._by_micro_batch(trainer):
+        """Put earlier gradients aside: of other micro-batches if each has its own direction, of steps not zeroed."""
+        if self._update is None or self._recorder is None:
+            return
+        if self._by_micro_batch(trainer) or self._recorder.is_at_start:
             self._held.put_aside(_parameters(trainer))
 
     def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -231,12 +233,15 @@ class TwoPassCallback(CallbackBase):
         recorder = self._recorder
         if self._update is None or recorder is None:
             return
+        params = [param for param in _parameters(trainer) if id(param) not in self._excluded]
+        chosen = {id(param) for param in params}
         add_second_pass_(
             self._update,
-            [param for param in _parameters(trainer) if id(param) not in self._excluded],
+            params,
             self._held.before(recorder.replay),
             self._copy,
-            excluded=[param for param in pl_module.parameters() if id(param) in self._excluded],
+            # also those that no optimizer has
+            excluded=[param for param in pl_module.parameters() if id(param) not in chosen],
             loss_scale=gradient_scale(trainer, pl_module.device, alone=self._by_micro_batch(trainer)),
             check_finite=not self.is_local(trainer),
         )
@@ -248,6 +253,7 @@ class TwoPassCallback(CallbackBase):
         """Let go of the batches after the step."""
         if self._recorder is not None and _is_window_end(trainer, batch_idx):
             self._recorder.forget()
+            self._held.give_back()  # if there was no second pass
 
     # --- what the mixin asks for
 

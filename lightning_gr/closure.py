@@ -55,6 +55,8 @@ class ClosurePasses:
             self._numbers, self._before = RandomState(self.devices), ModuleState(self.modules)
         with self.without_sync() if self.local else nullcontext():
             loss, flooded = self._evaluate()
+            if not only:
+                self.modules.note_written(self._before)
             self.backward(flooded)
         return loss.detach()
 

@@ -7,12 +7,13 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_gr._compat import logged_results
 from lightning_gr.sharding import local_parts
 
 __all__ = ["ModuleState", "RandomState", "StatefulModules", "deferred_signals", "in_second_pass", "second_pass"]
@@ -71,6 +72,9 @@ _MOST_ENTRIES = 1024
 _CONTAINERS = (list, dict, set, deque, defaultdict)
 
 
+_FRAMEWORKS = ("builtins", "torch.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "torchmetrics.")
+
+
 class _Container:
     """What a list, dict, set or deque held, one level of dict values deep; its entries are not copied."""
 
@@ -100,20 +104,63 @@ class StatefulModules:
     Args:
         root: The module whose tree is looked through; None stands for no module at all.
         foreign: Names of attributes that belong to the framework and are left alone.
+        before: What was found earlier, which knows what is written to.
     """
 
-    def __init__(self, root: nn.Module | None, foreign: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        root: nn.Module | None,
+        foreign: frozenset[str] = frozenset(),
+        before: "StatefulModules | None" = None,
+    ) -> None:
         modules = list(root.modules()) if root is not None else []
         self.buffers = [(m, name) for m in modules for name, b in m.named_buffers(recurse=False) if _is_written(b)]
+        self.written: list[tuple[nn.Module, str]] = [] if before is None else before.written
         self.metrics = [m for m in modules if _is_metric(m)]
-        # what torch.nn's own modules change in a forward pass are buffers, all of it
-        self.others = [m for m in modules if not _is_metric(m) and not type(m).__module__.startswith("torch.nn.")]
+        self.others = [m for m in modules if not _is_metric(m) and _has_attributes(m)]
+        self.class_containers = _class_containers(root)
+        named = [(m, name, p) for m in modules for name, p in m.named_parameters(recurse=False)]
+        self.frozen = [(m, name) for m, name, p in named if not p.requires_grad]
         self.foreign = foreign | frozenset(vars(nn.Module()))
+
+    def note_written(self, before: "ModuleState") -> None:
+        """Treat as buffers, from now on, what a first pass that began at ``before`` wrote to in place.
+
+        Those are frozen parameters (a momentum encoder that ``training_step`` updates) and tensors in attributes. They
+        are not copied before they are seen to change: a frozen backbone may be larger than all the rest. To be called
+        before weights are perturbed, which an attribute may be a view of.
+        """
+        known = {(id(module), name) for module, name in self.written}
+        self.written += [(module, name) for module, name in before.written() if (id(module), name) not in known]
+
+
+def _has_attributes(module: nn.Module) -> bool:
+    # what torch.nn's own modules change in a forward pass are buffers, but for weights that are made in a hook
+    return not type(module).__module__.startswith("torch.nn.") or bool(module._forward_pre_hooks)
+
+
+def _class_containers(root: nn.Module | None) -> list[Any]:
+    """Containers that the classes of ``root`` hold and not the instance, as in ``losses = []`` in a class body."""
+    classes = [cls for cls in type(root).__mro__ if not cls.__module__.startswith(_FRAMEWORKS)]
+    named = [item for cls in classes for item in vars(cls).items()]
+    return [value for name, value in named if type(value) in _CONTAINERS and not name.startswith("__")]
+
+
+def _mark(tensor: Tensor) -> tuple[int, int] | None:
+    """Something that changes when ``tensor`` is written to, also through ``.data = …``; None if nothing tells."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference() or tensor.layout != torch.strided:
+        return None
+    return tensor._version, tensor.data_ptr()
 
 
 def _is_written(buffer: Tensor) -> bool:
     # an expanded buffer (position ids, masks) cannot be written to in place
     return not any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
+
+
+def _is_state(value: Any) -> TypeGuard[Tensor]:
+    # not what is being trained, even if it was frozen before
+    return isinstance(value, Tensor) and not value.requires_grad
 
 
 def _is_metric(module: nn.Module) -> bool:
@@ -125,13 +172,21 @@ class ModuleState:
     """What modules hold besides parameters, now: the values of buffers and plain attributes (containers included)."""
 
     def __init__(self, modules: StatefulModules) -> None:
-        self._buffers = [(m, name, getattr(m, name)) for m, name in modules.buffers]
+        names = modules.buffers + modules.written
+        self._buffers = [(m, name, b) for m, name in names if _is_state(b := getattr(m, name, None))]
         self._values = [buffer.detach().clone() for _, _, buffer in self._buffers]
         self._attributes = [(m, self._read(m, modules.foreign)) for m in modules.others]
         self._containers = [
             _Container(value) for _, own in self._attributes for value in own.values() if type(value) in _CONTAINERS
-        ]
+        ] + [_Container(value) for value in modules.class_containers]
+        tensors = [(m, n, v) for m, own in self._attributes for n, v in own.items() if _is_state(v)]
+        tensors += [(m, name, p) for m, name in modules.frozen if _is_state(p := getattr(m, name, None))]
+        self._marks = [(m, name, tensor, _mark(tensor)) for m, name, tensor in tensors]
         self._foreign = modules.foreign
+
+    def written(self) -> list[tuple[nn.Module, str]]:
+        """Which frozen parameters and tensors in attributes were written to in place since."""
+        return [(module, name) for module, name, tensor, mark in self._marks if _mark(tensor) != mark]
 
     @staticmethod
     def _read(module: nn.Module, foreign: frozenset[str]) -> dict[str, Any]:
@@ -176,9 +231,9 @@ def _mute(*args: Any, **kwargs: Any) -> None:
 
 
 @contextmanager
-def _muted(module: nn.Module | None, names: Sequence[str]) -> Iterator[None]:
-    """Shadow the methods ``names`` of ``module`` by one that does nothing."""
-    attributes = vars(module) if module is not None else {}
+def _muted(owner: object | None, names: Sequence[str]) -> Iterator[None]:
+    """Shadow the methods ``names`` of ``owner`` by one that does nothing."""
+    attributes = vars(owner) if owner is not None else {}
     shadowed = {name: attributes[name] for name in names if name in attributes}
     attributes.update(dict.fromkeys(names, _mute))
     try:
@@ -224,6 +279,8 @@ def second_pass(
         before.restore()
         stack.enter_context(_stand_in_metrics(modules.metrics))
         stack.enter_context(_muted(muted, names))
+        # `self.log` may also be reached through a reference that was taken before
+        stack.enter_context(_muted(logged_results(muted), ("log", "reset")))
         stack.enter_context(_flagged())
         yield
 

@@ -177,7 +177,8 @@ class _Run:
         key = id(trainer), trainer.current_epoch
         if key != self._key:
             self._key = key
-            self._modules = StatefulModules(module, lightning_attributes() | {_ATTRIBUTE})
+            known = vars(self).get("_modules")
+            self._modules = StatefulModules(module, lightning_attributes() | {_ATTRIBUTE}, known)
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             self._two_pass = next((c for c in callbacks if isinstance(c, TwoPassCallback)), None)
             self._flooding = next((c for c in callbacks if isinstance(c, Flooding)), None)

@@ -1,8 +1,8 @@
 """Remembers the calls of ``training_step`` in one accumulation window, and makes them again."""
 
 import copy
-from collections.abc import Callable, MutableMapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +59,18 @@ class _Call:
                 " work on a copy there, as in `x = batch['x'].clone()`"
             )
 
+    @contextmanager
+    def unchanged_gradients(self) -> Iterator[None]:
+        """Keep the gradients of the batch, which a training step may have asked for, those of the first pass."""
+        leaves = [(tensor, tensor.grad) for tensor, _ in self.tensors if tensor.requires_grad and tensor.is_leaf]
+        try:
+            for tensor, _ in leaves:
+                tensor.grad = None
+            yield
+        finally:
+            for tensor, grad in leaves:
+                tensor.grad = grad
+
 
 def _rebuild(value: Any, note: Callable[[Tensor], None] = lambda tensor: None) -> Any:
     """Copy the containers in a batch but not its tensors, each of which is shown to ``note``.
@@ -113,7 +125,7 @@ class Recorder:
         self._devices = [] if root.type == "cpu" else [root]
         self._original: Callable[..., Any] = trainer.strategy.training_step
         trainer.strategy.training_step = self._training_step  # type: ignore[method-assign]
-        self.look_through()
+        self._modules = StatefulModules(pl_module, self._foreign)
 
     def remove(self) -> None:
         """Give the strategy its own method back."""
@@ -122,7 +134,12 @@ class Recorder:
 
     def look_through(self) -> None:
         """Find the modules with a state; to be repeated when the module may have grown."""
-        self._modules = StatefulModules(self.pl_module, self._foreign)
+        self._modules = StatefulModules(self.pl_module, self._foreign, self._modules)
+
+    @property
+    def is_at_start(self) -> bool:
+        """Whether the last call was the first one of its window with a loss."""
+        return len(self._calls) == 1
 
     def expect(self, batch_idx: int, *, local: bool) -> None:
         """Record the next call, as micro-batch ``batch_idx`` of the window; ``local``: without reducing gradients."""
@@ -148,6 +165,7 @@ class Recorder:
         if self._local and not (first and getattr(self.trainer.strategy.model, "static_graph", False)):
             self._unsynced.enter_context(self._without_sync())
         output = self._original(*args, **kwargs)
+        self._modules.note_written(self._before)
         if extract_loss(output) is not None:
             self._calls[self.batch_idx] = call
         return output
@@ -166,7 +184,8 @@ class Recorder:
                 call.check_unchanged()
                 call.random_state.restore()
                 # one reduction of the gradients for the whole window, as in the first pass
-                with nullcontext() if last and position == len(self._calls) else self._without_sync():
+                sync = nullcontext() if last and position == len(self._calls) else self._without_sync()
+                with sync, call.unchanged_gradients():
                     self._evaluate(call, transform)
 
     def _evaluate(self, call: _Call, transform: Transform) -> None:
