@@ -120,7 +120,7 @@ class StatefulModules:
         self.others = [m for m in modules if not _is_metric(m) and _has_attributes(m)]
         self.class_containers = _class_containers(root)
         named = [(m, name, p) for m in modules for name, p in m.named_parameters(recurse=False)]
-        self.frozen = [(m, name) for m, name, p in named if not p.requires_grad]
+        self.frozen = [(m, name, p) for m, name, p in named if not p.requires_grad and _can_be_marked(p)]
         self.foreign = foreign | frozenset(vars(nn.Module()))
 
     def note_written(self, before: "ModuleState") -> None:
@@ -146,10 +146,12 @@ def _class_containers(root: nn.Module | None) -> list[Any]:
     return [value for name, value in named if type(value) in _CONTAINERS and not name.startswith("__")]
 
 
-def _mark(tensor: Tensor) -> tuple[int, int] | None:
-    """Something that changes when ``tensor`` is written to, also through ``.data = …``; None if nothing tells."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference() or tensor.layout != torch.strided:
-        return None
+def _can_be_marked(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_inference()
+
+
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    """Something that changes when ``tensor`` is written to, also through ``.data = …``."""
     return tensor._version, tensor.data_ptr()
 
 
@@ -179,14 +181,16 @@ class ModuleState:
         self._containers = [
             _Container(value) for _, own in self._attributes for value in own.values() if type(value) in _CONTAINERS
         ] + [_Container(value) for value in modules.class_containers]
-        tensors = [(m, n, v) for m, own in self._attributes for n, v in own.items() if _is_state(v)]
-        tensors += [(m, name, p) for m, name in modules.frozen if _is_state(p := getattr(m, name, None))]
-        self._marks = [(m, name, tensor, _mark(tensor)) for m, name, tensor in tensors]
+        self._watched = modules.frozen + [
+            (m, n, v) for m, own in self._attributes for n, v in own.items() if _is_state(v) and _can_be_marked(v)
+        ]
+        self._marks = [_mark(tensor) for _, _, tensor in self._watched]
         self._foreign = modules.foreign
 
     def written(self) -> list[tuple[nn.Module, str]]:
         """Which frozen parameters and tensors in attributes were written to in place since."""
-        return [(module, name) for module, name, tensor, mark in self._marks if _mark(tensor) != mark]
+        now = zip(self._watched, self._marks, strict=True)
+        return [(module, name) for (module, name, tensor), mark in now if _mark(tensor) != mark]
 
     @staticmethod
     def _read(module: nn.Module, foreign: frozenset[str]) -> dict[str, Any]:
