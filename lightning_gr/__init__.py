@@ -7,6 +7,7 @@ from lightning_gr.flooding import flood
 from lightning_gr.isolation import in_second_pass
 from lightning_gr.mixin import GradientRegularizationMixin
 from lightning_gr.rules import GRRule, SAMRule
+from lightning_gr.sharpness import hessian_eigenvalue, hessian_trace
 
 __all__ = [
     "SAM",
@@ -17,6 +18,8 @@ __all__ = [
     "SAMRule",
     "__version__",
     "flood",
+    "hessian_eigenvalue",
+    "hessian_trace",
     "in_second_pass",
     "regularized_backward",
 ]

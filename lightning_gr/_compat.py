@@ -11,6 +11,7 @@ __all__ = [
     "SUPPORTED_STRATEGIES",
     "CallbackBase",
     "is_a",
+    "is_error_node",
     "lightning_attributes",
     "skips_backward",
 ]
@@ -43,6 +44,11 @@ else:
 def is_a(instance: object, *class_names: str) -> bool:
     """Whether one of the classes of ``instance`` has one of these names, in whichever namespace it lives."""
     return any(cls.__name__ in class_names for cls in type(instance).__mro__)
+
+
+def is_error_node(node: Any) -> bool:
+    """Whether a node of an autograd graph is the one that ``once_differentiable`` puts there, to raise if visited."""
+    return str(node.name()) == "torch::autograd::Error"
 
 
 def skips_backward(trainer: "Trainer") -> bool:

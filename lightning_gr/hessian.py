@@ -1,0 +1,207 @@
+"""Products of the Hessian of a loss with vectors, by double backward or by finite differences, without a trace."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gr._compat import is_error_node
+from lightning_gr.isolation import ModuleState, RandomState, StatefulModules, deferred_signals, second_pass
+from lightning_gr.perturb import WeightCopy
+from lightning_gr.rules import check_choice
+from lightning_gr.two_pass import extract_loss
+from lightning_gr.vectors import inner_product, wide
+
+__all__ = ["HESSIAN_METHODS", "HessianMethod", "HessianProducts"]
+
+HessianMethod = Literal["auto", "double_backward", "finite_difference"]
+HESSIAN_METHODS: tuple[HessianMethod, ...] = ("auto", "double_backward", "finite_difference")
+
+
+class HessianProducts:
+    """A context in which ``products(v)`` is H v, with H the Hessian of a loss at the weights that it is entered with.
+
+    Double backward evaluates the loss once and keeps the graph of its gradient. Finite differences,
+
+        H v ≈ [∇L(θ + h v) − ∇L(θ − h v)] / 2h,      h ‖v‖ = u^(1/3) (1 + ‖θ‖),
+
+    with u the machine epsilon, evaluate it twice for each product, where an operator has no second derivative (fused
+    attention, cuDNN's recurrent networks, compiled modules). Both see the same random numbers and buffers each time;
+    on leaving, weights, buffers, random state and ``.grad`` are what they were, bit for bit. For a network with kinks,
+    such as ReLU, the two differ: double backward sees no curvature at a kink, a finite step does. The backward method
+    of a custom autograd function must be differentiable itself or marked ``once_differentiable``.
+
+    Args:
+        loss_fn: Computes the loss, a scalar (or a mapping with ``"loss"``), at the current weights.
+        params: The module, of which the trainable parameters are taken, or parameters alone (then no buffers are
+            protected).
+        method: ``"double_backward"``, ``"finite_difference"``, or ``"auto"``: the first, and the second where the
+            first fails. The attribute ``method`` says which it was.
+        modules: What ``loss_fn`` may change, if not ``params``.
+        muted: A module whose logging does nothing meanwhile.
+        average: Averages a list of tensors in place over devices, for the Hessian of the mean loss over them.
+
+    Raises:
+        ValueError: If there are no trainable parameters, if one is complex, or if ``loss_fn`` returns no loss that can
+            be back-propagated.
+
+    Source: Pearlmutter (Neural Computation 1994), exact multiplication by the Hessian.
+
+    Example::
+
+        >>> w = torch.tensor([3.0], requires_grad=True)
+        >>> with HessianProducts(lambda: (w**3).sum(), [w]) as products:
+        ...     products([torch.tensor([1.0])])
+        [tensor([18.])]
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[[], Any],
+        params: nn.Module | Iterable[Tensor],
+        *,
+        method: HessianMethod = "auto",
+        modules: StatefulModules | None = None,
+        muted: nn.Module | None = None,
+        average: Callable[[Sequence[Tensor]], None] | None = None,
+    ) -> None:
+        check_choice("method", method, HESSIAN_METHODS)
+        module = params if isinstance(params, nn.Module) else None
+        everything = module.parameters() if module is not None else list(params)  # type: ignore[arg-type]
+        self.params = [p for p in everything if p.requires_grad]
+        if not self.params or any(p.is_complex() for p in self.params):
+            raise ValueError("Expected `params` to hold trainable parameters, real ones, for a Hessian")
+        self.loss_fn, self.method, self.average = loss_fn, method, average
+        self._modules = StatefulModules(module) if modules is None else modules
+        self._muted = muted
+        self._forget()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "HessianProducts":
+        devices = sorted({p.device for p in self.params if p.device.type != "cpu"}, key=str)
+        self._before, self._numbers = ModuleState(self._modules), RandomState(devices)
+        with ExitStack() as stack:
+            # a caller may be in validation
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(second_pass(self._modules, self._before, devices, muted=self._muted))
+            stack.callback(self._forget)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _forget(self) -> None:
+        self._gradient: tuple[Tensor, ...] = ()
+        self._copy = WeightCopy()
+
+    def __call__(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        """H v for one ``vector``, given as a tensor for each parameter."""
+        product = [wide(x.detach()) for x in self._multiply(vector)]
+        if self.average is not None:
+            self.average(product)
+        return product
+
+    def _multiply(self, vector: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self.method == "finite_difference":
+            return self._by_difference(vector)
+        if self.method == "double_backward":
+            return self._by_double_backward(vector)
+        loss = self._loss()
+        try:
+            self._differentiate(loss)
+            product = self._by_double_backward(vector)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            # some operator has no second derivative, which each says in its own words
+            self._forget()
+            self.method = "finite_difference"
+            return self._by_difference(vector)
+        self.method = "double_backward"
+        return product
+
+    def _loss(self) -> Tensor:
+        self._before.restore()
+        self._numbers.restore()
+        loss = extract_loss(self.loss_fn())
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            raise ValueError("Expected `loss_fn` to return a loss with a graph")
+        return loss
+
+    def _differentiate(self, loss: Tensor) -> None:
+        self._gradient = torch.autograd.grad(
+            loss, self.params, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        if _is_cut(self._gradient):
+            raise RuntimeError(
+                "The loss goes through a function that is marked `once_differentiable`, so double backward would leave"
+                " out a part of the Hessian: use `method='finite_difference'`"
+            )
+
+    def _by_double_backward(self, vector: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not self._gradient:
+            self._differentiate(self._loss())
+        pairs = [(g, v.to(g.dtype)) for g, v in zip(self._gradient, vector, strict=True) if g.requires_grad]
+        if not pairs:  # a linear function
+            return [torch.zeros_like(p) for p in self.params]
+        gradient, weights = zip(*pairs, strict=True)
+        return torch.autograd.grad(
+            gradient, self.params, weights, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+
+    def _by_difference(self, vector: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not self._copy.tensors:
+            with torch.no_grad():
+                self._copy.take(self.params)
+                self._size = 1.0 + float(inner_product(self.params, self.params)) ** 0.5
+        length = float(inner_product(vector, vector)) ** 0.5
+        if length == 0.0:
+            return [torch.zeros_like(p) for p in self.params]
+        unit = max(torch.finfo(p.dtype).eps for p in self.params)
+        step = unit ** (1 / 3) * self._size / length
+        ahead, behind = ([wide(g) for g in self._gradient_at(vector, s)] for s in (step, -step))
+        torch._foreach_sub_(ahead, behind)
+        torch._foreach_mul_(ahead, 0.5 / step)
+        return ahead
+
+    def _gradient_at(self, vector: Sequence[Tensor], step: float) -> tuple[Tensor, ...]:
+        with self._moved(vector, step):
+            return torch.autograd.grad(self._loss(), self.params, allow_unused=True, materialize_grads=True)
+
+    @contextmanager
+    def _moved(self, vector: Sequence[Tensor], step: float) -> Iterator[None]:
+        with deferred_signals():
+            try:
+                with torch.no_grad():
+                    offsets = [v.to(p.dtype) for v, p in zip(vector, self.params, strict=True)]
+                    torch._foreach_add_(self.params, offsets, alpha=step)
+                torch.clear_autocast_cache()
+                yield
+            finally:
+                with torch.no_grad():
+                    self._copy.put_back(self.params)
+                torch.clear_autocast_cache()
+
+
+def _is_cut(gradients: Sequence[Tensor]) -> bool:
+    """Whether the graph of ``gradients`` ends in an error that no one would see.
+
+    ``once_differentiable`` puts it on a branch of its own, which ``torch.autograd.grad`` does not visit.
+    """
+    waiting = [gradient.grad_fn for gradient in gradients if gradient.grad_fn is not None]
+    seen: set[Any] = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if is_error_node(node):
+            return True
+        new = {other for other, _ in node.next_functions if other is not None} - seen
+        seen |= new
+        waiting.extend(new)
+    return False
