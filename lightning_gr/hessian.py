@@ -26,7 +26,7 @@ class HessianProducts:
 
     Double backward evaluates the loss once and keeps the graph of its gradient. Finite differences,
 
-        H v ≈ [∇L(θ + h v) − ∇L(θ − h v)] / 2h,      h ‖v‖ = u^(1/3) (1 + ‖θ‖),
+        H v ≈ [∇L(θ + h v) − ∇L(θ − h v)] / 2h,      h ‖v‖ = u^(1/3) (1 + ‖θ‖)/10,
 
     with u the machine epsilon, evaluate it twice for each product, where an operator has no second derivative (fused
     attention, cuDNN's recurrent networks, compiled modules). Both see the same random numbers and buffers each time;
@@ -165,7 +165,7 @@ class HessianProducts:
         if length == 0.0:
             return [torch.zeros_like(p) for p in self.params]
         unit = max(torch.finfo(p.dtype).eps for p in self.params)
-        step = unit ** (1 / 3) * self._size / length
+        step = 0.1 * unit ** (1 / 3) * self._size / length
         ahead, behind = ([wide(g) for g in self._gradient_at(vector, s)] for s in (step, -step))
         torch._foreach_sub_(ahead, behind)
         torch._foreach_mul_(ahead, 0.5 / step)
