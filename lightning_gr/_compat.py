@@ -10,10 +10,12 @@ __all__ = [
     "REFUSED_STRATEGIES",
     "SUPPORTED_STRATEGIES",
     "CallbackBase",
+    "forget_logged",
     "is_a",
     "is_error_node",
     "lightning_attributes",
     "skips_backward",
+    "will_log",
 ]
 
 SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
@@ -62,3 +64,22 @@ def lightning_attributes() -> frozenset[str]:
     for namespace in _namespaces():
         names |= set(vars(namespace.LightningModule()))
     return frozenset(names)
+
+
+def will_log(trainer: "Trainer") -> bool:
+    """Whether Lightning writes to the loggers after this training batch, as far as all ranks agree about it.
+
+    Its own condition, but for ``trainer.should_stop``, which one rank may set before the others.
+    """
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if trainer.barebones or not every:
+        return False
+    stepped: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return (stepped + 1) % every == 0 or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def forget_logged(trainer: "Trainer", keys: set[str]) -> None:
+    """Let Lightning not write the last value of ``keys`` again on a step that has none."""
+    for metric in (trainer._results or {}).values():
+        if metric.meta.name in keys:
+            metric.reset()
