@@ -11,6 +11,7 @@ __all__ = [
     "SUPPORTED_STRATEGIES",
     "CallbackBase",
     "forget_logged",
+    "gradients_are_scaled",
     "is_a",
     "is_error_node",
     "lightning_attributes",
@@ -83,3 +84,8 @@ def forget_logged(trainer: "Trainer", keys: set[str]) -> None:
     for metric in (trainer._results or {}).values():
         if metric.meta.name in keys:
             metric.reset()
+
+
+def gradients_are_scaled(optimizer: object) -> bool:
+    """Whether an optimizer takes gradients that carry a gradient scaler's factor, as the fused ones of torch do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

@@ -1,7 +1,7 @@
 """Products of the Hessian of a loss with vectors, by double backward or by finite differences, without a trace."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Literal
 
@@ -77,29 +77,31 @@ class HessianProducts:
         self.loss_fn, self.method, self.average = loss_fn, method, average
         self._modules = StatefulModules(module) if modules is None else modules
         self._muted = muted
+        self._stack, self._isolated = ExitStack(), ExitStack()
         self._forget()
-        self._stack = ExitStack()
 
     def __enter__(self) -> "HessianProducts":
-        devices = sorted({p.device for p in self.params if p.device.type != "cpu"}, key=str)
-        self._before, self._numbers = ModuleState(self._modules), RandomState(devices)
-        with ExitStack() as stack:
-            # a caller may be in validation
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(second_pass(self._modules, self._before, devices, muted=self._muted))
-            stack.callback(self._forget)
-            self._stack = stack.pop_all()
+        self._devices = sorted({p.device for p in self.params if p.device.type != "cpu"}, key=str)
+        self._before, self._numbers = ModuleState(self._modules), RandomState(self._devices)
+        # a caller may be in validation
+        self._stack.enter_context(torch.inference_mode(False))
+        self._stack.enter_context(torch.enable_grad())
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._forget()
         self._stack.close()
 
     def _forget(self) -> None:
         self._gradient: tuple[Tensor, ...] = ()
         self._copy = WeightCopy()
+        # after the graph, which may hold buffers that are put back now
+        self._isolated.close()
+
+    def _isolation(self) -> AbstractContextManager[None]:
+        return second_pass(self._modules, self._before, self._devices, muted=self._muted)
 
     def __call__(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """H v for one ``vector``, given as a tensor for each parameter."""
@@ -113,9 +115,7 @@ class HessianProducts:
             return self._by_difference(vector)
         if self.method == "double_backward":
             return self._by_double_backward(vector)
-        loss = self._loss()
         try:
-            self._differentiate(loss)
             product = self._by_double_backward(vector)
         except torch.OutOfMemoryError:
             raise
@@ -128,14 +128,16 @@ class HessianProducts:
         return product
 
     def _loss(self) -> Tensor:
-        self._before.restore()
         self._numbers.restore()
         loss = extract_loss(self.loss_fn())
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             raise ValueError("Expected `loss_fn` to return a loss with a graph")
         return loss
 
-    def _differentiate(self, loss: Tensor) -> None:
+    def _differentiate(self) -> None:
+        # one evaluation, whose graph is kept, so that its isolation lasts
+        self._isolated.enter_context(self._isolation())
+        loss = self._loss()
         self._gradient = torch.autograd.grad(
             loss, self.params, create_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -147,7 +149,7 @@ class HessianProducts:
 
     def _by_double_backward(self, vector: Sequence[Tensor]) -> Sequence[Tensor]:
         if not self._gradient:
-            self._differentiate(self._loss())
+            self._differentiate()
         pairs = [(g, v.to(g.dtype)) for g, v in zip(self._gradient, vector, strict=True) if g.requires_grad]
         if not pairs:  # a linear function
             return [torch.zeros_like(p) for p in self.params]
@@ -172,7 +174,7 @@ class HessianProducts:
         return ahead
 
     def _gradient_at(self, vector: Sequence[Tensor], step: float) -> tuple[Tensor, ...]:
-        with self._moved(vector, step):
+        with self._isolation(), self._moved(vector, step):
             return torch.autograd.grad(self._loss(), self.params, allow_unused=True, materialize_grads=True)
 
     @contextmanager

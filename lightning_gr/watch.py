@@ -65,7 +65,7 @@ class StepLog:
         values = dict(values)
         together = [name for name in own if name in values]
         if together and trainer.world_size > 1:
-            mean = mean_over_ranks(torch.stack([values[name].float() for name in together]))
+            mean = mean_over_ranks(torch.stack([values[name] for name in together]))
             values |= dict(zip(together, mean, strict=True))
         self.extremes.note(values)
         forget_logged(trainer, self._logged - {self.prefix + name for name in values})
