@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_gr import checks
 from lightning_gr._compat import CallbackBase, skips_backward
 from lightning_gr.accumulation import HeldGradients, is_window_end
+from lightning_gr.display import show_end, show_start
 from lightning_gr.flood_callback import Flooding
 from lightning_gr.measures import BY_LAYER, DEFAULT_METRICS, METRICS, check_metrics, undefined_metrics
 from lightning_gr.perturb import WeightCopy
@@ -126,9 +127,10 @@ class TwoPassCallback(CallbackBase):
             checks.check_sharded(trainer, self.rule, self.ascent_sync)
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Find the excluded parameters, which ``configure_model`` may have made only now."""
+        """Find the excluded parameters, which ``configure_model`` may have made only now; show what will be done."""
         self._excluded = match_names(self.exclude, pl_module)
         checks.check_sparse(pl_module, self._excluded)
+        show_start(self, trainer, pl_module)
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Begin to record, or to count the steps of each optimizer where the module optimizes manually."""
@@ -266,6 +268,11 @@ class TwoPassCallback(CallbackBase):
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
         """Leave no trace."""
         self._stop()
+
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Show what happened."""
+        if stage == "fit":
+            show_end(self, trainer)
 
     def _stop(self) -> None:
         if self._recorder is not None:

@@ -1,8 +1,6 @@
 """What is shown around training: a panel at its start and a table at its end, in a terminal of 80 columns or a file."""
 
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -68,23 +66,25 @@ def describe(callback: "TwoPassCallback", trainer: "Trainer", pl_module: "Lightn
         whose = "each device's own gradient" if callback.is_local(trainer) else "the mean gradient of all devices"
         lines["ascent"] = f"along {whose} ({trainer.world_size})"
     lines["schedule"] = _schedule(callback)
+    flooding = _flooding(trainer)
+    if flooding is not None:
+        lines["flooding"] = f"|L − b| + b, b = {flooding.level:g}"
     return lines
+
+
+def _flooding(trainer: "Trainer") -> Any:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if hasattr(callback, "flips")), None)
 
 
 def _schedule(callback: "TwoPassCallback") -> str:
     schedule = callback.schedule
-    if type(callback).should_regularize is not _default_schedule():
+    if type(callback).should_regularize.__qualname__ != "TwoPassCallback.should_regularize":
         return "by should_regularize(step)"
     every = "every step" if schedule.interval == 1 else f"every {schedule.interval} steps"
     since = f" from step {schedule.start_step:,}" if schedule.start_step else ""
     warmup = f", growing over {schedule.warmup_steps:,} steps" if schedule.warmup_steps else ""
     return every + since + warmup
-
-
-def _default_schedule() -> Any:
-    from lightning_gr.callback import TwoPassCallback
-
-    return TwoPassCallback.should_regularize
 
 
 def make_panel(name: str, lines: dict[str, str]) -> Panel:
@@ -100,7 +100,7 @@ def make_panel(name: str, lines: dict[str, str]) -> Panel:
 def make_table(callback: "TwoPassCallback", flooded: tuple[int, int] | None) -> Group:
     """The table at the end. It reads from the device, when training is over."""
     watch = callback.watch
-    table = Table(title=f"{method_name(callback.rule)}: logged steps", title_justify="left")
+    table = Table(title=f"{method_name(callback.rule)}, logged steps", title_justify="left")
     table.add_column("metric")
     for name in ("first", "last", "min", "max"):
         table.add_column(name, justify="right")
@@ -136,7 +136,7 @@ def show_end(callback: "TwoPassCallback", trainer: "Trainer") -> None:
         # rich's bar lives until the end of its own teardown, which comes after ours; stopping twice is harmless
         if isinstance(getattr(other, "progress", None), Progress):
             other.progress.stop()
-    flips = next((other.flips for other in callbacks if hasattr(other, "flips")), None)
+    flips = getattr(_flooding(trainer), "flips", None)
     flooded = None if flips is None or flips.total is None else (int(flips.total), flips.of)
     _console().print(make_table(callback, flooded))
 
