@@ -1,9 +1,9 @@
-"""Products of the Hessian of a loss with vectors, by double backward or by finite differences, without a trace."""
+"""A loss around its weights, and its Hessian times vectors, by double backward or finite differences: no trace left."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,112 @@ from lightning_gr.rules import check_choice
 from lightning_gr.two_pass import extract_loss
 from lightning_gr.vectors import inner_product, wide
 
-__all__ = ["HESSIAN_METHODS", "HessianMethod", "HessianProducts"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["HESSIAN_METHODS", "HessianMethod", "HessianProducts", "LossAround"]
 
 HessianMethod = Literal["auto", "double_backward", "finite_difference"]
 HESSIAN_METHODS: tuple[HessianMethod, ...] = ("auto", "double_backward", "finite_difference")
 
 
-class HessianProducts:
+class LossAround:
+    """A context in which a loss and its gradient can be had at displaced weights, as if that had never happened.
+
+    Each evaluation sees the same random numbers and buffers. On leaving, weights, buffers, random state and ``.grad``
+    are what they were, bit for bit.
+
+    Args:
+        loss_fn: Computes the loss, a scalar (or a mapping with ``"loss"``), at the current weights.
+        params: The module, of which the trainable parameters are taken, or parameters alone (then no buffers are
+            protected).
+        modules: What ``loss_fn`` may change, if not ``params``.
+        muted: A module whose logging does nothing meanwhile.
+
+    Raises:
+        ValueError: If there are no trainable parameters, if one is complex, or if ``loss_fn`` returns no loss that can
+            be back-propagated.
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[[], Any],
+        params: nn.Module | Iterable[Tensor],
+        *,
+        modules: StatefulModules | None = None,
+        muted: nn.Module | None = None,
+    ) -> None:
+        module = params if isinstance(params, nn.Module) else None
+        everything = module.parameters() if module is not None else list(params)  # type: ignore[arg-type]
+        self.params = [p for p in everything if p.requires_grad]
+        if not self.params or any(p.is_complex() for p in self.params):
+            raise ValueError("Expected `params` to hold trainable parameters, real ones")
+        self.loss_fn = loss_fn
+        self._modules = StatefulModules(module) if modules is None else modules
+        self._muted = muted
+        self._copy = WeightCopy()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Self":
+        self._devices = sorted({p.device for p in self.params if p.device.type != "cpu"}, key=str)
+        self._before, self._numbers = ModuleState(self._modules), RandomState(self._devices)
+        # a caller may be in validation
+        self._stack.enter_context(torch.inference_mode(False))
+        self._stack.enter_context(torch.enable_grad())
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._copy = WeightCopy()
+        self._stack.close()
+
+    @torch.no_grad()
+    def loss_at(self, vector: Sequence[Tensor], step: float) -> Tensor:
+        """L(θ + step · vector)."""
+        with self._isolation(), self._moved(vector, step):
+            return self._evaluate().detach()
+
+    def gradient_at(self, vector: Sequence[Tensor], step: float) -> tuple[Tensor, ...]:
+        """∇L(θ + step · vector), a tensor for each parameter."""
+        with self._isolation(), self._moved(vector, step):
+            return torch.autograd.grad(self._loss(), self.params, allow_unused=True, materialize_grads=True)
+
+    def _isolation(self) -> AbstractContextManager[None]:
+        return second_pass(self._modules, self._before, self._devices, muted=self._muted)
+
+    def _evaluate(self) -> Tensor:
+        self._numbers.restore()
+        loss = extract_loss(self.loss_fn())
+        if not isinstance(loss, Tensor):
+            raise ValueError(f"Expected `loss_fn` to return a loss but got {type(loss).__name__}")
+        return loss
+
+    def _loss(self) -> Tensor:
+        loss = self._evaluate()
+        if not loss.requires_grad:
+            raise ValueError("Expected `loss_fn` to return a loss with a graph")
+        return loss
+
+    @contextmanager
+    def _moved(self, vector: Sequence[Tensor], step: float) -> Iterator[None]:
+        if not self._copy.tensors:
+            with torch.no_grad():
+                self._copy.take(self.params)
+        with deferred_signals():
+            try:
+                with torch.no_grad():
+                    offsets = [v.to(p.dtype) for v, p in zip(vector, self.params, strict=True)]
+                    torch._foreach_add_(self.params, offsets, alpha=step)
+                torch.clear_autocast_cache()
+                yield
+            finally:
+                with torch.no_grad():
+                    self._copy.put_back(self.params)
+                torch.clear_autocast_cache()
+
+
+class HessianProducts(LossAround):
     """A context in which ``products(v)`` is H v, with H the Hessian of a loss at the weights that it is entered with.
 
     Double backward evaluates the loss once and keeps the graph of its gradient. Finite differences,
@@ -69,39 +168,21 @@ class HessianProducts:
         average: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> None:
         check_choice("method", method, HESSIAN_METHODS)
-        module = params if isinstance(params, nn.Module) else None
-        everything = module.parameters() if module is not None else list(params)  # type: ignore[arg-type]
-        self.params = [p for p in everything if p.requires_grad]
-        if not self.params or any(p.is_complex() for p in self.params):
-            raise ValueError("Expected `params` to hold trainable parameters, real ones, for a Hessian")
-        self.loss_fn, self.method, self.average = loss_fn, method, average
-        self._modules = StatefulModules(module) if modules is None else modules
-        self._muted = muted
-        self._stack, self._isolated = ExitStack(), ExitStack()
-        self._forget()
-
-    def __enter__(self) -> "HessianProducts":
-        self._devices = sorted({p.device for p in self.params if p.device.type != "cpu"}, key=str)
-        self._before, self._numbers = ModuleState(self._modules), RandomState(self._devices)
-        # a caller may be in validation
-        self._stack.enter_context(torch.inference_mode(False))
-        self._stack.enter_context(torch.enable_grad())
-        return self
+        super().__init__(loss_fn, params, modules=modules, muted=muted)
+        self.method, self.average = method, average
+        self._gradient: tuple[Tensor, ...] = ()
+        self._isolated = ExitStack()
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._forget()
-        self._stack.close()
+        super().__exit__(exc_type, exc, traceback)
 
     def _forget(self) -> None:
-        self._gradient: tuple[Tensor, ...] = ()
-        self._copy = WeightCopy()
+        self._gradient = ()
         # after the graph, which may hold buffers that are put back now
         self._isolated.close()
-
-    def _isolation(self) -> AbstractContextManager[None]:
-        return second_pass(self._modules, self._before, self._devices, muted=self._muted)
 
     def __call__(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """H v for one ``vector``, given as a tensor for each parameter."""
@@ -126,13 +207,6 @@ class HessianProducts:
             return self._by_difference(vector)
         self.method = "double_backward"
         return product
-
-    def _loss(self) -> Tensor:
-        self._numbers.restore()
-        loss = extract_loss(self.loss_fn())
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
-            raise ValueError("Expected `loss_fn` to return a loss with a graph")
-        return loss
 
     def _differentiate(self) -> None:
         # one evaluation, whose graph is kept, so that its isolation lasts
@@ -159,37 +233,17 @@ class HessianProducts:
         )
 
     def _by_difference(self, vector: Sequence[Tensor]) -> Sequence[Tensor]:
-        if not self._copy.tensors:
-            with torch.no_grad():
-                self._copy.take(self.params)
-                self._size = 1.0 + float(inner_product(self.params, self.params)) ** 0.5
         length = float(inner_product(vector, vector)) ** 0.5
         if length == 0.0:
             return [torch.zeros_like(p) for p in self.params]
+        with torch.no_grad():
+            size = 1.0 + float(inner_product(self.params, self.params)) ** 0.5
         unit = max(torch.finfo(p.dtype).eps for p in self.params)
-        step = 0.1 * unit ** (1 / 3) * self._size / length
-        ahead, behind = ([wide(g) for g in self._gradient_at(vector, s)] for s in (step, -step))
+        step = 0.1 * unit ** (1 / 3) * size / length
+        ahead, behind = ([wide(g) for g in self.gradient_at(vector, s)] for s in (step, -step))
         torch._foreach_sub_(ahead, behind)
         torch._foreach_mul_(ahead, 0.5 / step)
         return ahead
-
-    def _gradient_at(self, vector: Sequence[Tensor], step: float) -> tuple[Tensor, ...]:
-        with self._isolation(), self._moved(vector, step):
-            return torch.autograd.grad(self._loss(), self.params, allow_unused=True, materialize_grads=True)
-
-    @contextmanager
-    def _moved(self, vector: Sequence[Tensor], step: float) -> Iterator[None]:
-        with deferred_signals():
-            try:
-                with torch.no_grad():
-                    offsets = [v.to(p.dtype) for v, p in zip(vector, self.params, strict=True)]
-                    torch._foreach_add_(self.params, offsets, alpha=step)
-                torch.clear_autocast_cache()
-                yield
-            finally:
-                with torch.no_grad():
-                    self._copy.put_back(self.params)
-                torch.clear_autocast_cache()
 
 
 def _is_cut(gradients: Sequence[Tensor]) -> bool:
