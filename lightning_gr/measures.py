@@ -179,8 +179,11 @@ class Measurement:
 
     def results(self) -> dict[str, Tensor]:
         """The values by name, as 0-dimensional tensors on the device; NaN where the rank's own is missing."""
-        missing = {name: torch.full_like(self._norm, torch.nan) for name in self.own if name not in self.values}
-        return {n: v for n, v in (self.values | missing).items() if n in self.names or "/" in n} if self.values else {}
+        if not self.values:
+            return {}
+        found = {**dict.fromkeys(self.own, torch.full_like(self._norm, torch.nan)), **self.values}
+        asked = [name for name in METRICS if name in self.names] + [name for name in found if "/" in name]
+        return {name: found[name] for name in asked if name in found}
 
     def _compare(self, grads: Sequence[Tensor]) -> None:
         update, norm = self._update, self._norm

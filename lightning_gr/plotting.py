@@ -184,7 +184,7 @@ def draw_runs(runs: Sequence[Run], keys: Sequence[str] = (), smooth: int = 1) ->
     Args:
         runs: What :func:`read_run` returned.
         keys: One picture for each of these, instead of the usual ones.
-        smooth: Draw the mean over so many logged values, and the values themselves faintly behind it.
+        smooth: Draw the mean over so many logged values around each, and the values themselves faintly behind it.
 
     Raises:
         PlotError: If there is nothing to draw.
@@ -200,17 +200,28 @@ def draw_runs(runs: Sequence[Run], keys: Sequence[str] = (), smooth: int = 1) ->
         axes.set(title=panel.title, xlabel="step", ylabel=panel.unit)
         values = [value for run in runs for key in own for value in run.curves.get(key, ([], []))[1]]
         if panel.logarithmic and min(values) > 0 and max(values) > 10 * min(values):
-            axes.set_yscale("log")
+            _set_logarithmic(axes, max(values) / min(values))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     return figure
+
+
+def _set_logarithmic(axes: Any, ratio: float) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    # plain numbers, and enough of them where there are few decades
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 1e3 else (1,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_curve(axes: Any, curve: Curve, smooth: int, label: str, colour: str, style: Any) -> None:
     steps, values = curve
     if smooth > 1:
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        values = [statistics.mean(values[max(0, i + 1 - smooth) : i + 1]) for i in range(len(values))]
+        left, right = (smooth - 1) // 2, smooth // 2 + 1  # centred, so that nothing lags behind
+        values = [statistics.mean(values[max(0, i - left) : i + right]) for i in range(len(values))]
     marker = "o" if len(values) < 3 else None
     axes.plot(steps, values, label=label, color=colour, linestyle=style, marker=marker, markersize=4)
 

@@ -65,7 +65,7 @@ def test_what_is_drawn(folder):
         assert [list(axis) for axis in line.get_data()] == list(run.curves["gr/grad_norm"])
     smooth = draw_runs(runs[:1], keys=["train_loss"], smooth=3).axes[0]
     values = runs[0].curves["train_loss"][1]
-    assert smooth.lines[1].get_ydata()[5] == pytest.approx(sum(values[3:6]) / 3)
+    assert smooth.lines[1].get_ydata()[5] == pytest.approx(sum(values[4:7]) / 3)
     assert [text.get_text() for text in smooth.get_legend().get_texts()] == ["train_loss"]
 
 
