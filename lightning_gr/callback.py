@@ -11,7 +11,14 @@ from lightning_gr._compat import CallbackBase, skips_backward
 from lightning_gr.accumulation import HeldGradients, is_window_end
 from lightning_gr.display import show_end, show_start
 from lightning_gr.flood_callback import Flooding
-from lightning_gr.measures import BY_LAYER, DEFAULT_METRICS, METRICS, check_metrics, undefined_metrics
+from lightning_gr.measures import (
+    BY_LAYER,
+    DEFAULT_METRICS,
+    METRICS,
+    OF_SECOND_GRADIENT,
+    check_metrics,
+    undefined_metrics,
+)
 from lightning_gr.perturb import WeightCopy
 from lightning_gr.recorder import Recorder, gradient_scale, loss_scale
 from lightning_gr.rules import (
@@ -91,6 +98,7 @@ class TwoPassCallback(CallbackBase):
         self.verbose = verbose
         names = check_metrics(metrics, (*METRICS, BY_LAYER), DEFAULT_METRICS, undefined_metrics(rule))
         self.watch = StepWatch(names, prefix, prog_bar)
+        self._asked_for = OF_SECOND_GRADIENT.intersection([metrics] if isinstance(metrics, str) else metrics)
         self._steps = OptimizerSteps()
         vars(self).update(self._fresh())
 
@@ -125,6 +133,7 @@ class TwoPassCallback(CallbackBase):
             checks.check_two_pass(trainer, pl_module, TwoPassCallback)
             checks.check_accumulation(trainer, self.accumulation, self.ascent_sync)
             checks.check_sharded(trainer, self.rule, self.ascent_sync)
+            checks.check_separable(trainer, self._asked_for, self.accumulation, self.ascent_sync)
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Find the excluded parameters, which ``configure_model`` may have made only now; show what will be done."""

@@ -16,6 +16,7 @@ __all__ = [
     "BY_LAYER",
     "DEFAULT_METRICS",
     "METRICS",
+    "OF_SECOND_GRADIENT",
     "Measurement",
     "check_metrics",
     "layer_norms",

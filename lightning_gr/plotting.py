@@ -237,7 +237,7 @@ def save(figure: Any, path: Path) -> None:
         raise PlotError(f"cannot write {path.name}: give a suffix that is one of {', '.join(sorted(known))}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=120)
     except OSError as error:
         raise PlotError(f"cannot write {path}: {error.strerror}") from error
 

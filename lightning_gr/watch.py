@@ -124,6 +124,8 @@ class StepWatch:
     """
 
     def __init__(self, names: Sequence[str], prefix: str, prog_bar: bool) -> None:
+        if prog_bar and "grad_norm" not in names:
+            raise ValueError("Expected argument `metrics` to hold 'grad_norm' with `prog_bar=True`, which shows it")
         self.names = tuple(names)
         self.log = StepLog(prefix, ("grad_norm",) if prog_bar else ())
         self.reset()
@@ -178,7 +180,8 @@ class StepWatch:
     def second_done(self, device: torch.device) -> None:
         """A second pass has ended, which began with the end of the first one."""
         if self.due:
-            self.clock.add(1, self._start, self.clock.mark(device))
+            self._start, start = self.clock.mark(device), self._start
+            self.clock.add(1, start, self._start)
 
     def of_window(self, batch_idx: int | None, scale: Tensor | None, local: bool) -> Measurement | None:
         """An observer for the second pass of a window (``batch_idx`` is None) or of one of its micro-batches."""

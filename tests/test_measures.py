@@ -2,14 +2,35 @@
 
 import csv
 
+import jsonargparse
 import pytest
 import pytorch_lightning as pl
 import reference
 import torch
-from modules import METHODS, TinyModule, adam, assert_same, cross_entropy, fit, make_batches, make_loader, mlp, weights
+from modules import (
+    METHODS,
+    TinyModule,
+    adam,
+    assert_same,
+    cross_entropy,
+    fit,
+    make_batches,
+    make_loader,
+    make_trainer,
+    mlp,
+    weights,
+)
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_gr import SAM, Flooding, GradientRegularization, GradientRegularizationMixin
+from lightning_gr import (
+    SAM,
+    Flooding,
+    GradientNormMonitor,
+    GradientRegularization,
+    GradientRegularizationMixin,
+    SharpnessMonitor,
+)
 from lightning_gr._compat import will_log
 from lightning_gr.measures import BY_LAYER
 
@@ -350,9 +371,46 @@ def test_flooding_by_hand_and_in_windows():
         ),
         (lambda: GradientRegularization(scheme="central", metrics=["all", "alignment"]), "without 'alignment' here"),
         (lambda: SAM(prog_bar="yes"), "`prog_bar` to be True or False but got 'yes'"),
+        (lambda: SAM(prog_bar=True, metrics=()), "`metrics` to hold 'grad_norm' with `prog_bar=True`"),
         (lambda: SAM(prefix=3), "`prefix` to be a string but got 3"),
     ],
 )
 def test_wrong_arguments(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+@pytest.mark.parametrize(
+    ("options", "trainer", "said"),
+    [
+        (
+            {"accumulation": "micro_batch"},
+            {"accumulate_grad_batches": 2},
+            "asks for 'alignment', .*'micro_batch'` adds",
+        ),
+        ({"ascent_sync": False}, {"strategy": "ddp", "devices": 2}, "for 'alignment', .* use `ascent_sync=True`"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_by_name_and_left_out_of_all(options, trainer, said):
+    trainer = make_trainer(**trainer)
+    SAM(metrics="all", **options).setup(trainer, TinyModule(), "fit")
+    with pytest.raises(MisconfigurationException, match=said):
+        SAM(metrics=["default", "alignment"], **options).setup(trainer, TinyModule(), "fit")
+
+
+# jsonargparse renames its methods from version to version
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", [SAM, GradientRegularization, Flooding, GradientNormMonitor, SharpnessMonitor])
+def test_arguments_come_from_a_command_line(kind):
+    """As LightningCLI reads and writes them."""
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(kind, "callback")
+    flags = ["--callback.prefix=x/"]
+    if kind in (SAM, GradientRegularization):
+        flags += ["--callback.metrics=[all,grad_norm_by_layer]", "--callback.verbose=false", "--callback.prog_bar=true"]
+    elif kind is Flooding:
+        flags += ["--callback.level=0.1", "--callback.metrics=all"]
+    found = parser.parse_args(flags)
+    written = parser.dump(found)
+    assert parser.dump(parser.parse_string(written)) == written
+    assert isinstance(parser.instantiate_classes(found).callback, kind)

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -14,6 +15,7 @@ from lightning_gr.metrics import GradientNorm
 from lightning_gr.plotting import COLOURS, PlotError, draw_runs, read_run
 from lightning_gr.slices import draw_slices, filter_normalized, loss_slice, plot_slices
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 # of TensorBoard's own dependencies
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -139,6 +141,20 @@ def test_metrics_plot():
     metric = GradientNorm()
     _, axes = metric.plot([torch.tensor(3.0), torch.tensor(1.0)])
     assert list(axes.lines[0].get_ydata()) == [3.0, 1.0]
+
+
+def test_example(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import see_it
+
+    see_it.main(5, tmp_path)
+    assert "regularized: 40 of 40 steps" in capsys.readouterr().out
+    for name in ("runs.png", "slices.png"):
+        assert (tmp_path / name).stat().st_size > 20_000
+    for name in see_it.METHODS:
+        assert {"train_loss", "test_acc", "gr/grad_norm", "hessian/eigenvalue"} <= read_run(
+            tmp_path / name
+        ).curves.keys()
 
 
 # --- slices
