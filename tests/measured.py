@@ -31,6 +31,8 @@ class Case(replicas.Case):
         own = [] if self.method is None else [METHODS[self.method].callback(**self.options)]
         watch = SharpnessMonitor(tolerance=1e-8, samples=2) if self.net == "plain" else None
         flood = Flooding(FLOOD_LEVEL) if self.flooding else None
+        if self.net == "unmonitored":
+            return own
         monitor = GradientNormMonitor(by_layer=True)
         return [*own, monitor, *(callback for callback in (watch, flood) if callback is not None)]
 
@@ -90,6 +92,14 @@ def by_metrics():
     return {name: metric.compute().item() for name, metric in collection.items()}
 
 
+def all_reduces(metrics, every):
+    """How many a training of four steps makes."""
+    case = Case("SAM", {"metrics": metrics}, net="unmonitored", trainer={"log_every_n_steps": every})
+    with sharded.Collectives() as mode:
+        logged(replicas.Module(case), devices=RANKS, strategy=DDPStrategy(), limit_train_batches=4)
+    return mode.counts["allreduce_"]
+
+
 def own_batch(rank):
     """The first batch of a rank."""
     x, y = replicas.make_data(replicas.SAMPLES)
@@ -103,6 +113,7 @@ def main(folder):
         for name in SHARDED:
             results[f"sharded {name}"] = spread(name, devices=RANKS, strategy=ModelParallelStrategy(RANKS, 1))
     results["torchmetrics"] = by_metrics()
+    results["all-reduces"] = {(m, every): all_reduces(m, every) for m, every in (((), 1), ("all", 100), ("all", 2))}
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
 
 

@@ -65,6 +65,12 @@ def test_share_of_flooded_losses_is_the_mean_over_ranks(results):
     assert [rank["flooded"]["gr/flooded"] for rank in results] == [share] * RANKS
 
 
+def test_one_all_reduce_on_logged_steps_and_none_on_others(results):
+    counts = results[0]["all-reduces"]
+    assert counts["all", 100] == counts[(), 1]
+    assert counts["all", 2] == counts[(), 1] + 2
+
+
 def test_torchmetrics_reduce_over_ranks(results):
     """Rank 0 makes one update, rank 1 two: a mean over all three."""
     first, second = 2.0**0.5 * 1, (2.0**0.5 * 2, 2.0**0.5 * (2 + 1))
