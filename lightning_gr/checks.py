@@ -12,7 +12,15 @@ from lightning_gr.rules import Rule, check_number
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["check_accumulation", "check_flooding", "check_level", "check_sharded", "check_sparse", "check_two_pass"]
+__all__ = [
+    "check_accumulation",
+    "check_flooding",
+    "check_level",
+    "check_separable",
+    "check_sharded",
+    "check_sparse",
+    "check_two_pass",
+]
 
 
 def check_level(level: object) -> None:
@@ -65,6 +73,23 @@ def check_sharded(trainer: "Trainer", rule: Rule, ascent_sync: bool) -> None:
         raise MisconfigurationException(
             "`ascent_sync=False` needs all parameters on each device, but ModelParallelStrategy spreads them: leave"
             " `ascent_sync=True`, or use `Trainer(strategy='ddp')`"
+        )
+
+
+def check_separable(trainer: "Trainer", metrics: frozenset[str], accumulation: str, ascent_sync: bool) -> None:
+    """Refuse metrics, asked for by name, of a second gradient that nobody has by itself."""
+    if not metrics:
+        return
+    names = " and ".join(repr(name) for name in sorted(metrics))
+    if not ascent_sync and trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"`metrics` asks for {names}, which need each device's second gradient, but `ascent_sync=False` reduces it"
+            " together with the first one: leave them out, or use `ascent_sync=True`"
+        )
+    if accumulation == "micro_batch" and trainer.accumulate_grad_batches > 1:
+        raise MisconfigurationException(
+            f"`metrics` asks for {names}, which need the second gradient by itself, but `accumulation='micro_batch'`"
+            " adds it to that of other micro-batches: leave them out, or use `accumulation='window'`"
         )
 
 

@@ -125,7 +125,8 @@ class Recorder:
         self._devices = [] if root.type == "cpu" else [root]
         self._original: Callable[..., Any] = trainer.strategy.training_step
         trainer.strategy.training_step = self._training_step  # type: ignore[method-assign]
-        self._modules = StatefulModules(pl_module, self._foreign)
+        self._modules = StatefulModules(None)
+        self.look_through()
 
     def remove(self) -> None:
         """Give the strategy its own method back."""
@@ -133,7 +134,8 @@ class Recorder:
         vars(self.trainer.strategy).pop("training_step", None)
 
     def look_through(self) -> None:
-        """Find the modules with a state; to be repeated when the module may have grown."""
+        """Find the modules with a state and the parameters; to be repeated when the module may have grown."""
+        self.params = list(self.pl_module.parameters())
         self._modules = StatefulModules(self.pl_module, self._foreign, self._modules)
 
     @property

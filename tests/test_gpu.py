@@ -91,3 +91,17 @@ def test_the_second_pass_never_waits_for_the_device():
 
     for name in METHODS:
         fit(Watched(), METHODS[name].callback())
+
+
+def test_measuring_never_waits_for_the_device():
+    """From the backward pass to the optimizer step."""
+
+    class Watched(TinyModule):
+        def on_before_backward(self, loss):
+            torch.cuda.set_sync_debug_mode("error")
+
+        def on_before_optimizer_step(self, optimizer):
+            torch.cuda.set_sync_debug_mode("default")
+
+    for name in METHODS:
+        fit(Watched(), METHODS[name].callback(metrics=["all", "grad_norm_by_layer"]), log_every_n_steps=1)
