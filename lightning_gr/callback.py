@@ -212,13 +212,12 @@ class TwoPassCallback(CallbackBase):
     def _second_pass(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         self._passed = True
         recorder, by_micro_batch = self._recorder, self._by_micro_batch(trainer)
-        if recorder is None or (self._update is None and not self.watch.due):
+        if recorder is None or (self._update is None and (by_micro_batch or not self.watch.due)):
             return
         params = [param for param in _parameters(trainer) if id(param) not in self._excluded]
         scale = gradient_scale(trainer, pl_module.device, alone=by_micro_batch)
         if self._update is None:
-            if not by_micro_batch:
-                self.watch.first_only(params, scale)
+            self.watch.first_only(params, scale)
             return
         looks_on = self.watch.of_window(
             recorder.batch_idx if by_micro_batch else None, scale, self.is_local(trainer), bool(self._held)

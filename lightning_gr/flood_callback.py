@@ -109,7 +109,7 @@ class Flips:
         self.step_log.reset()
         self.total: Tensor | None = None
         self.of = 0
-        self._last: tuple[Tensor | float, int] = 0.0, 0
+        self._last: tuple[Tensor | int, int] = 0, 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one run."""
@@ -122,7 +122,7 @@ class Flips:
 
     def note(self, below: Tensor) -> None:
         """Count one loss."""
-        self.total = below.float() if self.total is None else self.total + below
+        self.total = below.long() if self.total is None else self.total + below
         self.of += 1
 
     def log(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

@@ -188,7 +188,7 @@ class StepWatch:
 
         ``held``: to whose gradient those of earlier steps will be added.
         """
-        if not self.due:
+        if not self.due or not self.names:
             return None
         losses = list(self._losses.values()) if batch_idx is None else [self._losses[batch_idx]]
         unit = 1.0 if scale is None else scale
@@ -228,9 +228,8 @@ class StepWatch:
         values: dict[str, Tensor] = {}
         own: list[str] = []
         for group, found in self._measured.items():
-            values |= {
-                group + name: value for name, value in _mean([each.results() for each in found.values()]).items()
-            }
+            mean = _mean([each.results() for each in found.values()])
+            values |= {group + name: value for name, value in mean.items()}
             own += [group + name for name in next(iter(found.values())).own]
         for group, plain in self._plain.items():
             values |= {group + name: value for name, value in plain.items()}

@@ -12,7 +12,8 @@ SUBMODULES = [module.name for module in pkgutil.iter_modules(lightning_gr.__path
 MODULES = ["lightning_gr", *(f"lightning_gr.{name}" for name in SUBMODULES)]
 PROMISED = {
     "GradientRegularization", "SAM", "Flooding", "GRRule", "SAMRule", "regularized_backward", "flood",
-    "in_second_pass", "__version__",
+    "in_second_pass", "__version__", "GradientNorm", "GradientNormMonitor", "SharpnessMonitor", "hessian_eigenvalue",
+    "hessian_trace",
 }  # fmt: skip
 
 
