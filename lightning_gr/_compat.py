@@ -4,7 +4,8 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 __all__ = [
     "REFUSED_STRATEGIES",
@@ -13,6 +14,7 @@ __all__ = [
     "is_a",
     "lightning_attributes",
     "skips_backward",
+    "storage_uses",
 ]
 
 SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
@@ -56,3 +58,9 @@ def lightning_attributes() -> frozenset[str]:
     for namespace in _namespaces():
         names |= set(vars(namespace.LightningModule()))
     return frozenset(names)
+
+
+def storage_uses(tensor: Tensor) -> int:
+    """How many tensors, arrays and other users share the storage of ``tensor``, itself included."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) - 1

@@ -236,7 +236,7 @@ class TwoPassCallback(CallbackBase):
             [param for param in _parameters(trainer) if id(param) not in self._excluded],
             self._held.before(recorder.replay),
             self._copy,
-            excluded=[param for param in pl_module.parameters() if id(param) in self._excluded],
+            excluded=[p for p in pl_module.parameters() if id(p) in self._excluded] if self._excluded else (),
             loss_scale=gradient_scale(trainer, pl_module.device, alone=self._by_micro_batch(trainer)),
             check_finite=not self.is_local(trainer),
         )
