@@ -11,10 +11,14 @@ __all__ = [
     "REFUSED_STRATEGIES",
     "SUPPORTED_STRATEGIES",
     "CallbackBase",
+    "forget_logged",
+    "gradients_are_scaled",
     "is_a",
+    "is_error_node",
     "lightning_attributes",
     "skips_backward",
     "storage_uses",
+    "will_log",
 ]
 
 SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
@@ -47,6 +51,11 @@ def is_a(instance: object, *class_names: str) -> bool:
     return any(cls.__name__ in class_names for cls in type(instance).__mro__)
 
 
+def is_error_node(node: Any) -> bool:
+    """Whether a node of an autograd graph is the one that ``once_differentiable`` puts there, to raise if visited."""
+    return str(node.name()) == "torch::autograd::Error"
+
+
 def skips_backward(trainer: "Trainer") -> bool:
     """Whether this epoch has no backward pass: StochasticWeightAveraging's last one, for BatchNorm's statistics."""
     return bool(getattr(trainer.fit_loop, "_skip_backward", False))
@@ -64,3 +73,27 @@ def storage_uses(tensor: Tensor) -> int:
     """How many tensors, arrays and other users share the storage of ``tensor``, itself included."""
     storage = tensor.untyped_storage()
     return torch._C._storage_Use_Count(storage._cdata) - 1
+
+
+def will_log(trainer: "Trainer") -> bool:
+    """Whether Lightning writes to the loggers after this training batch, as far as all ranks agree about it.
+
+    Its own condition, but for ``trainer.should_stop``, which one rank may set before the others.
+    """
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if trainer.barebones or not every:
+        return False
+    stepped: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return (stepped + 1) % every == 0 or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def forget_logged(trainer: "Trainer", keys: set[str]) -> None:
+    """Let Lightning not write the last value of ``keys`` again on a step that has none."""
+    for metric in (trainer._results or {}).values():
+        if metric.meta.name in keys:
+            metric.reset()
+
+
+def gradients_are_scaled(optimizer: object) -> bool:
+    """Whether an optimizer takes gradients that carry a gradient scaler's factor, as the fused ones of torch do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

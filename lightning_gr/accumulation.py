@@ -1,6 +1,7 @@
-"""Gradients of earlier micro-batches, out of the way while a later one gets its own direction."""
+"""Windows of micro-batches, and the gradients of earlier ones, out of the way while a later one gets its own."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -8,7 +9,16 @@ from torch import Tensor
 from lightning_gr.sharding import local_parts
 from lightning_gr.two_pass import Replay, Transform
 
-__all__ = ["HeldGradients"]
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
+__all__ = ["HeldGradients", "is_window_end"]
+
+
+def is_window_end(trainer: "Trainer", batch_idx: int) -> bool:
+    """Whether the optimizer steps after this micro-batch; Lightning cuts the last window of an epoch short."""
+    done = batch_idx + 1
+    return done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches or trainer.is_last_batch
 
 
 class HeldGradients:
@@ -16,6 +26,10 @@ class HeldGradients:
 
     def __init__(self) -> None:
         self._held: list[tuple[Tensor, Tensor]] = []
+
+    def __bool__(self) -> bool:
+        """Whether gradients are put aside."""
+        return bool(self._held)
 
     def put_aside(self, params: Sequence[Tensor]) -> None:
         """Leave ``params`` without gradients. Nothing is copied."""

@@ -1,4 +1,4 @@
-"""Callbacks for automatic optimization: gradient regularization, SAM and flooding."""
+"""Callbacks for automatic optimization: gradient regularization and SAM."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,8 +8,10 @@ from torch import Tensor
 
 from lightning_gr import checks
 from lightning_gr._compat import CallbackBase, skips_backward
-from lightning_gr.accumulation import HeldGradients
-from lightning_gr.flooding import flood_gradient_
+from lightning_gr.accumulation import HeldGradients, is_window_end
+from lightning_gr.display import show_end, show_start
+from lightning_gr.flood_callback import Flooding
+from lightning_gr.measures import BY_LAYER, DEFAULT_METRICS, METRICS, check_metrics, undefined_metrics
 from lightning_gr.perturb import WeightCopy
 from lightning_gr.recorder import Recorder, gradient_scale, loss_scale
 from lightning_gr.rules import (
@@ -24,64 +26,14 @@ from lightning_gr.rules import (
     check_bool,
     check_choice,
 )
-from lightning_gr.sharding import mean_over_ranks
 from lightning_gr.steps import OptimizerSteps
 from lightning_gr.two_pass import add_second_pass_, check_exclude, match_names
+from lightning_gr.watch import StepWatch
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["SAM", "Flooding", "GradientRegularization", "TwoPassCallback"]
-
-
-class Flooding(CallbackBase):
-    """Keep the training loss at a level: train on |L − b| + b (Ishida et al. 2020).
-
-    Only the direction of the gradient changes, by the sign of L − b, so this costs nothing; the loss that is logged is
-    L itself. Beside :class:`GradientRegularization` or :class:`SAM` in the callbacks list it floods that method's
-    loss: each of its gradients is turned round where the loss it comes from is below the level. The decision is
-    made for each micro-batch, and without the host waiting for the device.
-
-    Args:
-        level: The flood level b ≥ 0, in the unit of the training loss.
-        sync: On several devices, whether the loss that is compared with the level is the mean over them, as for one
-            large batch. That costs one all-reduce of one number per backward pass, for which that pass waits. False
-            lets each device decide by its own loss, at no cost.
-
-    Raises:
-        ValueError: If ``level`` is not a non-negative float or ``sync`` not a bool.
-
-    Source: Ishida et al. (ICML 2020, arXiv 2002.08709), equation 2. That its ups and downs perform finite-difference
-    GR implicitly: Karakida et al. (ICML 2023, arXiv 2210.02720), section 5.
-
-    Example::
-
-        >>> from pytorch_lightning import Trainer
-        >>> trainer = Trainer(callbacks=[Flooding(level=0.1)], logger=False, accelerator="cpu")
-    """
-
-    def __init__(self, level: float, sync: bool = False) -> None:
-        super().__init__()
-        checks.check_level(level)
-        check_bool("sync", sync)
-        self.level = float(level)
-        self.sync = sync
-
-    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Check the context."""
-        if stage == "fit":
-            checks.check_flooding(trainer, pl_module, Flooding)
-
-    def on_before_backward(self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor) -> None:
-        """Turn the gradient round where the loss, which comes divided and scaled, is below the level."""
-        if pl_module.automatic_optimization:  # the mixin does it by itself
-            self.flood_gradient_(trainer, loss, loss_scale(trainer, loss.device))
-
-    def flood_gradient_(self, trainer: "Trainer", loss: Tensor, scale: Tensor | None = None) -> None:
-        """Flood the gradient of ``loss``, which comes divided by the number of micro-batches and times ``scale``."""
-        level = self.level / trainer.accumulate_grad_batches
-        value = mean_over_ranks(loss) if self.sync and trainer.world_size > 1 else loss
-        flood_gradient_(loss, level if scale is None else level * scale, value)
 
 
 class TwoPassCallback(CallbackBase):
@@ -95,6 +47,10 @@ class TwoPassCallback(CallbackBase):
         exclude: Shell-style patterns over parameter names. Such parameters are neither perturbed nor regularized.
         ascent_sync: Whether the first gradient is averaged over devices before it gives the direction.
         accumulation: Whether an accumulation window is regularized as a whole or micro-batch by micro-batch.
+        metrics: What to log on the steps that Lightning logs, see :mod:`lightning_gr.measures`.
+        prefix: What the keys of the metrics begin with.
+        prog_bar: Whether the gradient norm is shown in the progress bar.
+        verbose: Whether to show a panel before training and a table after it.
 
     Raises:
         ValueError: If an argument is out of its range, or at the start of ``fit`` if a pattern matches nothing.
@@ -118,15 +74,23 @@ class TwoPassCallback(CallbackBase):
         exclude: Sequence[str] = (),
         ascent_sync: bool = True,
         accumulation: Accumulation = "window",
+        metrics: str | Sequence[str] = "default",
+        prefix: str = "gr/",
+        prog_bar: bool = False,
+        verbose: bool = True,
     ) -> None:
         super().__init__()
-        check_bool("ascent_sync", ascent_sync)
+        for name, value in (("ascent_sync", ascent_sync), ("prog_bar", prog_bar), ("verbose", verbose)):
+            check_bool(name, value)
         check_choice("accumulation", accumulation, ACCUMULATIONS)
         self.rule = rule
         self.schedule = Schedule(start_step, interval, warmup_steps)
         self.exclude = check_exclude(exclude)
         self.ascent_sync = ascent_sync
         self.accumulation = accumulation
+        self.verbose = verbose
+        names = check_metrics(metrics, (*METRICS, BY_LAYER), DEFAULT_METRICS, undefined_metrics(rule))
+        self.watch = StepWatch(names, prefix, prog_bar)
         self._steps = OptimizerSteps()
         vars(self).update(self._fresh())
 
@@ -163,12 +127,14 @@ class TwoPassCallback(CallbackBase):
             checks.check_sharded(trainer, self.rule, self.ascent_sync)
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Find the excluded parameters, which ``configure_model`` may have made only now."""
+        """Find the excluded parameters, which ``configure_model`` may have made only now; show what will be done."""
         self._excluded = match_names(self.exclude, pl_module)
         checks.check_sparse(pl_module, self._excluded)
+        show_start(self, trainer, pl_module)
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Begin to record, or to count the steps of each optimizer where the module optimizes manually."""
+        self.watch.reset()
         if not pl_module.automatic_optimization:
             self._steps.begin(trainer.optimizers, anew=trainer.global_step == 0)
             return
@@ -189,19 +155,24 @@ class TwoPassCallback(CallbackBase):
         """At the first micro-batch of a window (which may be resumed in its middle), decide about the whole window."""
         recorder = self._recorder
         if recorder is None:
+            self.watch.open(trainer, pl_module)
             return
         if batch_idx % trainer.accumulate_grad_batches == 0 or not self._begun:
             self._begun = True
             recorder.forget()
             self._update = None if skips_backward(trainer) else self._update_at(trainer.global_step)
+            self.watch.open(trainer, pl_module)
         elif self._by_micro_batch(trainer):
             recorder.forget()
         self._passed = False
         if self._update is not None:
-            recorder.expect(batch_idx, local=self.is_local(trainer) and _is_window_end(trainer, batch_idx))
+            recorder.expect(batch_idx, local=self.is_local(trainer) and is_window_end(trainer, batch_idx))
+        self.watch.start(pl_module.device)
 
     def on_before_backward(self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor) -> None:
         """Put the gradients of earlier micro-batches aside where each is to have its own direction."""
+        if self._recorder is not None:
+            self.watch.note_loss(self._recorder.batch_idx, loss)
         if self._update is not None and self._by_micro_batch(trainer):
             self._held.put_aside(_parameters(trainer))
 
@@ -210,7 +181,8 @@ class TwoPassCallback(CallbackBase):
         recorder = self._recorder
         if recorder is None:
             return
-        if self._by_micro_batch(trainer) or _is_window_end(trainer, recorder.batch_idx):
+        self.watch.first_done(pl_module.device)
+        if self._by_micro_batch(trainer) or is_window_end(trainer, recorder.batch_idx):
             self._second_pass(trainer, pl_module)
 
     def on_before_optimizer_step(
@@ -228,26 +200,39 @@ class TwoPassCallback(CallbackBase):
 
     def _second_pass(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         self._passed = True
-        recorder = self._recorder
-        if self._update is None or recorder is None:
+        recorder, by_micro_batch = self._recorder, self._by_micro_batch(trainer)
+        if recorder is None:
             return
+        params = [param for param in _parameters(trainer) if id(param) not in self._excluded]
+        scale = gradient_scale(trainer, pl_module.device, alone=by_micro_batch)
+        if self._update is None:
+            if not by_micro_batch:
+                self.watch.first_only(params, scale)
+            return
+        looks_on = self.watch.of_window(recorder.batch_idx if by_micro_batch else None, scale, self.is_local(trainer))
+        replay = self._held.before(recorder.replay)
         add_second_pass_(
             self._update,
-            [param for param in _parameters(trainer) if id(param) not in self._excluded],
-            self._held.before(recorder.replay),
+            params,
+            replay if looks_on is None else looks_on.watch(replay),
             self._copy,
             excluded=[p for p in pl_module.parameters() if id(p) in self._excluded] if self._excluded else (),
-            loss_scale=gradient_scale(trainer, pl_module.device, alone=self._by_micro_batch(trainer)),
+            loss_scale=scale,
             check_finite=not self.is_local(trainer),
+            observer=looks_on,
         )
         self._held.give_back()
+        self.watch.second_done(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let go of the batches after the step."""
-        if self._recorder is not None and _is_window_end(trainer, batch_idx):
-            self._recorder.forget()
+        """Log the step, and let go of its batches."""
+        if is_window_end(trainer, batch_idx):
+            self.watch.close(trainer, pl_module)
+            if self._recorder is not None:
+                self.watch.count(self._update is not None)
+                self._recorder.forget()
 
     # --- what the mixin asks for
 
@@ -284,6 +269,11 @@ class TwoPassCallback(CallbackBase):
         """Leave no trace."""
         self._stop()
 
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Show what happened."""
+        if stage == "fit":
+            show_end(self, trainer)
+
     def _stop(self) -> None:
         if self._recorder is not None:
             self._recorder.remove()
@@ -300,12 +290,6 @@ class TwoPassCallback(CallbackBase):
 
 def _parameters(trainer: "Trainer") -> list[Tensor]:
     return [param for group in trainer.optimizers[0].param_groups for param in group["params"]]
-
-
-def _is_window_end(trainer: "Trainer", batch_idx: int) -> bool:
-    """Whether the optimizer steps after this micro-batch; Lightning cuts the last window of an epoch short."""
-    done = batch_idx + 1
-    return done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches or trainer.is_last_batch
 
 
 class GradientRegularization(TwoPassCallback):
@@ -337,6 +321,11 @@ class GradientRegularization(TwoPassCallback):
         accumulation: With ``accumulate_grad_batches``: ``"window"`` regularizes the gradient of the whole window, as of
             one large batch, and keeps its batches until then; ``"micro_batch"`` regularizes each micro-batch by
             itself (m-sharpness) and keeps none.
+        metrics: What to log on the steps that Lightning logs: ``"default"`` (gradient norm, sharpness, penalty),
+            ``"all"``, names as listed in docs/metrics.md, or ``()`` for nothing.
+        prefix: What the keys of the metrics begin with.
+        prog_bar: Whether the gradient norm is shown in the progress bar, too.
+        verbose: Whether to show a panel before training and a table after it, where Lightning shows something, too.
 
     Raises:
         ValueError: If an argument is out of its range, or at the start of ``fit`` if a pattern matches nothing.
@@ -363,9 +352,13 @@ class GradientRegularization(TwoPassCallback):
         exclude: Sequence[str] = (),
         ascent_sync: bool = True,
         accumulation: Accumulation = "window",
+        metrics: str | Sequence[str] = "default",
+        prefix: str = "gr/",
+        prog_bar: bool = False,
+        verbose: bool = True,
     ) -> None:
-        rule = GRRule(gamma, epsilon, scheme, normalize)
-        super().__init__(rule, start_step, interval, warmup_steps, exclude, ascent_sync, accumulation)
+        rule, when = GRRule(gamma, epsilon, scheme, normalize), (start_step, interval, warmup_steps)
+        super().__init__(rule, *when, exclude, ascent_sync, accumulation, metrics, prefix, prog_bar, verbose)
 
 
 class SAM(TwoPassCallback):
@@ -389,6 +382,11 @@ class SAM(TwoPassCallback):
         accumulation: With ``accumulate_grad_batches``: ``"window"`` regularizes the gradient of the whole window, as of
             one large batch, and keeps its batches until then; ``"micro_batch"`` regularizes each micro-batch by
             itself (m-sharpness) and keeps none.
+        metrics: What to log on the steps that Lightning logs: ``"default"`` (gradient norm, sharpness, penalty),
+            ``"all"``, names as listed in docs/metrics.md, or ``()`` for nothing.
+        prefix: What the keys of the metrics begin with.
+        prog_bar: Whether the gradient norm is shown in the progress bar, too.
+        verbose: Whether to show a panel before training and a table after it, where Lightning shows something, too.
 
     Raises:
         ValueError: If an argument is out of its range, or at the start of ``fit`` if a pattern matches nothing.
@@ -414,7 +412,10 @@ class SAM(TwoPassCallback):
         exclude: Sequence[str] = (),
         ascent_sync: bool = True,
         accumulation: Accumulation = "window",
+        metrics: str | Sequence[str] = "default",
+        prefix: str = "gr/",
+        prog_bar: bool = False,
+        verbose: bool = True,
     ) -> None:
-        super().__init__(
-            SAMRule(rho, adaptive, eta), start_step, interval, warmup_steps, exclude, ascent_sync, accumulation
-        )
+        rule, when = SAMRule(rho, adaptive, eta), (start_step, interval, warmup_steps)
+        super().__init__(rule, *when, exclude, ascent_sync, accumulation, metrics, prefix, prog_bar, verbose)

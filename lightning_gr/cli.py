@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_gr._version import __version__
 
@@ -50,7 +51,33 @@ def _parser() -> argparse.ArgumentParser:
         help="where the figure and the CSV file go; made if need be (default: outputs/demo)",
     )
     demo.set_defaults(run=_demo)
+    _add_plot(commands)
     return parser
+
+
+def _add_plot(commands: Any) -> None:
+    plot = commands.add_parser(
+        "plot",
+        help="draw loss, gradient norm, sharpness and accuracy of runs",
+        description="Draw loss, gradient norm, sharpness and accuracy of one or several runs, as far as they logged"
+        " them, from what CSVLogger or TensorBoardLogger wrote.",
+    )
+    plot.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a folder such as lightning_logs/version_0, or a metrics.csv"
+    )
+    plot.add_argument(
+        "--output",
+        type=Path,
+        default=Path("plot.png"),
+        metavar="FILE",
+        help="the picture, in the format of its suffix: png, svg, pdf, … (default: plot.png)",
+    )
+    plot.add_argument("--keys", nargs="+", default=[], metavar="KEY", help="draw these keys, one picture for each")
+    plot.add_argument("--names", nargs="+", default=[], metavar="NAME", help="what the legend calls the runs")
+    plot.add_argument(
+        "--smooth", type=_positive, default=1, metavar="N", help="draw the mean over N logged values (default: 1)"
+    )
+    plot.set_defaults(run=_plot)
 
 
 def _positive(text: str) -> int:
@@ -76,3 +103,16 @@ def _demo(args: argparse.Namespace) -> int:
     from lightning_gr.demo_run import run_demo
 
     return run_demo(list(dict.fromkeys(args.methods)), args.seeds, args.epochs, args.output)
+
+
+def _plot(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("matplotlib") is None:
+        return _fail("plots need matplotlib: pip install 'lightning_gr[plot]'")
+    from lightning_gr.plotting import PlotError, run_plot
+
+    try:
+        run_plot(args.runs, args.output, args.keys, args.names, args.smooth)
+    except PlotError as error:
+        return _fail(str(error))
+    print(f"Figure: {args.output}")
+    return 0

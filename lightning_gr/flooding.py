@@ -27,7 +27,7 @@ def flood(loss: Tensor, level: float) -> Tensor:
     return (loss - level).abs() + level
 
 
-def flood_gradient_(loss: Tensor, level: float | Tensor, value: Tensor | None = None) -> None:
+def flood_gradient_(loss: Tensor, level: float | Tensor, value: Tensor | None = None) -> Tensor:
     """Make ``loss.backward()`` compute the gradient of the flooded loss, without changing the loss.
 
     The gradient of |L − b| + b is ∇L times the sign of L − b, so a hook on the loss turns the incoming gradient round
@@ -37,6 +37,10 @@ def flood_gradient_(loss: Tensor, level: float | Tensor, value: Tensor | None = 
         loss: A scalar that is not a leaf; it may carry a gradient scaler's scale if ``level`` carries it too.
         level: The level b, in the unit of ``loss``.
         value: What is compared with the level; ``loss`` by default.
+
+    Returns:
+        Whether the loss is below the level, as a tensor.
     """
     below = (loss if value is None else value).detach() < level
     loss.register_hook(lambda grad: torch.where(below, -grad, grad))  # type: ignore[no-untyped-call]
+    return below

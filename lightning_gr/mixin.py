@@ -10,11 +10,13 @@ from torch import Tensor
 
 from lightning_gr._compat import is_a, lightning_attributes
 from lightning_gr.accumulation import HeldGradients
-from lightning_gr.callback import Flooding, TwoPassCallback
+from lightning_gr.callback import TwoPassCallback
 from lightning_gr.checks import check_level
 from lightning_gr.closure import ClosurePasses
+from lightning_gr.flood_callback import Flooding
 from lightning_gr.flooding import flood_gradient_
 from lightning_gr.isolation import StatefulModules
+from lightning_gr.measures import Measurement
 from lightning_gr.perturb import WeightCopy, scale_
 from lightning_gr.recorder import loss_scale
 from lightning_gr.rules import Rule, Update
@@ -214,23 +216,45 @@ class _Run:
         update = self._update(optimizer, rule)
         callback, chosen = self._two_pass, {id(param) for param in own}
         left_out = callback.excluded if callback is not None and rule == "trainer" else set()
+        targets = [param for param in own if id(param) not in left_out]
+        scale = loss_scale(self.trainer, self.module.device)
         held = HeldGradients()
         held.put_aside(own)
         passes = self._passes(loss_fn, level, local=update is not None and self._is_local())
         loss = passes.first(only=update is None)
         self._knows_graph = True
-        if update is not None:
+        if update is None:
+            if callback is not None:
+                callback.watch.first_only(targets, scale, self._group(optimizer))
+        else:
+            looks_on = self._observer(optimizer, loss, len(passes.passes), bool(held))
+            replay = held.before(passes.replay)
             add_second_pass_(
                 update,
-                [param for param in own if id(param) not in left_out],
-                held.before(passes.replay),
+                targets,
+                replay if looks_on is None else looks_on.watch(replay),
                 self._copies.setdefault(id(optimizer.optimizer), WeightCopy(check_resolution=True)),
                 excluded=[p for p in self.module.parameters() if id(p) not in chosen or id(p) in left_out],
-                loss_scale=loss_scale(self.trainer, self.module.device),
+                loss_scale=scale,
                 check_finite=not self._is_local(),
+                observer=looks_on,
             )
+        if callback is not None:
+            callback.watch.count(update is not None)
         held.give_back()
         return loss
+
+    def _observer(self, optimizer: Any, loss: Tensor, unit: int, held: bool) -> Measurement | None:
+        if self._two_pass is None:
+            return None
+        return self._two_pass.watch.measurement(
+            0, loss, float(unit), self._is_local(), separable=not held, group=self._group(optimizer)
+        )
+
+    def _group(self, optimizer: Any) -> str:
+        """What the keys of an optimizer's metrics begin with, if there are several."""
+        known = self.trainer.optimizers
+        return "" if len(known) == 1 else f"optimizer_{known.index(optimizer.optimizer)}/"
 
     def _update(self, optimizer: Any, rule: _RuleChoice) -> Update | None:
         if rule == "trainer":

@@ -42,7 +42,7 @@ def check_number(name: str, value: object, *, positive: bool) -> None:
         raise ValueError(f"Expected argument `{name}` to be {allowed} but got {value!r}")
 
 
-def _check_int(name: str, value: object, *, minimum: int) -> None:
+def check_int(name: str, value: object, *, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"Expected argument `{name}` to be an integer of at least {minimum} but got {value!r}")
 
@@ -249,9 +249,9 @@ class Schedule:
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
-        _check_int("start_step", self.start_step, minimum=0)
-        _check_int("interval", self.interval, minimum=1)
-        _check_int("warmup_steps", self.warmup_steps, minimum=0)
+        check_int("start_step", self.start_step, minimum=0)
+        check_int("interval", self.interval, minimum=1)
+        check_int("warmup_steps", self.warmup_steps, minimum=0)
 
     def due(self, step: int) -> bool:
         """Whether optimizer step ``step`` is one of those to regularize."""

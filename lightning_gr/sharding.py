@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["by_layout", "is_distributed", "local_parts", "mean_over_ranks", "norm_over_ranks", "settle_gradients"]
+__all__ = [
+    "by_layout",
+    "is_distributed",
+    "local_parts",
+    "mean_over_ranks",
+    "norm_over_ranks",
+    "settle_gradients",
+    "sum_over_ranks",
+]
 
 
 def is_distributed(tensor: Tensor) -> bool:
@@ -37,12 +45,20 @@ def norm_over_ranks(norm: Tensor, like: Tensor) -> Tensor:
     """The norm of tensors that are spread as ``like`` is, from that of their local parts: one number is reduced."""
     if not is_distributed(like):
         return norm
+    # in float64, since the square of a large norm must not overflow
+    return sum_over_ranks(norm.double().square(), like).sqrt().to(norm.dtype)
+
+
+def sum_over_ranks(values: Tensor, like: Tensor) -> Tensor:
+    """The sums over the ranks that hold parts of ``like``; ``values`` themselves where there are none."""
+    if not is_distributed(like):
+        return values
     spread: Any = like
-    square = norm.double().square()  # in float64, since the square of a large norm must not overflow
+    total = values.clone()
     for dim, placement in enumerate(spread.placements):
         if not placement.is_replicate():
-            torch.distributed.all_reduce(square, group=spread.device_mesh.get_group(dim))
-    return square.sqrt().to(norm.dtype)
+            torch.distributed.all_reduce(total, group=spread.device_mesh.get_group(dim))
+    return total
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from lightning_gr.perturb import Perturbation, WeightCopy, direction_factor, glo
 from lightning_gr.rules import Update
 from lightning_gr.sharding import is_distributed, settle_gradients
 
-__all__ = ["Replay", "add_second_pass_", "check_exclude", "extract_loss", "match_names"]
+__all__ = ["Observer", "Replay", "add_second_pass_", "check_exclude", "extract_loss", "match_names"]
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -30,6 +30,18 @@ class Replay(Protocol):
         ...
 
 
+class Observer(Protocol):
+    """Looks on, and changes nothing. See :class:`~lightning_gr.measures.Measurement`."""
+
+    def first(self, update: Update, params: Sequence[Tensor], norm: Tensor, loss_scale: Tensor | None) -> None:
+        """``.grad`` of ``params`` holds the first gradient, times ``loss_scale``; ``norm`` is its norm."""
+        ...
+
+    def second(self, params: Sequence[Tensor]) -> None:
+        """``.grad`` holds the gradient of the update, and the weights are what they were."""
+        ...
+
+
 def add_second_pass_(
     update: Update,
     params: Sequence[Tensor],
@@ -39,6 +51,7 @@ def add_second_pass_(
     excluded: Sequence[Tensor] = (),
     loss_scale: Tensor | None = None,
     check_finite: bool = True,
+    observer: Observer | None = None,
 ) -> None:
     """Turn ``.grad`` = ∇L(θ) into the gradient of ``update``, and leave the weights bit for bit as they are.
 
@@ -51,6 +64,7 @@ def add_second_pass_(
         loss_scale: The scale of a gradient scaler, which all gradients carry, as a tensor.
         check_finite: Whether this process may decide by itself to leave a gradient with NaN or infinity alone. It is
             done on the CPU only, where looking is free; on a GPU it spreads over ``.grad``, never to the weights.
+        observer: Is shown both gradients.
     """
     settle_gradients(params)
     targets = [p for p in params if p.grad is not None]
@@ -58,7 +72,9 @@ def add_second_pass_(
     if not grads:
         return
     looks = check_finite and all(grad.device.type == "cpu" for grad in grads)
-    norm = global_norm(grads) if looks or update.direction == "normalized" else None
+    norm = global_norm(grads) if looks or update.direction == "normalized" or observer is not None else None
+    if observer is not None and norm is not None:
+        observer.first(update, targets, norm, loss_scale)
     # a norm that overflows counts as not finite
     if looks and norm is not None and not norm.isfinite():
         return
@@ -68,6 +84,8 @@ def add_second_pass_(
         del grads  # a method that keeps nothing of them lets their memory go before the second pass
         if update.probes:
             _add_probes_(Perturbation(update, targets, copy, loss_scale, norm), replay)
+    if observer is not None:
+        observer.second(targets)
 
 
 def _add_probes_(perturbation: Perturbation, replay: Replay) -> None:

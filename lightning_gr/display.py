@@ -1,0 +1,146 @@
+"""What is shown around training: a panel at its start and a table at its end, in a terminal of 80 columns or a file."""
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from lightning_gr._compat import is_a
+from lightning_gr.rules import GRRule, Rule, SAMRule
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+    from lightning_gr.callback import TwoPassCallback
+
+__all__ = ["describe", "make_panel", "make_table", "method_name", "show_end", "show_start"]
+
+_KEYS = ("grad_norm", "grad_norm_perturbed", "penalty", "loss_perturbed", "sharpness", "alignment", "curvature")
+
+
+def shows(trainer: "Trainer") -> bool:
+    """Whether Lightning shows something itself, on this rank: a progress bar or a summary of the model."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    loud = any(is_a(callback, "ProgressBar", "ModelSummary") for callback in callbacks)
+    return loud and trainer.is_global_zero and not trainer.barebones
+
+
+def method_name(rule: Rule) -> str:
+    """What the field calls it."""
+    if isinstance(rule, SAMRule):
+        return "ASAM" if rule.adaptive else "SAM"
+    if not isinstance(rule, GRRule):
+        return type(rule).__name__
+    short = {"forward": "F-GR", "backward": "B-GR", "central": "central GR", "exact": "exact GR (double backward)"}
+    return short[rule.scheme] + (", gradient-norm penalty" if rule.normalize else "")
+
+
+def constants(rule: Rule) -> str:
+    """The constants of a rule, by the field's letters."""
+    if isinstance(rule, GRRule):
+        return f"γ = {rule.gamma:g}" + ("" if rule.scheme == "exact" else f", ε = {rule.epsilon:g}")
+    if isinstance(rule, SAMRule):
+        return f"ρ = {rule.rho:g}" + (f", η = {rule.eta:g}" if rule.adaptive else "")
+    return repr(rule)
+
+
+def describe(callback: "TwoPassCallback", trainer: "Trainer", pl_module: "LightningModule") -> dict[str, str]:
+    """What the panel says, line by line."""
+    update = callback.rule.update()
+    trainable = [p for p in pl_module.parameters() if p.requires_grad]
+    regularized = sum(p.numel() for p in trainable if id(p) not in callback.excluded)
+    passes = 1 + len(update.probes) + bool(update.curvature)
+    micro = callback.accumulation == "micro_batch" and trainer.accumulate_grad_batches > 1
+    lines = {
+        "gradient": f"g = {callback.rule.equation}",
+        "constants": constants(callback.rule),
+        "parameters": f"{regularized:,} regularized of {sum(p.numel() for p in trainable):,} trainable",
+        "passes": f"{passes} per regularized step" + (", each micro-batch by itself" if micro else ""),
+    }
+    if trainer.world_size > 1:
+        whose = "each device's own gradient" if callback.is_local(trainer) else "the mean gradient of all devices"
+        lines["ascent"] = f"along {whose} ({trainer.world_size})"
+    lines["schedule"] = _schedule(callback)
+    flooding = _flooding(trainer)
+    if flooding is not None:
+        lines["flooding"] = f"|L − b| + b, b = {flooding.level:g}"
+    return lines
+
+
+def _flooding(trainer: "Trainer") -> Any:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if hasattr(callback, "flips")), None)
+
+
+def _schedule(callback: "TwoPassCallback") -> str:
+    schedule = callback.schedule
+    if type(callback).should_regularize.__qualname__ != "TwoPassCallback.should_regularize":
+        return "by should_regularize(step)"
+    every = "every step" if schedule.interval == 1 else f"every {schedule.interval} steps"
+    since = f" from step {schedule.start_step:,}" if schedule.start_step else ""
+    warmup = f", growing over {schedule.warmup_steps:,} steps" if schedule.warmup_steps else ""
+    return every + since + warmup
+
+
+def make_panel(name: str, lines: dict[str, str]) -> Panel:
+    """The panel at the start."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    for key, value in lines.items():
+        grid.add_row(key, Text(value))
+    return Panel(grid, title=name, title_align="left", expand=False)
+
+
+def make_table(callback: "TwoPassCallback", flooded: tuple[int, int] | None) -> Group:
+    """The table at the end. It reads from the device, when training is over."""
+    watch = callback.watch
+    table = Table(title=f"{method_name(callback.rule)}, logged steps", title_justify="left")
+    table.add_column("metric")
+    for name in ("first", "last", "min", "max"):
+        table.add_column(name, justify="right")
+    for key, values in watch.log.extremes.of.items():
+        if key.rpartition("/")[2] in _KEYS:
+            table.add_row(watch.log.prefix + key, *(_number(value) for value in values))
+    lines = [f"regularized: {watch.regularized:,} of {watch.steps:,} steps"]
+    ratios = watch.clock.ratios()
+    if ratios:
+        cost = statistics.median(ratios)
+        lines.append(f"second pass: {cost:.2f} × the first one's time (median of {len(ratios)} steps)")
+    if flooded is not None and flooded[1]:
+        lines.append(f"flooded: {flooded[0]:,} of {flooded[1]:,} losses below the level")
+    return Group(*([table] if table.row_count else []), *(Text(line) for line in lines))
+
+
+def _number(value: Tensor) -> str:
+    return f"{value.item():.4g}"
+
+
+def show_start(callback: "TwoPassCallback", trainer: "Trainer", pl_module: "LightningModule") -> None:
+    """Print the panel, before any progress bar is there."""
+    if callback.verbose and shows(trainer):
+        _console().print(make_panel(method_name(callback.rule), describe(callback, trainer, pl_module)))
+
+
+def show_end(callback: "TwoPassCallback", trainer: "Trainer") -> None:
+    """Print the table, when the progress bar has been stopped."""
+    if not callback.verbose or not shows(trainer) or not callback.watch.steps:
+        return
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for other in callbacks:
+        # rich's bar lives until the end of its own teardown, which comes after ours; stopping twice is harmless
+        if isinstance(getattr(other, "progress", None), Progress):
+            other.progress.stop()
+    flips = getattr(_flooding(trainer), "flips", None)
+    flooded = None if flips is None or flips.total is None else (int(flips.total), flips.of)
+    _console().print(make_table(callback, flooded))
+
+
+def _console() -> Console:
+    # made when it is used: standard output may have been redirected meanwhile
+    return Console(highlight=False)

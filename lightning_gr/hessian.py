@@ -1,0 +1,263 @@
+"""A loss around its weights, and its Hessian times vectors, by double backward or finite differences: no trace left."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gr._compat import is_error_node
+from lightning_gr.isolation import ModuleState, RandomState, StatefulModules, deferred_signals, second_pass
+from lightning_gr.perturb import WeightCopy
+from lightning_gr.rules import check_choice
+from lightning_gr.two_pass import extract_loss
+from lightning_gr.vectors import inner_product, wide
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["HESSIAN_METHODS", "HessianMethod", "HessianProducts", "LossAround"]
+
+HessianMethod = Literal["auto", "double_backward", "finite_difference"]
+HESSIAN_METHODS: tuple[HessianMethod, ...] = ("auto", "double_backward", "finite_difference")
+
+
+class LossAround:
+    """A context in which a loss and its gradient can be had at displaced weights, as if that had never happened.
+
+    Each evaluation sees the same random numbers and buffers. On leaving, weights, buffers, random state and ``.grad``
+    are what they were, bit for bit.
+
+    Args:
+        loss_fn: Computes the loss, a scalar (or a mapping with ``"loss"``), at the current weights.
+        params: The module, of which the trainable parameters are taken, or parameters alone (then no buffers are
+            protected).
+        modules: What ``loss_fn`` may change, if not ``params``.
+        muted: A module whose logging does nothing meanwhile.
+
+    Raises:
+        ValueError: If there are no trainable parameters, if one is complex, or if ``loss_fn`` returns no loss that can
+            be back-propagated.
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[[], Any],
+        params: nn.Module | Iterable[Tensor],
+        *,
+        modules: StatefulModules | None = None,
+        muted: nn.Module | None = None,
+    ) -> None:
+        module = params if isinstance(params, nn.Module) else None
+        everything = module.parameters() if module is not None else list(params)  # type: ignore[arg-type]
+        self.params = [p for p in everything if p.requires_grad]
+        if not self.params or any(p.is_complex() for p in self.params):
+            raise ValueError("Expected `params` to hold trainable parameters, real ones")
+        self.loss_fn = loss_fn
+        self._modules = StatefulModules(module) if modules is None else modules
+        self._muted = muted
+        self._copy = WeightCopy()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Self":
+        self._devices = sorted({p.device for p in self.params if p.device.type != "cpu"}, key=str)
+        self._before, self._numbers = ModuleState(self._modules), RandomState(self._devices)
+        # a caller may be in validation
+        self._stack.enter_context(torch.inference_mode(False))
+        self._stack.enter_context(torch.enable_grad())
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._copy = WeightCopy()
+        self._stack.close()
+
+    @torch.no_grad()
+    def loss_at(self, vector: Sequence[Tensor], step: float) -> Tensor:
+        """L(θ + step · vector)."""
+        with self._isolation(), self._moved(vector, step):
+            return self._evaluate().detach()
+
+    def gradient_at(self, vector: Sequence[Tensor], step: float) -> tuple[Tensor, ...]:
+        """∇L(θ + step · vector), a tensor for each parameter."""
+        with self._isolation(), self._moved(vector, step):
+            return torch.autograd.grad(self._loss(), self.params, allow_unused=True, materialize_grads=True)
+
+    def _isolation(self) -> AbstractContextManager[None]:
+        return second_pass(self._modules, self._before, self._devices, muted=self._muted)
+
+    def _evaluate(self) -> Tensor:
+        self._numbers.restore()
+        loss = extract_loss(self.loss_fn())
+        if not isinstance(loss, Tensor):
+            raise ValueError(f"Expected `loss_fn` to return a loss but got {type(loss).__name__}")
+        return loss
+
+    def _loss(self) -> Tensor:
+        loss = self._evaluate()
+        if not loss.requires_grad:
+            raise ValueError("Expected `loss_fn` to return a loss with a graph")
+        return loss
+
+    @contextmanager
+    def _moved(self, vector: Sequence[Tensor], step: float) -> Iterator[None]:
+        if not self._copy.tensors:
+            with torch.no_grad():
+                self._copy.take(self.params)
+        with deferred_signals():
+            try:
+                with torch.no_grad():
+                    offsets = [v.to(p.dtype) for v, p in zip(vector, self.params, strict=True)]
+                    torch._foreach_add_(self.params, offsets, alpha=step)
+                torch.clear_autocast_cache()
+                yield
+            finally:
+                with torch.no_grad():
+                    self._copy.put_back(self.params)
+                torch.clear_autocast_cache()
+
+
+class HessianProducts(LossAround):
+    """A context in which ``products(v)`` is H v, with H the Hessian of a loss at the weights that it is entered with.
+
+    Double backward evaluates the loss once and keeps the graph of its gradient. Finite differences,
+
+        H v ≈ [∇L(θ + h v) − ∇L(θ − h v)] / 2h,      h ‖v‖ = u^(1/3) (1 + ‖θ‖)/10,
+
+    with u the machine epsilon, evaluate it twice for each product, where an operator has no second derivative (fused
+    attention, cuDNN's recurrent networks, compiled modules). Both see the same random numbers and buffers each time;
+    on leaving, weights, buffers, random state and ``.grad`` are what they were, bit for bit. For a network with kinks,
+    such as ReLU, the two differ: double backward sees no curvature at a kink, a finite step does. The backward method
+    of a custom autograd function must be differentiable itself or marked ``once_differentiable``.
+
+    Args:
+        loss_fn: Computes the loss, a scalar (or a mapping with ``"loss"``), at the current weights.
+        params: The module, of which the trainable parameters are taken, or parameters alone (then no buffers are
+            protected).
+        method: ``"double_backward"``, ``"finite_difference"``, or ``"auto"``: the first, and the second where the
+            first fails. The attribute ``method`` says which it was.
+        modules: What ``loss_fn`` may change, if not ``params``.
+        muted: A module whose logging does nothing meanwhile.
+        average: Averages a list of tensors in place over devices, for the Hessian of the mean loss over them.
+
+    Raises:
+        ValueError: If there are no trainable parameters, if one is complex, or if ``loss_fn`` returns no loss that can
+            be back-propagated.
+
+    Source: Pearlmutter (Neural Computation 1994), exact multiplication by the Hessian.
+
+    Example::
+
+        >>> w = torch.tensor([3.0], requires_grad=True)
+        >>> with HessianProducts(lambda: (w**3).sum(), [w]) as products:
+        ...     products([torch.tensor([1.0])])
+        [tensor([18.])]
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[[], Any],
+        params: nn.Module | Iterable[Tensor],
+        *,
+        method: HessianMethod = "auto",
+        modules: StatefulModules | None = None,
+        muted: nn.Module | None = None,
+        average: Callable[[Sequence[Tensor]], None] | None = None,
+    ) -> None:
+        check_choice("method", method, HESSIAN_METHODS)
+        super().__init__(loss_fn, params, modules=modules, muted=muted)
+        self.method, self.average = method, average
+        self._gradient: tuple[Tensor, ...] = ()
+        self._isolated = ExitStack()
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._forget()
+        super().__exit__(exc_type, exc, traceback)
+
+    def _forget(self) -> None:
+        self._gradient = ()
+        # after the graph, which may hold buffers that are put back now
+        self._isolated.close()
+
+    def __call__(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        """H v for one ``vector``, given as a tensor for each parameter."""
+        product = [wide(x.detach()) for x in self._multiply(vector)]
+        if self.average is not None:
+            self.average(product)
+        return product
+
+    def _multiply(self, vector: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self.method == "finite_difference":
+            return self._by_difference(vector)
+        if self.method == "double_backward":
+            return self._by_double_backward(vector)
+        try:
+            product = self._by_double_backward(vector)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            # some operator has no second derivative, which each says in its own words
+            self._forget()
+            self.method = "finite_difference"
+            return self._by_difference(vector)
+        self.method = "double_backward"
+        return product
+
+    def _differentiate(self) -> None:
+        # one evaluation, whose graph is kept, so that its isolation lasts
+        self._isolated.enter_context(self._isolation())
+        loss = self._loss()
+        self._gradient = torch.autograd.grad(
+            loss, self.params, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        if _is_cut(self._gradient):
+            raise RuntimeError(
+                "The loss goes through a function that is marked `once_differentiable`, so double backward would leave"
+                " out a part of the Hessian: use `method='finite_difference'`"
+            )
+
+    def _by_double_backward(self, vector: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not self._gradient:
+            self._differentiate()
+        pairs = [(g, v.to(g.dtype)) for g, v in zip(self._gradient, vector, strict=True) if g.requires_grad]
+        if not pairs:  # a linear function
+            return [torch.zeros_like(p) for p in self.params]
+        gradient, weights = zip(*pairs, strict=True)
+        return torch.autograd.grad(
+            gradient, self.params, weights, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+
+    def _by_difference(self, vector: Sequence[Tensor]) -> Sequence[Tensor]:
+        length = float(inner_product(vector, vector)) ** 0.5
+        if length == 0.0:
+            return [torch.zeros_like(p) for p in self.params]
+        with torch.no_grad():
+            size = 1.0 + float(inner_product(self.params, self.params)) ** 0.5
+        unit = max(torch.finfo(p.dtype).eps for p in self.params)
+        step = 0.1 * unit ** (1 / 3) * size / length
+        ahead, behind = ([wide(g) for g in self.gradient_at(vector, s)] for s in (step, -step))
+        torch._foreach_sub_(ahead, behind)
+        torch._foreach_mul_(ahead, 0.5 / step)
+        return ahead
+
+
+def _is_cut(gradients: Sequence[Tensor]) -> bool:
+    """Whether the graph of ``gradients`` ends in an error that no one would see.
+
+    ``once_differentiable`` puts it on a branch of its own, which ``torch.autograd.grad`` does not visit.
+    """
+    waiting = [gradient.grad_fn for gradient in gradients if gradient.grad_fn is not None]
+    seen: set[Any] = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if is_error_node(node):
+            return True
+        new = {other for other, _ in node.next_functions if other is not None} - seen
+        seen |= new
+        waiting.extend(new)
+    return False

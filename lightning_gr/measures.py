@@ -1,0 +1,218 @@
+"""What the two passes of a step tell about the loss: norms, losses and curvature, on the device and only if asked."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gr.perturb import _tensor_norms, _wide_dtype
+from lightning_gr.rules import Rule, Update
+from lightning_gr.sharding import by_layout, local_parts, sum_over_ranks
+from lightning_gr.two_pass import Replay, Transform
+from lightning_gr.vectors import inner_product
+
+__all__ = [
+    "BY_LAYER",
+    "DEFAULT_METRICS",
+    "METRICS",
+    "Measurement",
+    "check_metrics",
+    "layer_norms",
+    "layers_of",
+    "undefined_metrics",
+]
+
+METRICS = ("grad_norm", "grad_norm_perturbed", "penalty", "loss_perturbed", "sharpness", "alignment", "curvature")
+DEFAULT_METRICS = ("grad_norm", "sharpness", "penalty")
+BY_LAYER = "grad_norm_by_layer"
+# those that need the gradient of the second pass by itself
+OF_SECOND_GRADIENT = frozenset({"grad_norm_perturbed", "alignment", "curvature"})
+
+
+def check_metrics(
+    metrics: object, known: Sequence[str], default: Sequence[str], undefined: Mapping[str, str] | None = None
+) -> tuple[str, ...]:
+    """The names that ``metrics`` stands for.
+
+    Args:
+        metrics: A name, ``"default"``, ``"all"`` (but for the norms by layer), or a sequence of these.
+        known: All names.
+        default: Those of ``"default"``.
+        undefined: Names that mean nothing here, with the reason; ``"default"`` and ``"all"`` leave them out.
+
+    Raises:
+        ValueError: If a name is unknown or undefined.
+    """
+    undefined = undefined or {}
+    groups = {"default": default, "all": [name for name in known if name != BY_LAYER]}
+    several = isinstance(metrics, Iterable) and not isinstance(metrics, str)
+    given: list[Any] = [*metrics] if several else [metrics]  # type: ignore[misc]
+    for name in given:
+        if name not in groups and name not in known:
+            choices = ", ".join(repr(choice) for choice in ("default", "all", *known))
+            raise ValueError(f"Expected argument `metrics` to hold some of {choices} but got {name!r}")
+        if name in undefined:
+            raise ValueError(f"Expected argument `metrics` to be without {name!r} here, because {undefined[name]}")
+    names = [name for one in given for name in groups.get(one, [one]) if name not in undefined]
+    return tuple(dict.fromkeys(names))
+
+
+def undefined_metrics(rule: Rule) -> dict[str, str]:
+    """The metrics that mean nothing for a rule, with the reason."""
+    update, reasons = rule.update(), {}
+    if update.direction == "adaptive":
+        reasons = dict.fromkeys(("penalty", "curvature"), "ASAM's direction is not along the gradient")
+    if len(update.probes) != 1:
+        why = "this scheme has no perturbed gradient by itself"
+        reasons |= dict.fromkeys(("grad_norm_perturbed", "alignment"), why)
+    if not update.probes:
+        reasons |= dict.fromkeys(("loss_perturbed", "sharpness"), "this scheme perturbs nothing")
+    return reasons
+
+
+def layers_of(module: nn.Module) -> dict[str, list[Tensor]]:
+    """The trainable parameters by layer, the module that owns them; a parameter of ``module`` itself is one alone."""
+    layers: dict[str, list[Tensor]] = {}
+    for name, param in module.named_parameters():
+        if param.requires_grad:
+            layers.setdefault(name.rpartition(".")[0] or name, []).append(param)
+    return layers
+
+
+def layer_norms(layers: Mapping[str, Sequence[Tensor]], scale: Tensor | None = None) -> dict[str, Tensor]:
+    """The norm of the gradient of each layer, divided by ``scale``; zero without a gradient."""
+    owner = {id(param.grad): name for name, params in layers.items() for param in params if param.grad is not None}
+    grads = [param.grad for params in layers.values() for param in params if param.grad is not None]
+    squares: dict[str, list[Tensor]] = {}
+    for group in by_layout(grads).values():
+        norms = _tensor_norms(local_parts(group), _wide_dtype(group))
+        together = sum_over_ranks(
+            torch.stack([n.to(norms[0].device, non_blocking=True) for n in norms]).square(), group[0]
+        )
+        for grad, square in zip(group, together, strict=True):
+            squares.setdefault(owner[id(grad)], []).append(square)
+    zero = torch.zeros((), device=grads[0].device) if grads else torch.zeros(())
+    norms_of = {name: torch.stack(squares.get(name, [zero])).sum().sqrt() for name in layers}
+    return norms_of if scale is None else {name: norm / scale for name, norm in norms_of.items()}
+
+
+class Measurement:
+    """Looks on while :func:`~lightning_gr.two_pass.add_second_pass_` works.
+
+    With g₀ the first gradient, and g = a·g₀ + Σ bₖ·∇L(θ + sₖ d) what the second pass makes of it, all that is known of
+    the second gradient is in h = g − (a + Σ bₖ)·g₀, for which g₀ must be kept: that is one set of the size of the
+    gradients, on measured steps and only if a metric asks for it. It could be had from the displacement of the weights
+    without that, but only as far as the weights resolve a displacement.
+
+    Args:
+        names: What to measure.
+        loss: The clean loss.
+        unit: What the losses of the second pass are multiplied by.
+        separable: Whether ``.grad`` holds a·g₀ and the second gradient of the same samples, and nothing else.
+        layers: The parameters by layer, for the norms by layer.
+        local: Whether the first gradient is this rank's own.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        loss: Tensor | None,
+        unit: Tensor | float = 1.0,
+        separable: bool = True,
+        layers: Mapping[str, Sequence[Tensor]] | None = None,
+        local: bool = False,
+    ) -> None:
+        self.names = frozenset(names) if separable else frozenset(names) - OF_SECOND_GRADIENT
+        self.loss, self.unit, self.layers = loss, unit, layers or {}
+        self.values: dict[str, Tensor] = {}  # those that are asked for, and others
+        self._losses: list[Tensor] = []
+        self._clean: list[Tensor] = []
+        of_rank = ("loss_perturbed", "sharpness", *(("grad_norm", "penalty") if local else ()))
+        # the same on all ranks, whatever has happened on one of them
+        self.own = [name for name in of_rank if name in self.names]
+        self.own += [f"grad_norm/{name}" for name in self.layers] if local else []
+
+    def watch(self, replay: Replay) -> Replay:
+        """``replay``, whose losses are noted the first time that it is called: those at θ + s₁ d."""
+
+        def watched(transform: Transform, last: bool = True) -> None:
+            if self._losses:
+                replay(transform, last)
+            else:
+                replay(lambda loss: transform(self._note(loss)), last)
+
+        return watched
+
+    def _note(self, loss: Tensor) -> Tensor:
+        self._losses.append(loss.detach())
+        return loss
+
+    @torch.no_grad()
+    def first(self, update: Update, params: Sequence[Tensor], norm: Tensor, loss_scale: Tensor | None) -> None:
+        """Look at g₀, whose norm (times ``loss_scale``) is known."""
+        self._update, self._scale = update, loss_scale
+        self._norm = norm if loss_scale is None else norm / loss_scale
+        self.values["grad_norm"] = self._norm
+        strength = sum(probe.weight * probe.step for probe in update.probes) + update.curvature
+        if update.direction == "gradient":
+            self.values["penalty"] = strength / 2 * self._norm.square()
+        elif update.direction == "normalized":
+            self.values["penalty"] = strength * self._norm
+        if BY_LAYER in self.names:
+            self.values |= {f"grad_norm/{n}": norm for n, norm in layer_norms(self.layers, loss_scale).items()}
+        grads = [p.grad for p in params if p.grad is not None]
+        if self.names & OF_SECOND_GRADIENT and not any(grad.dtype.itemsize < 4 for grad in grads):
+            self._clean = [grad.clone() for grad in local_parts(grads)]
+
+    @torch.no_grad()
+    def second(self, params: Sequence[Tensor]) -> None:
+        """Look at g."""
+        if self._losses and self._update.probes and self.loss is not None:
+            losses = torch.stack([loss.to(self._norm.device) for loss in self._losses]).sum()
+            self.values["loss_perturbed"] = losses / self.unit
+            self.values["sharpness"] = self.values["loss_perturbed"] - self.loss.to(losses.device)
+        grads = [p.grad for p in params if p.grad is not None]
+        if self._clean and len(grads) == len(params):
+            self._compare(grads)
+        self._clean = []
+
+    def results(self) -> dict[str, Tensor]:
+        """The values by name, as 0-dimensional tensors on the device; NaN where the rank's own is missing."""
+        missing = {name: torch.full_like(self._norm, torch.nan) for name in self.own if name not in self.values}
+        return {n: v for n, v in (self.values | missing).items() if n in self.names or "/" in n} if self.values else {}
+
+    def _compare(self, grads: Sequence[Tensor]) -> None:
+        update, norm = self._update, self._norm
+        total = update.keep + sum(probe.weight for probe in update.probes)
+        torch._foreach_mul_(self._clean, -total)
+        torch._foreach_add_(self._clean, local_parts(grads))
+        with_g, with_h = _products(grads, self._clean)
+        if self._scale is not None:
+            with_g, with_h = with_g / self._scale.square(), with_h / self._scale.square()
+        # total ⟨g₀, h⟩ = ⟨g − h, h⟩ loses no digits, as ⟨g₀, g⟩ − total ‖g₀‖² would
+        along = (with_g - with_h) / total
+        square = norm.square()
+        if len(update.probes) == 1:
+            weight = update.probes[0].weight
+            perturbed = (square + 2 / weight * along + with_h / weight**2).clamp_min(0).sqrt()
+            self.values["grad_norm_perturbed"] = perturbed
+            self.values["alignment"] = ((square + along / weight) / (norm * perturbed)).clamp(-1, 1)
+        strength = sum(probe.weight * probe.step for probe in update.probes) + update.curvature
+        if update.direction == "gradient":
+            self.values["curvature"] = along / (strength * square)
+        elif update.direction == "normalized":
+            self.values["curvature"] = along / (strength * norm)
+
+
+def _products(grads: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """⟨g, h⟩ and ⟨h, h⟩ of the whole, from local parts h."""
+    other_of = {id(grad): other for grad, other in zip(grads, others, strict=True)}
+    totals = []
+    for group in by_layout(grads).values():
+        h = [other_of[id(grad)] for grad in group]
+        totals.append(
+            sum_over_ranks(torch.stack([inner_product(local_parts(group), h), inner_product(h, h)]), group[0])
+        )
+    with_g, with_h = torch.stack([total.to(totals[0].device) for total in totals]).sum(0)
+    return with_g, with_h

@@ -1,0 +1,254 @@
+"""Pictures of runs: loss, gradient norm, sharpness and accuracy from what Lightning's loggers wrote."""
+
+import csv
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["COLOURS", "STYLES", "PlotError", "Run", "draw_runs", "new_figure", "read_run", "run_plot", "save"]
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale on white
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+STYLES = ("-", "--", ":", "-.", (0, (1, 1)), (0, (5, 1, 1, 1)))
+
+NEEDS_MATPLOTLIB = "plots need matplotlib: pip install 'lightning_gr[plot]'"
+
+Curve = tuple[list[float], list[float]]
+
+
+class PlotError(Exception):
+    """Something that cannot be drawn, in one line that says the way out."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run logged.
+
+    Args:
+        name: What the legend calls it.
+        curves: For each key the steps and the values.
+    """
+
+    name: str
+    curves: dict[str, Curve] = field(default_factory=dict)
+
+
+# --- reading
+
+
+def read_run(path: Path | str) -> Run:
+    """Read what a CSVLogger or TensorBoardLogger wrote.
+
+    Args:
+        path: A ``metrics.csv``, the folder of a version that holds one or TensorBoard's event files, or a folder above
+            it: of several versions the newest is taken.
+
+    Raises:
+        PlotError: If there is nothing of that kind, or TensorBoard is needed and not installed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise PlotError(f"there is no {path}: name a CSVLogger or TensorBoard folder, as in lightning_logs/version_0")
+    if path.is_file():
+        return Run(str(path), _read_events(path) if "tfevents" in path.name else _read_csv(path))
+    files = [*path.rglob("metrics.csv"), *path.rglob("*tfevents*")]
+    if not files:
+        raise PlotError(f"{path} holds neither a metrics.csv nor TensorBoard's event files: train with a logger")
+    folder = max(files, key=lambda file: file.stat().st_mtime).parent
+    table = folder / "metrics.csv"
+    return Run(str(path), _read_csv(table) if table.exists() else _read_events(folder))
+
+
+def _read_csv(path: Path) -> dict[str, Curve]:
+    curves: dict[str, Curve] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for number, row in enumerate(csv.DictReader(file)):
+            step = _number(row.get("step")) if row.get("step") else float(number)
+            for key, text in row.items():
+                value = _number(text)
+                if value is not None and step is not None and key not in ("step", "epoch"):
+                    steps, values = curves.setdefault(key, ([], []))
+                    steps.append(step)
+                    values.append(value)
+    return curves
+
+
+def _number(text: object) -> float | None:
+    try:
+        return float(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+
+
+def _read_events(path: Path) -> dict[str, Curve]:
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError as error:
+        raise PlotError("reading TensorBoard's files needs tensorboard: pip install 'lightning_gr[plot]'") from error
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+    events.Reload()
+    curves = {}
+    for key in events.Tags()["scalars"]:
+        if key not in ("epoch", "hp_metric"):
+            scalars = events.Scalars(key)
+            curves[key] = ([float(scalar.step) for scalar in scalars], [scalar.value for scalar in scalars])
+    return curves
+
+
+def _label(runs: Sequence[Run]) -> list[Run]:
+    """The runs named by what is different in their paths."""
+    parts = [Path(run.name).parts for run in runs]
+    if len(runs) == 1 or len(set(parts)) < len(runs):
+        return list(runs)
+    most = min(map(len, parts)) - 1
+    start = next((i for i in range(most) if len({part[i] for part in parts}) > 1), most)
+    end = next((i for i in range(most - start) if len({part[-1 - i] for part in parts}) > 1), most - start)
+    return [Run("/".join(p[start : len(p) - end]), run.curves) for run, p in zip(runs, parts, strict=True)]
+
+
+# --- what belongs into which picture
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture.
+
+    Args:
+        title: What it shows.
+        unit: The label of its y axis.
+        holds: Whether a key belongs to it.
+        logarithmic: Whether positive values get a logarithmic axis.
+    """
+
+    title: str
+    unit: str
+    holds: Callable[[str], bool]
+    logarithmic: bool = False
+
+
+def _last(key: str) -> str:
+    return key.rpartition("/")[2].lower()
+
+
+PANELS = (
+    Panel("Loss", "loss", lambda key: "loss" in _last(key)),
+    Panel("Gradient norm", "‖∇L‖ (loss per unit of θ)", lambda key: _last(key).startswith("grad_norm"), True),
+    Panel("Sharpness", "L(θ + s d) − L(θ) (loss)", lambda key: _last(key) == "sharpness"),
+    Panel("Curvature", "eigenvalue of H (loss per unit of θ²)", lambda key: _last(key) in ("eigenvalue", "curvature")),
+    Panel("Trace of the Hessian", "tr H (loss per unit of θ²)", lambda key: _last(key) == "trace"),
+    Panel("Accuracy", "accuracy (share)", lambda key: "acc" in _last(key)),
+)
+
+
+def _panels(runs: Sequence[Run], keys: Sequence[str]) -> list[tuple[Panel, list[str]]]:
+    present = list(dict.fromkeys(key for run in runs for key in run.curves))
+    if keys:
+        missing = [key for key in keys if key not in present]
+        if missing:
+            raise PlotError(f"no run has {', '.join(missing)}: there are {', '.join(sorted(present)) or 'no keys'}")
+        return [(Panel(key, key, key.__eq__), [key]) for key in keys]
+    chosen = [(panel, [key for key in present if panel.holds(key)]) for panel in PANELS]
+    chosen = [(panel, own) for panel, own in chosen if own]
+    if not chosen:
+        found = ", ".join(sorted(present)) or "nothing"
+        raise PlotError(f"found neither loss, gradient norm, sharpness nor accuracy but {found}: choose with --keys")
+    return chosen
+
+
+# --- drawing
+
+
+def new_figure(count: int) -> tuple[Any, list[Any]]:
+    """A figure with so many pictures, up to three in a row; it needs no display."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlotError(NEEDS_MATPLOTLIB) from error
+    columns = min(count, 3) if count != 4 else 2
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(4.4 * columns, 3.5 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for empty in axes[count:]:
+        empty.set_visible(False)
+    return figure, axes[:count]
+
+
+def draw_runs(runs: Sequence[Run], keys: Sequence[str] = (), smooth: int = 1) -> Any:
+    """Draw runs side by side, each in a colour and each key in a line style of its own; returns the figure.
+
+    Args:
+        runs: What :func:`read_run` returned.
+        keys: One picture for each of these, instead of the usual ones.
+        smooth: Draw the mean over so many logged values, and the values themselves faintly behind it.
+
+    Raises:
+        PlotError: If there is nothing to draw.
+    """
+    panels = _panels(runs, keys)
+    figure, pictures = new_figure(len(panels))
+    for (panel, own), axes in zip(panels, pictures, strict=True):
+        for i, run in enumerate(runs):
+            for j, key in enumerate(key for key in own if key in run.curves):
+                name = f"{run.name} {key}" if len(own) > 1 else run.name
+                look = COLOURS[(i if len(runs) > 1 else j) % len(COLOURS)], STYLES[j % len(STYLES)]
+                _draw_curve(axes, run.curves[key], smooth, key if len(runs) == 1 else name, *look)
+        axes.set(title=panel.title, xlabel="step", ylabel=panel.unit)
+        values = [value for run in runs for key in own for value in run.curves.get(key, ([], []))[1]]
+        if panel.logarithmic and min(values) > 0 and max(values) > 10 * min(values):
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return figure
+
+
+def _draw_curve(axes: Any, curve: Curve, smooth: int, label: str, colour: str, style: Any) -> None:
+    steps, values = curve
+    if smooth > 1:
+        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        values = [statistics.mean(values[max(0, i + 1 - smooth) : i + 1]) for i in range(len(values))]
+    marker = "o" if len(values) < 3 else None
+    axes.plot(steps, values, label=label, color=colour, linestyle=style, marker=marker, markersize=4)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure in the format of the suffix.
+
+    Raises:
+        PlotError: If there is no such format, or the file cannot be written.
+    """
+    known = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise PlotError(f"cannot write {path.name}: give a suffix that is one of {', '.join(sorted(known))}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise PlotError(f"cannot write {path}: {error.strerror}") from error
+
+
+def run_plot(
+    paths: Sequence[Path], output: Path, keys: Sequence[str] = (), names: Sequence[str] = (), smooth: int = 1
+) -> None:
+    """Read runs, draw them and write the picture.
+
+    Args:
+        paths: See :func:`read_run`.
+        output: The file, PNG or SVG or whatever else matplotlib writes, by its suffix.
+        keys: See :func:`draw_runs`.
+        names: What the legend calls the runs.
+        smooth: See :func:`draw_runs`.
+
+    Raises:
+        PlotError: If something cannot be read, drawn or written.
+    """
+    if names and len(names) != len(paths):
+        raise PlotError(f"expected a name for each of the {len(paths)} runs but got {len(names)}")
+    runs = _label([read_run(path) for path in paths])
+    if names:
+        runs = [Run(name, run.curves) for name, run in zip(names, runs, strict=True)]
+    save(draw_runs(runs, keys, smooth), output)

@@ -1,0 +1,111 @@
+"""Measures on two CPU ranks with DDP and FSDP2, case after case; run by torchrun from test_measured.py."""
+
+import sys
+from pathlib import Path
+
+import replicas
+import sharded
+import torch
+from modules import METHODS
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from torchmetrics import MetricCollection
+
+from lightning_gr import Flooding, GradientNorm, GradientNormMonitor, SharpnessMonitor
+from lightning_gr.measures import BY_LAYER
+from lightning_gr.metrics import GradientAlignment, Sharpness
+
+RANKS = 2
+LOGGED = {"log_every_n_steps": 1, "limit_train_batches": 1, "max_epochs": 1}
+ALL = {"metrics": ["all", BY_LAYER]}
+SYNCED = ["forward GR", "central norm penalty", "exact GR", "SAM"]
+LOCAL = ["forward GR", "SAM"]
+SHARDED = ["forward GR", "central norm penalty"]
+FLOOD_LEVEL = 1.09  # between the losses of the two ranks
+CLIP = {"gradient_clip_val": 0.01}
+
+
+class Case(replicas.Case):
+    """With callbacks that only look."""
+
+    def callbacks(self):
+        own = [] if self.method is None else [METHODS[self.method].callback(**self.options)]
+        watch = SharpnessMonitor(tolerance=1e-8, samples=2) if self.net == "plain" else None
+        flood = Flooding(FLOOD_LEVEL) if self.flooding else None
+        monitor = GradientNormMonitor(by_layer=True)
+        return [*own, monitor, *(callback for callback in (watch, flood) if callback is not None)]
+
+
+def ddp_case(method, local=False, flooding=None):
+    options = {**ALL, "ascent_sync": not local} if method else {}
+    return Case(method, options, trainer=CLIP, flooding=flooding)
+
+
+CASES = {
+    "plain": ddp_case(None, flooding={}),
+    "flooded": ddp_case(None, flooding={"level": FLOOD_LEVEL}),
+    **{f"synced {name}": ddp_case(name) for name in SYNCED},
+    **{f"local {name}": ddp_case(name, local=True) for name in LOCAL},
+}
+
+
+def logged(module, **options):
+    """What a training of one step logs."""
+    import pytorch_lightning as pl
+
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, use_distributed_sampler=False, callbacks=module.case.callbacks(),
+        **{"devices": 1, **quiet, **LOGGED, **module.case.trainer, **options},
+    )  # fmt: skip
+    trainer.fit(module)
+    return {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+def replicated(case, **options):
+    return logged(replicas.Module(case), **options)
+
+
+class Spread(sharded.Case):
+    """With a callback that only looks."""
+
+    def callbacks(self):
+        return [METHODS[self.method].callback(**ALL), GradientNormMonitor(by_layer=True)]
+
+
+def spread(method, layout="fsdp", **options):
+    module = sharded.Module(Spread(layout, method, trainer=CLIP))
+    return logged(module, **options)
+
+
+def by_metrics():
+    """The torchmetrics classes, each rank with updates of its own and another number of them."""
+    rank = torch.distributed.get_rank()
+    collection = MetricCollection([GradientNorm(), GradientAlignment(), Sharpness()])
+    for count in range(1 + rank):
+        w = torch.full((2,), 1.0 + rank + count, requires_grad=True)
+        (w.square().sum() / 2).backward()
+        collection["GradientNorm"].update([w])
+        collection["GradientAlignment"].update([w], [torch.tensor([1.0, float(count)])])
+        collection["Sharpness"].update(torch.tensor(1.0), w.detach().sum())
+    return {name: metric.compute().item() for name, metric in collection.items()}
+
+
+def own_batch(rank):
+    """The first batch of a rank."""
+    x, y = replicas.make_data(replicas.SAMPLES)
+    size = replicas.BATCH // RANKS
+    return x[rank::RANKS][:size], y[rank::RANKS][:size]
+
+
+def main(folder):
+    results = {name: replicated(case, devices=RANKS, strategy=DDPStrategy()) for name, case in CASES.items()}
+    if hasattr(torch.cpu.Stream, "record_event"):
+        for name in SHARDED:
+            results[f"sharded {name}"] = spread(name, devices=RANKS, strategy=ModelParallelStrategy(RANKS, 1))
+    results["torchmetrics"] = by_metrics()
+    torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

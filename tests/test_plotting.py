@@ -1,0 +1,198 @@
+"""Pictures of runs that real loggers wrote, the command, and slices of a loss."""
+
+import os
+import re
+import sys
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from modules import TinyModule, assert_same, cross_entropy, fit, make_data, mlp, weights
+
+from lightning_gr import SAM, GradientRegularization, SharpnessMonitor, cli
+from lightning_gr.metrics import GradientNorm
+from lightning_gr.plotting import COLOURS, PlotError, draw_runs, read_run
+from lightning_gr.slices import draw_slices, filter_normalized, loss_slice, plot_slices
+
+# of TensorBoard's own dependencies
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+class Logs(TinyModule):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss)
+        self.log("train_acc", (self.net(batch[0]).argmax(1) == batch[1]).double().mean())
+        return loss
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two runs, each by both loggers."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, callback in {"F-GR": GradientRegularization(0.1, 0.1), "SAM": SAM(0.2)}.items():
+        loggers = [
+            pl.loggers.CSVLogger(folder, f"{name}/csv"),
+            pl.loggers.TensorBoardLogger(folder, f"{name}/tensorboard"),
+        ]
+        fit(Logs(), callback, SharpnessMonitor(samples=2), logger=loggers, log_every_n_steps=1, max_epochs=4)
+    return folder
+
+
+def test_both_loggers_are_read_alike(folder):
+    by_csv, by_tensorboard = (read_run(folder / "SAM" / kind) for kind in ("csv", "tensorboard"))
+    keys = {"train_loss", "train_acc", "gr/grad_norm", "gr/sharpness", "gr/penalty"}
+    assert by_csv.curves.keys() == keys | {f"hessian/{name}" for name in ("eigenvalue", "trace", "trace_error")}
+    assert by_tensorboard.curves.keys() == by_csv.curves.keys()
+    for key, (steps, values) in by_csv.curves.items():
+        assert by_tensorboard.curves[key][0] == steps
+        assert by_tensorboard.curves[key][1] == pytest.approx(values, rel=1e-6)
+    assert by_csv.curves["gr/grad_norm"][0] == list(range(12))
+    assert by_csv.curves["hessian/trace"][0] == [2, 5, 8, 11]
+
+
+def test_what_is_drawn(folder):
+    runs = [read_run(folder / name / "csv") for name in ("F-GR", "SAM")]
+    figure = draw_runs(runs)
+    pictures = {axes.get_title(): axes for axes in figure.axes if axes.get_visible()}
+    assert list(pictures) == ["Loss", "Gradient norm", "Sharpness", "Curvature", "Trace of the Hessian", "Accuracy"]
+    for axes in pictures.values():
+        assert axes.get_xlabel() == "step"
+        assert axes.get_ylabel()
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [run.name for run in runs]
+        assert [line.get_color() for line in axes.lines] == list(COLOURS[:2])
+    for run, line in zip(runs, pictures["Gradient norm"].lines, strict=True):
+        assert [list(axis) for axis in line.get_data()] == list(run.curves["gr/grad_norm"])
+    smooth = draw_runs(runs[:1], keys=["train_loss"], smooth=3).axes[0]
+    values = runs[0].curves["train_loss"][1]
+    assert smooth.lines[1].get_ydata()[5] == pytest.approx(sum(values[3:6]) / 3)
+    assert [text.get_text() for text in smooth.get_legend().get_texts()] == ["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "start"),
+    [
+        (["--output", "a/plot.png"], b"\x89PNG"),
+        (["--output", "b.svg", "--keys", "gr/penalty", "--smooth", "2"], b"<?xml"),
+        (["--output", "c.pdf", "--names", "one", "two"], b"%PDF"),
+    ],
+)
+def test_command(folder, flags, start, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runs = [str(folder / "F-GR" / "csv" / "version_0"), str(folder / "SAM" / "tensorboard")]
+    assert cli.main(["plot", *runs, *flags]) == 0
+    assert (tmp_path / flags[1]).read_bytes().startswith(start)
+    assert capsys.readouterr().out == f"Figure: {flags[1]}\n"
+
+
+def test_runs_are_named_by_what_is_different(folder, tmp_path):
+    from lightning_gr.plotting import _label
+
+    def named(*paths):
+        return [run.name for run in _label([read_run(folder / path) for path in paths])]
+
+    assert named("SAM/csv/version_0", "F-GR/csv/version_0") == ["SAM", "F-GR"]
+    assert named("SAM/csv", "SAM/tensorboard") == ["csv", "tensorboard"]
+    assert named("SAM/csv", "F-GR/tensorboard/version_0") == ["SAM/csv", "F-GR/tensorboard/version_0"]
+    one = folder / "SAM" / "csv" / "version_0" / "metrics.csv"
+    assert read_run(one).curves == read_run(one.parent).curves
+    newer = folder / "SAM" / "csv" / "version_1"
+    newer.mkdir()
+    (newer / "metrics.csv").write_text("step,loss\n3,1.5\n")
+    os.utime(newer / "metrics.csv", (2e9, 2e9))
+    assert read_run(folder / "SAM" / "csv").curves == {"loss": ([3.0], [1.5])}
+    (newer / "metrics.csv").unlink()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["{}/nothing"], "there is no .*nothing: name a CSVLogger or TensorBoard folder"),
+        (["{}/empty"], "empty holds neither a metrics.csv nor TensorBoard's event files"),
+        (["{}/SAM/csv", "--keys", "x"], "no run has x: there are gr/grad_norm, gr/penalty"),
+        (["{}/odd.csv"], "found neither loss, .* but odd: choose with --keys"),
+        (["{}/SAM/csv", "--output", "{}/plot.exe"], "cannot write plot.exe: give a suffix that is one of .*png"),
+        (["{}/SAM/csv", "--output", "{}/odd.csv/plot.png"], "cannot write .*plot.png: "),
+        (["{}/SAM/csv", "--names", "a", "b"], "expected a name for each of the 1 runs but got 2"),
+    ],
+)
+def test_wrong_use_ends_with_one_line(folder, flags, said, capsys):
+    (folder / "empty").mkdir(exist_ok=True)
+    (folder / "odd.csv").write_text("step,odd\n0,1\n")
+    assert cli.main(["plot", *(flag.format(folder) for flag in flags)]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert re.search(said, error)
+
+
+@pytest.mark.parametrize("name", ["matplotlib", "tensorboard"])
+def test_a_missing_extra_is_named(folder, name, capsys, monkeypatch, tmp_path):
+    for module in [m for m in sys.modules if m.partition(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    kind = "tensorboard" if name == "tensorboard" else "csv"
+    assert cli.main(["plot", str(folder / "SAM" / kind), "--output", str(tmp_path / "x.png")]) == 2
+    assert f"{name}: pip install 'lightning_gr[plot]'" in capsys.readouterr().err
+
+
+def test_metrics_plot():
+    metric = GradientNorm()
+    _, axes = metric.plot([torch.tensor(3.0), torch.tensor(1.0)])
+    assert list(axes.lines[0].get_ydata()) == [3.0, 1.0]
+
+
+# --- slices
+
+
+def test_slices_are_the_loss_along_lines():
+    net, data = mlp(), make_data()
+    before = weights(net)
+    found = loss_slice(lambda: cross_entropy(net, data), net, radius=0.5, points=5)
+    assert_same(weights(net), before)
+    assert all(param.grad is None for param in net.parameters())
+    gradient = torch.autograd.grad(cross_entropy(net, data), list(net.parameters()))
+    norm = torch.stack([g.norm() for g in gradient]).norm()
+    drawn = filter_normalized(net.parameters(), torch.Generator().manual_seed(0))
+    size = torch.stack([d.norm() for d in drawn]).norm()
+    assert found.distances == pytest.approx([-0.5, -0.25, 0.0, 0.25, 0.5])
+    for name, direction, length in (("gradient", gradient, norm), ("random", drawn, size)):
+        for distance, loss in zip(found.distances, found.losses[name], strict=True):
+            moved = mlp()
+            with torch.no_grad():
+                for param, d in zip(moved.parameters(), direction, strict=True):
+                    param.add_(d, alpha=distance / length.item())
+            assert loss == pytest.approx(cross_entropy(moved, data).item(), rel=1e-12)
+
+
+def test_filters_are_as_long_as_the_weights():
+    net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3))
+    kernel, *others = filter_normalized(net.parameters(), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(kernel.flatten(1).norm(dim=1), net[0].weight.flatten(1).norm(dim=1))
+    assert all(not other.any() for other in others)
+
+
+def test_slices_of_checkpoints_side_by_side(tmp_path):
+    """A module from a checkpoint, as a user would have it."""
+    checkpoint = tmp_path / "last.ckpt"
+    module = TinyModule()
+    fit(module, SAM(0.2)).save_checkpoint(checkpoint)
+    loaded = TinyModule.load_from_checkpoint(checkpoint, weights_only=False)
+    data = make_data()
+    slices = {"start": mlp(), "SAM": loaded.net}
+    slices = {n: loss_slice(lambda net=net: cross_entropy(net, data), net, points=5) for n, net in slices.items()}
+    figure = draw_slices(slices)
+    assert [axes.get_title() for axes in figure.axes] == ["Along the gradient", "Along a random direction"]
+    for axes in figure.axes:
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["start", "SAM"]
+        assert "loss" in axes.get_ylabel()
+        assert "Δθ" in axes.get_xlabel()
+    plot_slices(slices, tmp_path / "slices.svg", logarithmic=True)
+    assert (tmp_path / "slices.svg").stat().st_size > 5000
+    with pytest.raises(PlotError, match="give a suffix"):
+        plot_slices(slices, tmp_path / "slices")
+
+
+def test_wrong_arguments():
+    net = mlp()
+    with pytest.raises(ValueError, match="`radius` to be a positive float but got 0"):
+        loss_slice(lambda: cross_entropy(net, make_data()), net, radius=0)

@@ -1,0 +1,276 @@
+"""Hessian eigenvalue and trace: against a dense Hessian in float64, with and without a second derivative, no trace."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from modules import assert_same, cross_entropy, make_data, mlp, weights
+from torch import nn
+from torch.func import functional_call
+
+from lightning_gr import hessian_eigenvalue, hessian_trace, in_second_pass
+from lightning_gr.hessian import HessianProducts
+from lightning_gr.vectors import random_unit
+
+
+class FirstOrder(torch.autograd.Function):
+    """tanh without a second derivative, as fused operators have none."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (1 - x.tanh() ** 2)
+
+
+class OnceTanh(nn.Module):
+    def forward(self, x):
+        return FirstOrder.apply(x)
+
+
+DATA = make_data()
+NETS = {
+    "one layer": lambda: mlp(6),
+    "two layers": lambda: mlp(8, 4, seed=3),
+    "softplus": lambda: mlp(6, activation=nn.Softplus),
+}
+
+
+def loss_of(net, data=DATA):
+    return lambda: cross_entropy(net, data)
+
+
+def dense_hessian(net, data=DATA):
+    """All of it, column by column."""
+    named = {n: p.detach() for n, p in net.named_parameters()}
+    sizes = [p.numel() for p in named.values()]
+
+    def loss(flat):
+        theta = {n: x.view_as(p) for (n, p), x in zip(named.items(), flat.split(sizes), strict=True)}
+        return cross_entropy(lambda x: functional_call(net, theta, (x,)), data)
+
+    return torch.autograd.functional.hessian(loss, torch.cat([p.flatten() for p in named.values()]))
+
+
+@pytest.mark.parametrize("method", ["double_backward", "finite_difference"])
+@pytest.mark.parametrize("name", NETS)
+def test_products_are_those_of_the_dense_hessian(name, method):
+    net = NETS[name]()
+    vector = random_unit(list(net.parameters()), torch.Generator().manual_seed(4))
+    expected = dense_hessian(net) @ torch.cat([v.flatten() for v in vector])
+    with HessianProducts(loss_of(net), net, method=method) as products:
+        product = torch.cat([x.flatten() for x in products([3 * v for v in vector])]) / 3
+    rtol = 1e-12 if method == "double_backward" else 1e-8
+    assert (product - expected).norm() <= rtol * expected.norm()
+
+
+@pytest.mark.parametrize("method", ["double_backward", "finite_difference"])
+@pytest.mark.parametrize("name", NETS)
+def test_largest_eigenvalue(name, method):
+    net = NETS[name]()
+    expected = torch.linalg.eigvalsh(dense_hessian(net))[-1].item()
+    result = hessian_eigenvalue(loss_of(net), net, tolerance=1e-6, method=method)
+    assert result.value == pytest.approx(expected, rel=1e-7)
+    assert result.converged
+    assert result.residual <= 1e-6 * result.value
+    assert result.method == method
+    rough = hessian_eigenvalue(loss_of(net), net, max_iterations=2)
+    assert rough.iterations == 2
+    assert not rough.converged
+    assert abs(rough.value - expected) > 1e-3 * expected
+
+
+def test_the_bound_holds_and_the_largest_is_the_most_positive():
+    w = torch.linspace(-9.0, 5.0, 40, dtype=torch.float64)
+    theta = torch.ones(40, dtype=torch.float64, requires_grad=True)
+    result = hessian_eigenvalue(lambda: (w * theta**2).sum() / 2, [theta], tolerance=1e-2)
+    assert result.converged
+    assert abs(result.value - 5) <= result.residual
+    # every product is exact after as many steps as there are different eigenvalues
+    pair = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    exact = hessian_eigenvalue(lambda: pair[0] ** 2 - 4 * pair[1] ** 2, [pair])
+    assert (exact.iterations, exact.value) == (2, pytest.approx(2))
+
+
+@pytest.mark.parametrize("method", ["double_backward", "finite_difference"])
+def test_trace_within_its_standard_error(method):
+    net = mlp(6)
+    expected = torch.trace(dense_hessian(net)).item()
+    result = hessian_trace(loss_of(net), net, tolerance=0.1, max_samples=400, method=method)
+    assert result.converged
+    assert result.standard_error <= 0.1 * result.value
+    assert abs(result.value - expected) <= 3 * result.standard_error
+
+
+def test_standard_error_is_that_of_the_estimator():
+    """Over many seeds the spread is the one that is reported."""
+    net = mlp(6)
+    runs = [
+        hessian_trace(loss_of(net), net, max_samples=12, tolerance=1e-9, generator=torch.Generator().manual_seed(seed))
+        for seed in range(50)
+    ]
+    spread = float(np.std([run.value for run in runs], ddof=1))
+    assert spread == pytest.approx(np.mean([run.standard_error for run in runs]), rel=0.3)
+    assert not any(run.converged for run in runs)
+
+
+def test_a_diagonal_hessian_needs_no_luck():
+    theta = torch.ones(7, dtype=torch.float64, requires_grad=True)
+    result = hessian_trace(lambda: (torch.arange(7.0) * theta**2).sum(), [theta], min_samples=2)
+    assert (result.value, result.standard_error, result.samples) == (42.0, 0.0, 2)
+
+
+def test_float32_and_its_finite_differences_are_near():
+    net = mlp(16, 16)
+    exact = hessian_eigenvalue(loss_of(net), net, tolerance=1e-8).value
+    single = net.float()
+    data = DATA[0].float(), DATA[1]
+    assert hessian_eigenvalue(loss_of(single, data), single).value == pytest.approx(exact, rel=1e-5)
+    by_difference = hessian_eigenvalue(loss_of(single, data), single, method="finite_difference")
+    assert by_difference.value == pytest.approx(exact, rel=2e-3)
+
+
+def test_an_operator_without_second_derivative_falls_back():
+    net, twin = mlp(6, activation=OnceTanh), mlp(6)
+    found, expected = hessian_eigenvalue(loss_of(net), net), hessian_eigenvalue(loss_of(twin), twin)
+    assert (found.method, expected.method) == ("finite_difference", "double_backward")
+    assert found.value == pytest.approx(expected.value, rel=1e-5)
+    trace = hessian_trace(loss_of(net), net)
+    assert trace.value == pytest.approx(hessian_trace(loss_of(twin), twin).value, rel=1e-6)
+    with pytest.raises(RuntimeError, match=r"once_differentiable`, so .* use `method='finite_difference'`"):
+        hessian_eigenvalue(loss_of(net), net, method="double_backward")
+
+
+def test_fused_attention():
+    """Fused attention on the CPU has no second derivative."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(3, 4, 8)
+    fused = hessian_eigenvalue(lambda: attention(x, x, x, need_weights=False)[0].square().mean(), attention)
+    plain = hessian_eigenvalue(lambda: attention(x, x, x)[0].square().mean(), attention)
+    assert plain.method == "double_backward"
+    assert fused.value == pytest.approx(plain.value, rel=2e-3)
+
+
+class Noisy(nn.Module):
+    """Draws, counts and keeps statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3))
+        self.calls, self.seen = 0, []
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen.append((np.random.rand(), random.random()))
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("method", ["double_backward", "finite_difference"])
+@pytest.mark.parametrize("measure", [hessian_eigenvalue, hessian_trace])
+def test_leaves_no_trace(measure, method):
+    torch.manual_seed(0)
+    net = Noisy().double()
+    loss_of(net)().backward()
+    before = weights(net), {n: b.clone() for n, b in net.named_buffers()}, [p.grad for p in net.parameters()]
+    gradients = [g.clone() for g in before[2]]
+    state = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    calls = net.calls
+    results = {measure(loss_of(net), net, method=method) for _ in range(2)}
+    # the same dropout mask in all passes: a function with a Hessian
+    assert len(results) == 1
+    assert_same(weights(net), before[0])
+    assert_same(dict(net.named_buffers()), before[1])
+    assert all(
+        p.grad is g and torch.equal(g, old) for p, g, old in zip(net.parameters(), before[2], gradients, strict=True)
+    )
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == state[1:]
+    assert net.calls == calls == len(net.seen)
+
+
+def test_both_methods_see_the_same_noise():
+    torch.manual_seed(0)
+    net = Noisy().double()
+    values = [
+        hessian_eigenvalue(loss_of(net), net, tolerance=1e-6, method=m).value
+        for m in ("double_backward", "finite_difference")
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_weights_are_restored_when_a_loss_fails(error):
+    net = mlp()
+    before, calls = weights(net), []
+
+    def loss():
+        calls.append(in_second_pass())
+        if len(calls) == 4:
+            assert not torch.equal(net[0].weight, before["0.weight"])
+            raise error
+        return cross_entropy(net, DATA)
+
+    with pytest.raises(error):
+        hessian_trace(loss, net, method="finite_difference")
+    assert calls == [True] * 4
+    assert_same(weights(net), before)
+    assert not in_second_pass()
+
+
+def test_works_where_gradients_are_off():
+    net = mlp()
+    expected = hessian_eigenvalue(loss_of(net), net)
+    for off in (torch.no_grad(), torch.inference_mode()):
+        with off:
+            assert hessian_eigenvalue(loss_of(net), net) == expected
+
+
+def test_frozen_unused_and_linear_parameters():
+    net = mlp()
+    net[0].requires_grad_(False)
+    head = dict(net[2].named_parameters())
+    alone = hessian_eigenvalue(loss_of(net), head.values())
+    assert hessian_eigenvalue(loss_of(net), net) == alone
+    unused = torch.ones(3, requires_grad=True)
+    assert hessian_eigenvalue(loss_of(net), [*head.values(), unused], tolerance=1e-6).value == pytest.approx(
+        alone.value, rel=1e-3
+    )
+    for method in ("auto", "finite_difference"):
+        assert hessian_trace(lambda: (2 * unused).sum(), [unused], method=method).value == pytest.approx(0, abs=1e-2)
+    assert hessian_eigenvalue(lambda: (2 * unused).sum(), [unused]).value == 0
+
+
+def test_what_is_not_finite_is_nan():
+    w = torch.zeros(2, requires_grad=True)
+    for result in (hessian_eigenvalue(lambda: w.sqrt().sum(), [w]), hessian_trace(lambda: w.sqrt().sum(), [w])):
+        assert result.value != result.value
+        assert not result.converged
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "exact"}, "`method` to be one of 'auto', 'double_backward', 'finite_difference' but got 'exact'"),
+        ({"tolerance": 0.0}, "`tolerance` to be a positive float but got 0.0"),
+        ({"max_iterations": 0}, "`max_iterations` to be an integer of at least 1 but got 0"),
+    ],
+)
+def test_wrong_arguments(options, said):
+    net = mlp()
+    with pytest.raises(ValueError, match=said):
+        hessian_eigenvalue(loss_of(net), net, **options)
+
+
+def test_nothing_to_differentiate():
+    with pytest.raises(ValueError, match="trainable parameters, real ones"):
+        hessian_trace(lambda: torch.ones(()), [])
+    w = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="a loss with a graph"):
+        hessian_trace(lambda: w.detach().sum(), [w])
