@@ -1,5 +1,6 @@
 """Time, memory and operators of a training step, of several ways to train in turn."""
 
+import gc
 import logging
 import os
 import time
@@ -113,19 +114,19 @@ class Operators(TorchDispatchMode):
         if not func.is_view and func._opname != "detach":
             self.number += 1
             self.syncs += func._opname in SYNCS
-            self.bytes += _moved(func._schema.arguments, args, kwargs or {})
+            self.bytes += _moved(func._schema.arguments, args, kwargs or {}, copies="copy_" in func._opname)
             if not any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments):
                 self.bytes += _nbytes(result)
         return result
 
 
-def _moved(arguments: Sequence[Any], args: Any, kwargs: Any) -> int:
+def _moved(arguments: Sequence[Any], args: Any, kwargs: Any, copies: bool) -> int:
     """What is read, once, and what is written in place."""
     total = 0
     for position, argument in enumerate(arguments):
         value = args[position] if position < len(args) else kwargs.get(argument.name)
         written = argument.alias_info is not None and argument.alias_info.is_write
-        only_written = argument.kwarg_only and written  # as ``out`` is
+        only_written = copies or argument.kwarg_only  # as ``out`` is
         total += _nbytes(value) * (1 if only_written or not written else 2)
     return total
 
@@ -164,6 +165,7 @@ def count(workload: Workload, way: str) -> Counts:
     operators = Operators()
     make_trainer(Counter(2, operators), *WAYS[way].callbacks()).fit(module, batches)
     module.zero_grad()
+    gc.collect()  # what the first Trainer leaves behind must not be let go in the middle
     with _no_chatter(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
         make_trainer(*WAYS[way].callbacks()).fit(module, batches)
     return Counts(operators.number, operators.bytes, operators.syncs, _peak(profile))
