@@ -24,7 +24,7 @@ from step_cost import LOOK
 from lightning_gr import hessian_eigenvalue
 from lightning_gr.demo import Digits, train
 
-EPOCHS, CHOOSING, REPORTING, ROUNDS = 60, (100, 101), (0, 1, 2, 3, 4), 3
+EPOCHS, CHOOSING, REPORTING = 60, (100, 101), (0, 1, 2, 3, 4)
 
 
 class Row(NamedTuple):
@@ -84,32 +84,21 @@ def chosen(rows: Sequence[Row]) -> dict[str, str]:
     best: dict[str, str] = {}
     for way in GRID:
         means = {c: _mean(rows, way, "validation", c) for c in GRID[way]}
-        best[way] = max(means, key=lambda constants: means[constants])
+        best[way] = max(means, key=means.__getitem__)
     return best
 
 
 def report(best: dict[str, str], show: Callable[..., Iterable[Any]]) -> list[Row]:
-    """Accuracy on the test split, and sharpness."""
+    """Accuracy on the test split, sharpness, and the time of training against plain training of the same seed."""
     rows = []
-    for way, constants in show(list(best.items()), "testing"):
-        for seed in REPORTING:
-            sharpness = Sharpness(seed)
-            records = train(way, [*GRID[way][constants](), sharpness], seed, EPOCHS)
-            rows.append(Row(way, constants, "accuracy", seed, records[-1].accuracy))
-            rows.append(Row(way, constants, "sharpness", seed, sharpness.value))
-    return rows
-
-
-def cost(best: dict[str, str], show: Callable[..., Iterable[Any]]) -> list[Row]:
-    """The time of a whole training against plain training in the same round."""
-    rows = []
-    for number in show(range(ROUNDS), "timing"):
-        seconds = {}
+    for seed in show(REPORTING, "testing"):
+        plain = 0.0
         for way, constants in best.items():
-            clock = Clock()
-            train(way, [clock, *GRID[way][constants]()], 0, EPOCHS)
-            seconds[way] = clock.seconds
-            rows.append(Row(way, constants, "cost", number, clock.seconds / seconds["plain"]))
+            clock, sharpness = Clock(), Sharpness(seed)
+            records = train(way, [clock, *GRID[way][constants](), sharpness], seed, EPOCHS)
+            plain = plain or clock.seconds  # it is the first
+            values = {"accuracy": records[-1].accuracy, "sharpness": sharpness.value, "cost": clock.seconds / plain}
+            rows += [Row(way, constants, quantity, seed, value) for quantity, value in values.items()]
     return rows
 
 
@@ -156,7 +145,7 @@ def main() -> None:
     else:
         rows = choose(track)
         best = chosen(rows)
-        rows += report(best, track) + cost(best, track)
+        rows += report(best, track)
     if args.csv:
         with args.csv.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([Row._fields, *rows])

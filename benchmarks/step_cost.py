@@ -9,7 +9,7 @@ import csv
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +21,8 @@ from ways import WAYS
 from workloads import WORKLOADS
 
 LOOK = {"box": SIMPLE, "title_justify": "left", "title_style": "bold", "padding": (0, 1), "pad_edge": False}
-# steps in a round; the first two are left out
-STEPS = {"MLP, 32": 20, "MLP, 256": 8, "100 M": 3}
+# steps in a round, besides one or two in front that are left out
+STEPS = {"MLP, 32": 12, "MLP, 256": 6, "100 M": 2}
 COUNTED = ("MLP, 32", "1,000 tensors")
 QUICK = ("MLP, 32",)
 
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 def measure_times(workload: str, rounds: int, steps: int) -> list[Row]:
     """The median step of each round, in seconds."""
-    times = time_steps(WORKLOADS[workload], list(WAYS), rounds, steps)
+    times = time_steps(WORKLOADS[workload], list(WAYS), rounds, steps, warm_up=1 if steps < 5 else 2)
     rows = []
     for way, of_rounds in times.items():
         for number, taken in enumerate(of_rounds):
@@ -90,7 +90,8 @@ def time_table(rows: Sequence[Row], clock: str) -> Table:
     title = {"cpu": "processor time", "wall": "time by the clock"}[clock]
     table = Table(title=f"A step against one of plain training, {title}", **LOOK)
     table.add_column("")
-    timed = {row.workload: None for row in rows if row.quantity == clock}
+    found = {row.workload for row in rows if row.quantity == clock}
+    timed = [workload for workload in WORKLOADS if workload in found]
     for workload in timed:
         table.add_column(workload.replace(", ", ",\n").replace("1,\n000 ", "1,000\n"), justify="right")
     for way in WAYS:
@@ -140,23 +141,24 @@ def import_line(rows: Sequence[Row]) -> str:
     return f"import pytorch_lightning: {without:.2f} s of the processor; and lightning_gr: {with_it - without:+.2f} s"
 
 
-def measure(workloads: Sequence[str], rounds: int, quick: bool, console: Console) -> list[Row]:
-    """Everything."""
-    rows = []
-    with quiet():
-        for workload in workloads:
-            with console.status(f"timing {workload}"):
-                rows += measure_times(workload, 1 if quick else rounds, 2 if quick else STEPS.get(workload, 4))
-        for workload in [name for name in COUNTED if name in workloads]:
-            with console.status(f"counting {workload}"):
+def measure(workloads: Sequence[str], rounds: int, quick: bool, console: Console) -> Iterator[list[Row]]:
+    """The rows of one workload after the other, and of importing."""
+    for workload in workloads:
+        with quiet(), console.status(f"timing {workload}"):
+            rows = measure_times(workload, 1 if quick else rounds, 2 if quick else STEPS.get(workload, 3))
+        if workload in COUNTED:
+            with quiet(), console.status(f"counting {workload}"):
                 rows += measure_counts(workload)
-    return rows + measure_imports(1 if quick else 3)
+        yield rows
+    yield measure_imports(1 if quick else 3)
 
 
-def write_rows(rows: Iterable[Row], path: Path) -> None:
-    """As CSV."""
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """As CSV. Rows of other workloads that the file has are kept."""
+    new = {row.workload for row in rows}
+    old = [row for row in read_rows(path) if row.workload not in new] if path.exists() else []
     with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([Row._fields, *rows])
+        csv.writer(file).writerows([Row._fields, *old, *rows])
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -174,14 +176,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="how often each way has its turn, default: 5")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="one short round of the smallest model")
-    parser.add_argument("--csv", type=Path, help="write all numbers to this file")
+    parser.add_argument("--csv", type=Path, help="write all numbers to this file, after each model")
     parser.add_argument("--read", type=Path, help="show the numbers of such a file; measure nothing")
     args = parser.parse_args()
     console = Console()
     workloads = QUICK if args.quick else args.workloads
-    rows = read_rows(args.read) if args.read else measure(workloads, args.rounds, args.quick, console)
-    if args.csv:
-        write_rows(rows, args.csv)
+    rows = read_rows(args.read) if args.read else []
+    for more in [] if args.read else measure(workloads, args.rounds, args.quick, console):
+        rows += more
+        if args.csv:
+            write_rows(rows, args.csv)
     for table in tables(rows):
         console.print(table)
     console.print(import_line(rows), highlight=False)
