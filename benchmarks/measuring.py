@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ways import WAYS
 from workloads import Workload
 
-__all__ = ["Counts", "Timing", "count", "count_pass", "make_trainer", "quiet", "time_steps"]
+__all__ = ["Clock", "Counts", "Same", "Timing", "count", "count_pass", "make_trainer", "quiet", "time_steps"]
 
 SYNCS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero")
 
@@ -38,12 +38,11 @@ def quiet() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def make_trainer(*callbacks: pl.Callback) -> pl.Trainer:
+def make_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     """One epoch on the CPU, without logger, checkpoints and bars."""
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    return pl.Trainer(
-        accelerator="cpu", devices=1, max_epochs=1, callbacks=list(callbacks), **dict.fromkeys(off, False)
-    )
+    options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, **dict.fromkeys(off, False), **options}
+    return pl.Trainer(callbacks=list(callbacks), **options)
 
 
 class Same:
@@ -74,10 +73,12 @@ class Clock(pl.Callback):
         self.starts: list[tuple[float, float]] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
+        """Look at the clocks."""
         self.starts.append((time.perf_counter(), time.process_time()))
 
     @property
     def steps(self) -> list[Timing]:
+        """All but those of the warm-up."""
         starts = self.starts[self.warm_up :]
         return [Timing(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(starts)]
 
