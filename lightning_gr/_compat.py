@@ -4,7 +4,8 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 __all__ = [
     "REFUSED_STRATEGIES",
@@ -17,6 +18,7 @@ __all__ = [
     "lightning_attributes",
     "logged_results",
     "skips_backward",
+    "storage_uses",
     "will_log",
 ]
 
@@ -71,6 +73,12 @@ def lightning_attributes() -> frozenset[str]:
 def logged_results(module: nn.Module | None) -> Any:
     """Where ``LightningModule.log`` writes to in the end; None outside a Trainer."""
     return getattr(getattr(module, "_trainer", None), "_results", None)
+
+
+def storage_uses(tensor: Tensor) -> int:
+    """How many tensors, arrays and other users share the storage of ``tensor``, itself included."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) - 1
 
 
 def will_log(trainer: "Trainer") -> bool:

@@ -51,6 +51,7 @@ class TwoPassCallback(CallbackBase):
         start_step: The first optimizer step (counted from 0) that is regularized.
         interval: Every how many optimizer steps from there.
         warmup_steps: Over how many optimizer steps from there the penalty (the radius) grows linearly from 0.
+        lazy: Whether the penalty (the radius) is ``interval`` times as much.
         exclude: Shell-style patterns over parameter names. Such parameters are neither perturbed nor regularized.
         ascent_sync: Whether the first gradient is averaged over devices before it gives the direction.
         accumulation: Whether an accumulation window is regularized as a whole or micro-batch by micro-batch.
@@ -78,6 +79,7 @@ class TwoPassCallback(CallbackBase):
         start_step: int = 0,
         interval: int = 1,
         warmup_steps: int = 0,
+        lazy: bool = False,
         exclude: Sequence[str] = (),
         ascent_sync: bool = True,
         accumulation: Accumulation = "window",
@@ -91,7 +93,7 @@ class TwoPassCallback(CallbackBase):
             check_bool(name, value)
         check_choice("accumulation", accumulation, ACCUMULATIONS)
         self.rule = rule
-        self.schedule = Schedule(start_step, interval, warmup_steps)
+        self.schedule = Schedule(start_step, interval, warmup_steps, lazy)
         self.exclude = check_exclude(exclude)
         self.ascent_sync = ascent_sync
         self.accumulation = accumulation
@@ -328,6 +330,8 @@ class GradientRegularization(TwoPassCallback):
         interval: Every how many optimizer steps from there.
         warmup_steps: Over how many optimizer steps from there the penalty grows linearly from 0. Recommended with
             Adam and a learning-rate warm-up.
+        lazy: Multiply γ by ``interval``, so that the steps that are regularized stand for those between. ε is not
+            multiplied; where γ · interval is well above it, take a larger one.
         exclude: Shell-style patterns over parameter names, as in ``["*.bias", "*norm*"]``. Such parameters are
             neither perturbed nor regularized and end with exactly the clean gradient.
         ascent_sync: On several devices, whether the first gradient is averaged over them before it gives the
@@ -363,6 +367,7 @@ class GradientRegularization(TwoPassCallback):
         start_step: int = 0,
         interval: int = 1,
         warmup_steps: int = 0,
+        lazy: bool = False,
         exclude: Sequence[str] = (),
         ascent_sync: bool = True,
         accumulation: Accumulation = "window",
@@ -371,7 +376,7 @@ class GradientRegularization(TwoPassCallback):
         prog_bar: bool = False,
         verbose: bool = True,
     ) -> None:
-        rule, when = GRRule(gamma, epsilon, scheme, normalize), (start_step, interval, warmup_steps)
+        rule, when = GRRule(gamma, epsilon, scheme, normalize), (start_step, interval, warmup_steps, lazy)
         super().__init__(rule, *when, exclude, ascent_sync, accumulation, metrics, prefix, prog_bar, verbose)
 
 
@@ -389,6 +394,7 @@ class SAM(TwoPassCallback):
         start_step: The first optimizer step (counted from 0) that is regularized.
         interval: Every how many optimizer steps from there.
         warmup_steps: Over how many optimizer steps from there the radius grows linearly from 0.
+        lazy: Multiply ρ by ``interval``.
         exclude: Shell-style patterns over parameter names, as in ``["*.bias", "*norm*"]``. Such parameters are not
             perturbed and end with exactly the clean gradient.
         ascent_sync: On several devices, whether the first gradient is averaged over them before it gives the
@@ -423,6 +429,7 @@ class SAM(TwoPassCallback):
         start_step: int = 0,
         interval: int = 1,
         warmup_steps: int = 0,
+        lazy: bool = False,
         exclude: Sequence[str] = (),
         ascent_sync: bool = True,
         accumulation: Accumulation = "window",
@@ -431,5 +438,5 @@ class SAM(TwoPassCallback):
         prog_bar: bool = False,
         verbose: bool = True,
     ) -> None:
-        rule, when = SAMRule(rho, adaptive, eta), (start_step, interval, warmup_steps)
+        rule, when = SAMRule(rho, adaptive, eta), (start_step, interval, warmup_steps, lazy)
         super().__init__(rule, *when, exclude, ascent_sync, accumulation, metrics, prefix, prog_bar, verbose)

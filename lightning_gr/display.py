@@ -84,7 +84,8 @@ def _schedule(callback: "TwoPassCallback") -> str:
     every = "every step" if schedule.interval == 1 else f"every {schedule.interval} steps"
     since = f" from step {schedule.start_step:,}" if schedule.start_step else ""
     warmup = f", growing over {schedule.warmup_steps:,} steps" if schedule.warmup_steps else ""
-    return every + since + warmup
+    lazy = f", times {schedule.interval}" if schedule.lazy and schedule.interval > 1 else ""
+    return every + since + lazy + warmup
 
 
 def make_panel(name: str, lines: dict[str, str]) -> Panel:

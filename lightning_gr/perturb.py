@@ -1,9 +1,9 @@
 """Directions, norms, and a perturbation of the weights that is taken back bit for bit.
 
 Everything here works in place, on the device (foreach operators, no host synchronization) and on this rank's parts of
-distributed tensors; only a norm is reduced over ranks. Besides one copy of the
-weights, which is kept between steps because allocating it anew costs more than filling it, nothing of the size of the
-parameters is allocated; ASAM needs one such set more, for |θ| + η.
+distributed tensors; only a norm is reduced over ranks. Besides one copy of the weights, or spare storage for the moved
+ones, which is kept between steps because allocating it anew costs more than filling it, nothing of the size of the
+parameters is allocated; ASAM needs one such set more, for |θ| + η, where it copies.
 """
 
 import warnings
@@ -15,8 +15,11 @@ from torch import Tensor
 
 from lightning_gr.rules import Update
 from lightning_gr.sharding import by_layout, local_parts, norm_over_ranks
+from lightning_gr.swap import WeightSwap, can_swap
 
 __all__ = ["Perturbation", "WeightCopy", "direction_factor", "global_norm"]
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
@@ -29,7 +32,11 @@ def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
 def scale_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
     """Multiply all tensors in place by a number, or by a 0-dimensional tensor that may be on another device."""
     for device, group in _by_device(tensors).items():
-        torch._foreach_mul_(group, factor.to(device, non_blocking=True) if isinstance(factor, Tensor) else factor)
+        if isinstance(factor, Tensor):
+            torch._foreach_mul_(group, factor.to(device, non_blocking=True))
+        else:
+            # on the CPU a number would be made a tensor for each of the tensors anew
+            torch._foreach_mul_(group, torch.tensor(factor, dtype=torch.float64) if device.type == "cpu" else factor)
 
 
 def _wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -90,10 +97,9 @@ def direction_factor(
 
 def warn_if_unmoved(params: Sequence[Tensor], before: Sequence[Tensor], direction: Sequence[Tensor]) -> None:
     """Warn if most 16-bit weights with a direction to go are still where they were. This reads from the device."""
-    halves = (torch.bfloat16, torch.float16)
     to_move = moved = 0
     for param, old, d in zip(params, before, direction, strict=True):
-        if param.dtype in halves:
+        if param.dtype in _HALVES:
             to_move += int((d != 0).sum())
             moved += int(((param != old) & (d != 0)).sum())
     if moved < to_move / 2:
@@ -113,6 +119,7 @@ class WeightCopy:
 
     def __init__(self, check_resolution: bool = False) -> None:
         self.check_resolution = check_resolution
+        self.swap = WeightSwap()
         self._key: tuple[tuple[torch.Size, torch.dtype, torch.device], ...] = ()
         self.tensors: list[Tensor] = []
 
@@ -122,19 +129,32 @@ class WeightCopy:
         if key != self._key:
             self.tensors = [torch.empty_like(p) for p in params]
             self._key = key
-        torch._foreach_copy_(self.tensors, list(params))
+        if params:
+            torch._foreach_copy_(self.tensors, list(params))
 
     def put_back(self, params: Sequence[Tensor]) -> None:
         """Copy the values back; calling it again changes nothing."""
-        torch._foreach_copy_(list(params), self.tensors)
+        if params:
+            torch._foreach_copy_(list(params), self.tensors)
+
+
+def is_on_host(tensors: Sequence[Tensor]) -> bool:
+    """Whether a factor may be looked at: all on the CPU, and none in 16 bit, whose numbers end too early for it."""
+    return all(tensor.device.type == "cpu" and tensor.dtype not in _HALVES for tensor in tensors)
+
+
+def _finite(number: float) -> float:
+    """Within float32, for the inverse of a norm that is as good as zero."""
+    return max(-3e38, min(3e38, number))
 
 
 class Perturbation:
     """A context in which the weights may be moved along the direction d, and after which they are what they were.
 
-    Entering copies the weights. The first :meth:`move_to` turns ``.grad`` into d for a moment, since it is about to be
-    multiplied by ``keep`` anyway: no buffer for d is needed. A later one reflects or stretches the displacement that
-    the weights already have. Leaving restores the weights from the copy, whatever happened in between.
+    Entering copies the weights, but for those that can be swapped (:mod:`lightning_gr.swap`). The first :meth:`move_to`
+    needs no buffer for d: it takes ``.grad`` times a number, or where that number is on an accelerator turns ``.grad``
+    into d for a moment, since it is about to be multiplied by ``keep`` anyway. A later one reflects or stretches the
+    displacement that the weights already have. Leaving restores the weights, whatever happened in between.
 
     Args:
         update: The row of the table.
@@ -154,8 +174,7 @@ class Perturbation:
     ) -> None:
         self.update = update
         self.params = list(params)
-        self._parts = local_parts(params)
-        self.copy = copy
+        self.copy, self.swap = copy, copy.swap
         self.loss_scale = loss_scale
         self.norm = norm
         self.step: float | None = None
@@ -163,7 +182,13 @@ class Perturbation:
 
     def __enter__(self) -> "Perturbation":
         with torch.no_grad():
+            self.swap.release()
+            self._on_host = is_on_host(self.params)
+            swapped = [self._on_host and can_swap(param) for param in self.params]
+            self._copied = [param for param, swap in zip(self.params, swapped, strict=True) if not swap]
+            self._parts = local_parts(self._copied)
             self.copy.take(self._parts)
+            self.swap.take([param for param, swap in zip(self.params, swapped, strict=True) if swap])
         return self
 
     def __exit__(
@@ -173,10 +198,12 @@ class Perturbation:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the copy back. Harmless to repeat, so that a caller can make sure after a KeyboardInterrupt in here."""
+        """Put the weights back. Harmless to repeat, so that a caller can make sure after a Ctrl-C in here."""
         if self._moved:
             self.copy.put_back(self._parts)
+            self.swap.put_back()
             self._moved = False
+            self.swap.release()
             torch.clear_autocast_cache()
 
     @torch.no_grad()
@@ -187,33 +214,44 @@ class Perturbation:
             self._leave(step)
         else:
             # θ + s₂ d = θ + (s₂/s₁)(θ₁ − θ), with θ₁ where the weights are now
-            torch._foreach_lerp_(self._parts, self.copy.tensors, 1.0 - step / self.step)
+            moved, before = [*self._parts, *self.swap.params], [*self.copy.tensors, *self.swap.originals]
+            torch._foreach_lerp_(moved, before, 1.0 - step / self.step)
         self.step = step
         # a cast of the old weights may be cached if the caller holds one autocast context around both passes
         torch.clear_autocast_cache()
 
     def _leave(self, step: float) -> None:
+        grads = local_parts([p.grad for p in self._copied if p.grad is not None])
+        scales = self._scale_gradients_(grads) if self.update.direction == "adaptive" else None
         whole = [p.grad for p in self.params if p.grad is not None]
-        grads = local_parts(whole)
-        adaptive = self.update.direction == "adaptive"
-        if adaptive:
-            scales = torch._foreach_abs(self._parts)
-            if self.update.eta:
-                torch._foreach_add_(scales, self.update.eta)
-            torch._foreach_mul_(grads, scales)
         factor = direction_factor(self.update, whole, self.loss_scale, self.norm)
+        if factor is not None and self._on_host:
+            step, factor = _finite(step * float(factor)), None
         if factor is not None:
             scale_(grads, factor)
-        if adaptive:
+        if grads and scales is not None:
             torch._foreach_addcmul_(self._parts, grads, scales, value=step)
-        else:
+        elif grads:
             torch._foreach_add_(self._parts, grads, alpha=step)
+        self.swap.move(step, scaled=scales is not None, keep_gradients=self.update.keep != 0.0)
         if self.copy.check_resolution:
             self.copy.check_resolution = False
             warn_if_unmoved(self._parts, self.copy.tensors, grads)
         self._keep(grads, factor)
 
+    def _scale_gradients_(self, grads: list[Tensor]) -> list[Tensor]:
+        """Multiply ``.grad`` by T = |θ| + η and return those T that are not in the spare storage of the swap."""
+        self.swap.scale_gradients_(self.update.eta)
+        if not grads:
+            return []
+        scales = list(torch._foreach_abs(self._parts))
+        if self.update.eta:
+            torch._foreach_add_(scales, self.update.eta)
+        torch._foreach_mul_(grads, scales)
+        return scales
+
     def _keep(self, grads: list[Tensor], factor: Tensor | None) -> None:
+        """Multiply ``.grad`` by ``keep``, and take out the factor that it carries."""
         keep = self.update.keep
         if keep == 0.0:
             # nothing of the first gradient is kept: the second one need not be added to zeros
@@ -222,4 +260,4 @@ class Perturbation:
         elif factor is not None:
             scale_(grads, keep / factor)
         elif keep != 1.0:
-            scale_(grads, keep)
+            scale_([*grads, *(param.grad for param in self.swap.params if param.grad is not None)], keep)

@@ -81,6 +81,7 @@ def add_second_pass_(
     with _unchanged_gradients(excluded):
         if update.curvature:
             _add_exact_(update, targets, grads, replay, loss_scale, norm)
+        del grads  # a method that keeps nothing of them lets their memory go before the second pass
         if update.probes:
             _add_probes_(Perturbation(update, targets, copy, loss_scale, norm), replay)
     if observer is not None:

@@ -143,6 +143,7 @@ def test_flooding_costs_no_second_pass_and_logs_the_loss_itself():
     [
         ({"start_step": 4}, [None, None, None, None, 1, 1, 1, 1, 1]),
         ({"interval": 3}, [1, None, None, 1, None, None, 1, None, None]),
+        ({"interval": 3, "lazy": True}, [3, None, None, 3, None, None, 3, None, None]),
         ({"start_step": 1, "interval": 2}, [None, 1, None, 1, None, 1, None, 1, None]),
         ({"warmup_steps": 4}, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
         ({"start_step": 2, "warmup_steps": 4}, [None, None, 0, 0.25, 0.5, 0.75, 1, 1, 1]),

@@ -74,6 +74,11 @@ VALUES = [
         for kind in (SAM, GradientRegularization, Schedule)
         for value in [*not_counts, 0]
     ],
+    *[
+        (kind, "lazy", value, "True or False")
+        for kind in (GradientRegularization, SAM, Schedule)
+        for value in not_bools
+    ],
     *[(kind, "exclude", value, "a list of") for kind in (SAM, GradientRegularization) for value in not_patterns],
     *[
         (kind, "accumulation", value, "one of 'window', 'micro_batch'")

@@ -72,6 +72,8 @@ def test_the_adaptive_direction_keeps_nothing():
         (Schedule(interval=3), "10010010", [1, 1, 1, 1, 1, 1, 1, 1]),
         (Schedule(start_step=1, interval=2), "01010101", [1, 1, 1, 1, 1, 1, 1, 1]),
         (Schedule(warmup_steps=4), "11111111", [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]),
+        (Schedule(interval=3, lazy=True), "10010010", [3, 3, 3, 3, 3, 3, 3, 3]),
+        (Schedule(interval=2, warmup_steps=4, lazy=True), "10101010", [0, 0.5, 1, 1.5, 2, 2, 2, 2]),
         (Schedule(start_step=2, interval=2, warmup_steps=4), "00101010", [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]),
     ],
 )

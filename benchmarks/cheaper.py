@@ -1,0 +1,156 @@
+"""Cost, accuracy and sharpness of ways to pay less than two passes, on the demonstration's digits.
+
+``python benchmarks/cheaper.py`` takes about twenty minutes on one core: it chooses constants on the validation split,
+with seeds of their own, and reports on the test split. ``--read`` shows what an earlier run wrote.
+"""
+
+import argparse
+import csv
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from cheaper_ways import GRID, STEPS
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from step_cost import LOOK
+
+from lightning_gr import hessian_eigenvalue
+from lightning_gr.demo import Digits, train
+
+EPOCHS, CHOOSING, REPORTING = 60, (100, 101), (0, 1, 2, 3, 4)
+
+
+class Row(NamedTuple):
+    """One number."""
+
+    way: str
+    constants: str
+    quantity: str
+    seed: int
+    value: float
+
+
+class Sharpness(pl.Callback):
+    """The largest eigenvalue of the Hessian of the training loss, at the end."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Measure."""
+        images, labels = Digits.load(self.seed).train
+        with torch.enable_grad():
+            found = hessian_eigenvalue(
+                lambda: torch.nn.functional.cross_entropy(module.net(images), labels), module.net, tolerance=0.01
+            )
+        self.value = found.value
+
+
+class Clock(pl.Callback):
+    """Seconds of the processor in training steps. To be the first of the callbacks."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Start."""
+        self._start = time.process_time()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Stop."""
+        self.seconds += time.process_time() - self._start
+
+
+def choose(show: Callable[..., Iterable[Any]]) -> list[Row]:
+    """The accuracy of each constant on the validation split."""
+    rows = []
+    runs = [(way, constants) for way in GRID for constants in GRID[way]]
+    for way, constants in show(runs, "choosing"):
+        for seed in CHOOSING:
+            records = train(way, GRID[way][constants](), seed, EPOCHS, validation=True)
+            rows.append(Row(way, constants, "validation", seed, records[-1].accuracy))
+    return rows
+
+
+def chosen(rows: Sequence[Row]) -> dict[str, str]:
+    """The best constants of each way."""
+    best: dict[str, str] = {}
+    for way in GRID:
+        means = {c: _mean(rows, way, "validation", c) for c in GRID[way]}
+        best[way] = max(means, key=means.__getitem__)
+    return best
+
+
+def report(best: dict[str, str], show: Callable[..., Iterable[Any]]) -> list[Row]:
+    """Accuracy on the test split, sharpness, and the time of training against plain training of the same seed."""
+    rows = []
+    for seed in show(REPORTING, "testing"):
+        plain = 0.0
+        for way, constants in best.items():
+            clock, sharpness = Clock(), Sharpness(seed)
+            records = train(way, [clock, *GRID[way][constants](), sharpness], seed, EPOCHS)
+            plain = plain or clock.seconds  # it is the first
+            values = {"accuracy": records[-1].accuracy, "sharpness": sharpness.value, "cost": clock.seconds / plain}
+            rows += [Row(way, constants, quantity, seed, value) for quantity, value in values.items()]
+    return rows
+
+
+def _of(rows: Sequence[Row], way: str, quantity: str, constants: str | None = None) -> list[float]:
+    return [r.value for r in rows if (r.way, r.quantity) == (way, quantity) and constants in (None, r.constants)]
+
+
+def _mean(rows: Sequence[Row], way: str, quantity: str, constants: str | None = None) -> float:
+    return statistics.mean(_of(rows, way, quantity, constants))
+
+
+def make_table(rows: Sequence[Row]) -> Table:
+    """One row for each way."""
+    table = Table(title=f"digits, 20 % of the labels random, {STEPS} steps, {len(REPORTING)} seeds", **LOOK)
+    for name in ("", "constants"):
+        table.add_column(name)
+    for name in ("cost", "accuracy", "sharpness"):
+        table.add_column(name, justify="right")
+    for way, constants in chosen(rows).items():
+        accuracy, sharpness = _of(rows, way, "accuracy"), _of(rows, way, "sharpness")
+        table.add_row(
+            way,
+            constants,
+            f"{statistics.median(_of(rows, way, 'cost')):.2f}×",
+            f"{100 * statistics.mean(accuracy):.1f} ± {100 * statistics.stdev(accuracy):.1f} %",
+            f"{statistics.mean(sharpness):.2f} ± {statistics.stdev(sharpness):.2f}",
+        )
+    return table
+
+
+def main() -> None:
+    """Measure, or read, and show."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, help="write all numbers to this file")
+    parser.add_argument("--read", type=Path, help="show the numbers of such a file; measure nothing")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if args.read:
+        with args.read.open(newline="", encoding="utf-8") as file:
+            rows = [
+                Row(r["way"], r["constants"], r["quantity"], int(r["seed"]), float(r["value"]))
+                for r in csv.DictReader(file)
+            ]
+    else:
+        rows = choose(track)
+        best = chosen(rows)
+        rows += report(best, track)
+    if args.csv:
+        with args.csv.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([Row._fields, *rows])
+    Console().print(make_table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Ways to pay less than two passes: those that the package has, and prototypes of those that it leaves out.
+
+The prototypes are for one device, float32, SGD with momentum and no accumulation.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lightning_gr import SAM, Flooding, GradientRegularization
+from lightning_gr.perturb import global_norm
+
+__all__ = ["GRID", "STEPS"]
+
+STEPS, EVERY = 480, 5  # 60 epochs of 8 steps; one step in five has a second pass, at 1.2 passes in the mean
+LATE = STEPS - STEPS // EVERY
+
+
+def _params(module: pl.LightningModule) -> list[Tensor]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _grads(module: pl.LightningModule) -> list[Tensor]:
+    return [p.grad for p in _params(module) if p.grad is not None]
+
+
+class Ascending(pl.Callback):
+    """Lets Lightning's own pass, the only one on the whole batch, run at θ + ρ d/‖d‖."""
+
+    def __init__(self, rho: float) -> None:
+        self.rho = rho
+        self._before: list[Tensor] = []
+
+    def direction(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> list[Tensor]:
+        raise NotImplementedError
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        along = self.direction(trainer, module, batch)
+        if along:
+            with torch.no_grad():
+                self._before = [p.clone() for p in _params(module)]
+                step = self.rho / (float(global_norm(along)) + 1e-12)
+                torch._foreach_add_(_params(module), along, alpha=step)
+
+    def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self._before:
+            with torch.no_grad():
+                torch._foreach_copy_(_params(module), self._before)
+
+
+class Momentum(Ascending):
+    """A single pass at θ + ρ v/‖v‖, v the optimizer's momentum: where the last steps came from, or ahead if ρ < 0."""
+
+    def direction(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> list[Tensor]:
+        state = trainer.optimizers[0].state
+        return [state[p]["momentum_buffer"] for p in _params(module)] if state else []
+
+
+class PartAscends(Ascending):
+    """d is the gradient of the first fifth of the batch."""
+
+    def direction(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> list[Tensor]:
+        loss = module.training_step([part[: -(-len(part) // EVERY)] for part in batch])
+        return list(torch.autograd.grad(loss, _params(module)))
+
+
+class PartDescends(SAM):
+    """The second pass sees the first fifth of the batch only."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, module, batch, batch_idx)
+        own = module.training_step
+
+        def on_part(batch: Any) -> Tensor:
+            return own(batch if self._first else [part[: -(-len(part) // EVERY)] for part in batch])
+
+        self._first = True
+        module.training_step = on_part
+
+    def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._first = False
+        super().on_after_backward(trainer, module)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
+        super().on_before_optimizer_step(trainer, module, optimizer)
+        del module.training_step
+
+
+@contextmanager
+def _difference(module: pl.LightningModule) -> Iterator[list[Tensor]]:
+    """What the body adds to the gradients."""
+    first = [g.clone() for g in _grads(module)]
+    added: list[Tensor] = []
+    yield added
+    added += torch._foreach_sub(_grads(module), first)
+
+
+class Reuses(GradientRegularization):
+    """Adds the last penalty's gradient γ(∇L(θ + εg) − g)/ε again on the steps between."""
+
+    _added: list[Tensor]
+
+    def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.schedule.due(trainer.global_step):
+            with _difference(module) as self._added:
+                super().on_after_backward(trainer, module)
+        else:
+            torch._foreach_add_(_grads(module), self._added)
+
+
+class Looks(SAM):
+    """LookSAM (Liu et al. 2022): adds the part of SAM's last gradient across the plain one, α‖g‖ long."""
+
+    alpha = 0.7
+
+    def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.schedule.due(trainer.global_step):
+            plain = [g.clone() for g in _grads(module)]
+            super().on_after_backward(trainer, module)
+            square = sum((g * g).sum() for g in plain)
+            share = float(sum((a * b).sum() for a, b in zip(_grads(module), plain, strict=True)) / square)
+            self._across = [a - share * b for a, b in zip(_grads(module), plain, strict=True)]
+        else:
+            length = self.alpha * float(global_norm(_grads(module)) / (global_norm(self._across) + 1e-12))
+            torch._foreach_add_(_grads(module), self._across, alpha=length)
+
+
+Callbacks = Callable[[], list[pl.Callback]]
+# those of the first four are the demonstration's, chosen in the same way from a wider grid
+PAIRS = [(1.0, 0.5), (1.0, 1.0)]
+RADII = (0.5, 1.0)
+
+
+def _gr(pairs: list[tuple[float, float]], kind: Any = GradientRegularization, **options: Any) -> dict[str, Callbacks]:
+    return {f"γ={g:g} ε={e:g}": lambda g=g, e=e: [kind(g, e, verbose=False, **options)] for g, e in pairs}
+
+
+def _sam(radii: tuple[float, ...] = RADII, kind: Any = SAM, **options: Any) -> dict[str, Callbacks]:
+    quiet = {"verbose": False} if issubclass(kind, SAM) else {}
+    return {f"ρ={rho:g}": lambda rho=rho: [kind(rho, **quiet, **options)] for rho in radii}
+
+
+STRONG = [(2.0, 1.0), (5.0, 1.0), (5.0, 2.0), (5.0, 5.0)]
+# name: constants: callbacks
+GRID: dict[str, dict[str, Callbacks]] = {
+    "plain": {"": list},
+    "flooding": {f"b={level:g}": lambda level=level: [Flooding(level)] for level in (0.8,)},
+    "F-GR": _gr(PAIRS[:1]),
+    "SAM": _sam((0.5,)),
+    "F-GR, 1 step in 5": _gr(PAIRS, interval=EVERY),
+    "F-GR, 1 in 5, stronger": _gr(STRONG, interval=EVERY),
+    "SAM, 1 step in 5": _sam((1.0, 2.0, 4.0), interval=EVERY),
+    "F-GR, last fifth": _gr([(1.0, 1.0), (5.0, 2.0)], start_step=LATE),
+    "SAM, last fifth": _sam((1.0, 4.0), start_step=LATE),
+    "F-GR, reused": _gr(PAIRS, Reuses, interval=EVERY),
+    "LookSAM": _sam(kind=Looks, interval=EVERY),
+    "point back along momentum": _sam((0.1, 0.3), Momentum),
+    "point ahead along momentum": _sam((-0.5, -1.0, -2.0), Momentum),
+    "SAM, 1/5 of batch ascends": _sam(kind=PartAscends),
+    "SAM, 1/5 of batch descends": _sam(kind=PartDescends),
+}

@@ -1,0 +1,204 @@
+"""Time, memory and operators of a training step, of several ways to train in turn."""
+
+import gc
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity
+from torch.utils._python_dispatch import TorchDispatchMode
+from ways import WAYS
+from workloads import Workload
+
+__all__ = ["Clock", "Counts", "Same", "Timing", "count", "count_pass", "make_trainer", "quiet", "time_steps"]
+
+SYNCS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """One thread; nothing of what Lightning says about devices and loaders."""
+    threads = torch.get_num_threads()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        torch.set_num_threads(threads)
+
+
+def make_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    """One epoch on the CPU, without logger, checkpoints and bars."""
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, **dict.fromkeys(off, False), **options}
+    return pl.Trainer(callbacks=list(callbacks), **options)
+
+
+class Same:
+    """A loader that gives the same batch again and again. Lightning takes a list for several loaders."""
+
+    def __init__(self, batch: Any, count: int) -> None:
+        self.batch, self.count = batch, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self.batch] * self.count)
+
+
+class Timing(NamedTuple):
+    """Seconds of a step, by the clock and of the processor."""
+
+    wall: float
+    cpu: float
+
+
+class Clock(pl.Callback):
+    """Takes the time from the start of a step to that of the next one, so that nothing is left out."""
+
+    def __init__(self, warm_up: int) -> None:
+        self.warm_up = warm_up
+        self.starts: list[tuple[float, float]] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Look at the clocks."""
+        self.starts.append((time.perf_counter(), time.process_time()))
+
+    @property
+    def steps(self) -> list[Timing]:
+        """All but those of the warm-up."""
+        starts = self.starts[self.warm_up :]
+        return [Timing(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(starts)]
+
+
+def time_steps(
+    workload: Workload, ways: Sequence[str], rounds: int, steps: int, warm_up: int = 2
+) -> dict[str, list[list[Timing]]]:
+    """For each way the steps of each round. In each round every way trains in turn."""
+    torch.manual_seed(0)
+    modules = {way: WAYS[way].module(workload.model()) for way in ways}
+    batches = Same(workload.batch(), warm_up + steps + 1)
+    times: dict[str, list[list[Timing]]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, module in modules.items():
+            clock = Clock(warm_up)
+            make_trainer(clock, *WAYS[way].callbacks()).fit(module, batches)
+            times[way].append(clock.steps)
+            module.zero_grad()
+    return times
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators, the bytes that they read and write, and those for which an accelerator would have to be waited.
+
+    On the CPU the backward pass runs in this thread, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = self.bytes = self.syncs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and func._opname != "detach":
+            self.number += 1
+            self.syncs += func._opname in SYNCS
+            self.bytes += _moved(func._schema.arguments, args, kwargs or {}, copies="copy_" in func._opname)
+            if not any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments):
+                self.bytes += _nbytes(result)
+        return result
+
+
+def _moved(arguments: Sequence[Any], args: Any, kwargs: Any, copies: bool) -> int:
+    """What is read, once, and what is written in place."""
+    total = 0
+    for position, argument in enumerate(arguments):
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        only_written = copies or argument.kwarg_only  # as ``out`` is
+        total += _nbytes(value) * (1 if only_written or not written else 2)
+    return total
+
+
+def _nbytes(value: Any) -> int:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return sum(item.nbytes for item in items if isinstance(item, Tensor))
+
+
+class Counts(NamedTuple):
+    """Of one step: operators, bytes, synchronizations, and the most bytes allocated at once beyond what there was."""
+
+    operators: int
+    bytes: int
+    syncs: int
+    peak: int
+
+
+class Counter(pl.Callback):
+    """Counts one step that is neither the first nor the last, from its start to the start of the next one."""
+
+    def __init__(self, at: int, mode: Any) -> None:
+        self.at, self.mode = at, mode
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.at:
+            self.mode.__enter__()
+        if batch_idx == self.at + 1:
+            self.mode.__exit__(None, None, None)
+
+
+def count(workload: Workload, way: str) -> Counts:
+    """What one step does, and how much memory it takes above that of the weights and what the optimizer keeps."""
+    torch.manual_seed(0)
+    module, batches = WAYS[way].module(workload.model()), Same(workload.batch(), 5)
+    operators = Operators()
+    make_trainer(Counter(2, operators), *WAYS[way].callbacks()).fit(module, batches)
+    module.zero_grad()
+    gc.collect()  # what the first Trainer leaves behind must not be let go in the middle
+    with _no_chatter(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+        make_trainer(*WAYS[way].callbacks()).fit(module, batches)
+    return Counts(operators.number, operators.bytes, operators.syncs, _peak(profile))
+
+
+@contextmanager
+def _no_chatter() -> Iterator[None]:
+    """Let go of what the profiler's C++ code writes to standard error."""
+    kept = os.dup(2)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _peak(profile: Any) -> int:
+    """The most bytes that were allocated at once since the profile began."""
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def count_pass(workload: Workload) -> Counts:
+    """One forward and backward pass by itself, without gradients from before."""
+    torch.manual_seed(0)
+    module, batch = WAYS["plain"].module(workload.model()), workload.batch()
+    with Operators() as operators:
+        module.loss(batch).backward()
+    return Counts(operators.number, operators.bytes, operators.syncs, 0)

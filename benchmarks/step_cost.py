@@ -1,0 +1,195 @@
+"""What a step costs: plain training, ours, SAM of others and double backward, measured in turn in one run.
+
+``python benchmarks/step_cost.py`` takes about half an hour on one core, ``--quick`` half a minute, and ``--read`` shows
+what an earlier run wrote. ``docs/performance.md`` explains the tables.
+"""
+
+import argparse
+import csv
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from measuring import count, count_pass, quiet, time_steps
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from ways import WAYS
+from workloads import WORKLOADS
+
+LOOK = {"box": SIMPLE, "title_justify": "left", "title_style": "bold", "padding": (0, 1), "pad_edge": False}
+# steps in a round, besides one or two in front that are left out
+STEPS = {"MLP, 32": 12, "MLP, 256": 6, "100 M": 2}
+COUNTED = ("MLP, 32", "1,000 tensors")
+QUICK = ("MLP, 32",)
+
+
+class Row(NamedTuple):
+    """One number."""
+
+    workload: str
+    way: str
+    quantity: str
+    round: int
+    value: float
+
+
+def measure_times(workload: str, rounds: int, steps: int) -> list[Row]:
+    """The median step of each round, in seconds."""
+    times = time_steps(WORKLOADS[workload], list(WAYS), rounds, steps, warm_up=1 if steps < 5 else 2)
+    rows = []
+    for way, of_rounds in times.items():
+        for number, taken in enumerate(of_rounds):
+            rows.append(Row(workload, way, "cpu", number, statistics.median(t.cpu for t in taken)))
+            rows.append(Row(workload, way, "wall", number, statistics.median(t.wall for t in taken)))
+    return rows
+
+
+def measure_counts(workload: str) -> list[Row]:
+    """What each way does beyond plain training and a further forward and backward pass."""
+    chosen = WORKLOADS[workload]
+    size = sum(p.nbytes for p in chosen.model().parameters())
+    plain, one_pass = count(chosen, "plain"), count_pass(chosen)
+    rows = []
+    for way in [name for name in WAYS if name != "plain"]:
+        further = 0 if way == "flooding" else 2 if way == "central" else 1
+        found = count(chosen, way)
+        values = {
+            "operators": found.operators - plain.operators - further * one_pass.operators,
+            "passes": (found.bytes - plain.bytes - further * one_pass.bytes) / size,
+            "syncs": found.syncs - plain.syncs,
+            "memory": (found.peak - plain.peak) / size,
+        }
+        rows += [Row(workload, way, quantity, 0, value) for quantity, value in values.items()]
+    return rows
+
+
+def measure_imports(repeats: int) -> list[Row]:
+    """Seconds of the processor to import Lightning, and Lightning and this package, in processes of their own."""
+    rows = []
+    for number in range(repeats):
+        for what in ("pytorch_lightning", "pytorch_lightning, lightning_gr"):
+            code = f"import time, {what}; print(time.process_time())"
+            printed = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=True)
+            rows.append(Row(what, "", "import", number, float(printed.stdout)))
+    return rows
+
+
+def ratios(rows: Iterable[Row], workload: str, way: str, clock: str) -> list[float]:
+    """Of each round: a step against that of plain training in the same round."""
+    chosen = {(row.way, row.round): row.value for row in rows if (row.workload, row.quantity) == (workload, clock)}
+    rounds = sorted(number for name, number in chosen if name == way)
+    return [chosen[way, number] / chosen["plain", number] for number in rounds]
+
+
+def time_table(rows: Sequence[Row], clock: str) -> Table:
+    """Ratios to plain training: median over rounds, and half of what lies between the quartiles."""
+    title = {"cpu": "processor time", "wall": "time by the clock"}[clock]
+    table = Table(title=f"A step against one of plain training, {title}", **LOOK)
+    table.add_column("")
+    found = {row.workload for row in rows if row.quantity == clock}
+    timed = [workload for workload in WORKLOADS if workload in found]
+    for workload in timed:
+        table.add_column(workload.replace(", ", ",\n").replace("1,\n000 ", "1,000\n"), justify="right")
+    for way in WAYS:
+        table.add_row(way, *(_ratio(ratios(rows, workload, way, clock)) for workload in timed))
+    plain = [[r.value for r in rows if (r.workload, r.way, r.quantity) == (w, "plain", clock)] for w in timed]
+    table.add_section()
+    table.add_row("plain, in ms", *(f"{1000 * statistics.median(values):.1f}" for values in plain))
+    return table
+
+
+def _ratio(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{quartiles[1]:.2f} ±{(quartiles[2] - quartiles[0]) / 2:.2f}".replace("±0", "±")
+
+
+COUNTS = {"operators": "opera-\ntors", "passes": "passes", "syncs": "syncs", "memory": "memory"}
+
+
+def count_table(rows: Sequence[Row], workload: str) -> Table:
+    """What is done beyond the passes."""
+    table = Table(title=f"{workload}: beyond plain training and a further pass", **LOOK)
+    table.add_column("")
+    for heading in COUNTS.values():
+        table.add_column(heading, justify="right")
+    found = {(row.way, row.quantity): row.value for row in rows if row.workload == workload}
+    for way in [way for way in WAYS if (way, "passes") in found]:
+        cells = [found[way, quantity] for quantity in COUNTS]
+        table.add_row(way, f"{cells[0]:.0f}", f"{cells[1]:.1f}", f"{cells[2]:.0f}", f"{cells[3]:.1f}")
+    return table
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """All that there are numbers for."""
+    counted = {row.workload: None for row in rows if row.quantity == "passes"}
+    return [*(time_table(rows, clock) for clock in ("cpu", "wall")), *(count_table(rows, name) for name in counted)]
+
+
+def import_line(rows: Sequence[Row]) -> str:
+    """The import time."""
+    seconds: dict[str, list[float]] = {}
+    for row in rows:
+        if row.quantity == "import":
+            seconds.setdefault(row.workload, []).append(row.value)
+    without, with_it = (min(values) for values in seconds.values())
+    return f"import pytorch_lightning: {without:.2f} s of the processor; and lightning_gr: {with_it - without:+.2f} s"
+
+
+def measure(workloads: Sequence[str], rounds: int, quick: bool, console: Console) -> Iterator[list[Row]]:
+    """The rows of one workload after the other, and of importing."""
+    for workload in workloads:
+        with quiet(), console.status(f"timing {workload}"):
+            rows = measure_times(workload, 1 if quick else rounds, 2 if quick else STEPS.get(workload, 3))
+        if workload in COUNTED:
+            with quiet(), console.status(f"counting {workload}"):
+                rows += measure_counts(workload)
+        yield rows
+    yield measure_imports(1 if quick else 3)
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """As CSV. Rows of other workloads that the file has are kept."""
+    new = {row.workload for row in rows}
+    old = [row for row in read_rows(path) if row.workload not in new] if path.exists() else []
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([Row._fields, *old, *rows])
+
+
+def read_rows(path: Path) -> list[Row]:
+    """What :func:`write_rows` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            Row(r["workload"], r["way"], r["quantity"], int(r["round"]), float(r["value"]))
+            for r in csv.DictReader(file)
+        ]
+
+
+def main() -> None:
+    """Measure, or read, and show."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each way has its turn, default: 5")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="one short round of the smallest model")
+    parser.add_argument("--csv", type=Path, help="write all numbers to this file, after each model")
+    parser.add_argument("--read", type=Path, help="show the numbers of such a file; measure nothing")
+    args = parser.parse_args()
+    console = Console()
+    workloads = QUICK if args.quick else args.workloads
+    rows = read_rows(args.read) if args.read else []
+    for more in [] if args.read else measure(workloads, args.rounds, args.quick, console):
+        rows += more
+        if args.csv:
+            write_rows(rows, args.csv)
+    for table in tables(rows):
+        console.print(table)
+    console.print(import_line(rows), highlight=False)
+
+
+if __name__ == "__main__":
+    main()

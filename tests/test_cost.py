@@ -1,0 +1,147 @@
+"""What a step does beyond plain training and its second pass: operators, passes over the parameters, memory, waiting.
+
+Not time, which ``benchmarks/step_cost.py`` measures. What is sent between devices is counted in ``test_benchmarks.py``.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from modules import METHODS
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_gr import SAM, GradientRegularization, swap
+from lightning_gr.perturb import WeightCopy
+from lightning_gr.two_pass import add_second_pass_
+
+ROOT = Path(__file__).parent.parent
+MOVING = [name for name, method in METHODS.items() if method.rule.update().probes]
+
+
+# --- on an accelerator, by tensors without values: whatever would wait for the device fails
+
+
+class Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "prim":
+            self.seen.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def second_pass(name, tensors, loss_scale=None):
+    """The names of the operators that a second pass without its passes takes on a GPU that is not there."""
+    params = [nn.Parameter(torch.empty(300, 300, device="cuda")) for _ in range(tensors)]
+    for param in params:
+        param.grad = torch.empty_like(param)
+
+    def replay(transform, last=True):
+        for param in params:
+            param.grad = transform(torch.empty_like(param))
+
+    with Names() as names:
+        add_second_pass_(METHODS[name].rule.update(), params, replay, WeightCopy(), loss_scale=loss_scale)
+    of_replay = {"empty_like", "mul", "detach", "empty"}
+    return [name for name in names.seen if name not in of_replay]
+
+
+def test_reading_from_a_device_would_be_noticed():
+    with FakeTensorMode(), torch.no_grad(), pytest.raises(DataDependentOutputException):
+        torch.empty(3, device="cuda").sum().item()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", MOVING)
+def test_nothing_is_read_from_the_device(name, scaled):
+    with FakeTensorMode():
+        names = second_pass(name, 3, torch.ones((), device="cuda") if scaled else None)
+    assert any("foreach" in name for name in names)
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_the_number_of_operators_does_not_grow_with_that_of_tensors(name):
+    with FakeTensorMode():
+        few, many = second_pass(name, 2), second_pass(name, 20)
+    assert few == many
+
+
+def test_f_gr_takes_four_operators_and_sam_seven():
+    """Copy, move, scale what is kept, copy back; and for a norm over all tensors three more, in front of two."""
+    with FakeTensorMode():
+        assert second_pass("forward GR", 9) == ["_foreach_copy_", "_foreach_add_", "_foreach_mul_", "_foreach_copy_"]
+        assert [name for name in second_pass("SAM", 9) if "foreach" in name] == [
+            "_foreach_norm",
+            "_foreach_copy_",
+            "_foreach_mul_",
+            "_foreach_add_",
+            "_foreach_copy_",
+        ]
+
+
+# --- of whole steps with a Trainer, on the CPU
+
+
+@pytest.fixture
+def measuring(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import measuring
+
+    with measuring.quiet():
+        yield measuring
+
+
+def beyond(measuring, *ways, passes=1):
+    """For each way operators, passes over the parameters, synchronizations and memory beyond plain training."""
+    import workloads
+
+    # the second and the third weight are large enough for a swap
+    work = workloads.Workload(lambda: workloads.make_mlp(32, 512, 512, 128), workloads._vectors(4, 32))
+    size = sum(p.nbytes for p in work.model().parameters())
+    plain, one = measuring.count(work, "plain"), measuring.count_pass(work)
+    for way in ways:
+        found = measuring.count(work, way)
+        moved = (found.bytes - plain.bytes - passes * one.bytes) / size
+        operators = found.operators - plain.operators - passes * one.operators
+        yield operators, moved, found.syncs - plain.syncs, (found.peak - plain.peak) / size
+
+
+# the norm reads once, adding reads twice and writes once, as the accumulation of the second gradient does …
+BY_SWAP = {"F-GR": 9, "GNP": 9, "SAM": 4, "ASAM": 11}
+# … and a copy there and back takes four more
+BY_COPY = {"F-GR": 13, "GNP": 13, "SAM": 8, "ASAM": 15}
+LARGEST = 512 * 512 / (32 * 512 + 512 * 512 + 512 * 128)
+
+
+@pytest.mark.parametrize(("smallest", "expected"), [(0, BY_SWAP), (2**40, BY_COPY)])
+def test_passes_over_the_parameters_and_memory(measuring, monkeypatch, smallest, expected):
+    monkeypatch.setattr(swap, "SMALLEST", smallest)
+    for (way, passes), found in zip(expected.items(), beyond(measuring, *expected), strict=True):
+        _, moved, syncs, memory = found
+        assert moved == pytest.approx(passes, abs=0.1), way
+        assert syncs <= 2  # on the CPU only, where looking at a norm is free
+        # one set; beside it, the gradient of one layer before it is accumulated
+        sets = 2 if (way, smallest > 0) == ("ASAM", True) else 1
+        assert memory <= sets + (0 if way in ("SAM", "ASAM") else LARGEST) + 0.1, way
+
+
+def test_no_way_of_others_moves_less(measuring):
+    ours, package, by_hand, double = beyond(
+        measuring, "SAM", "SAM, pytorch_optimizer", "SAM, by hand", "double backward"
+    )
+    for other in (package, by_hand, double):
+        assert ours[0] < other[0]
+        assert ours[1] < other[1]
+        assert ours[3] < other[3]
+
+
+@pytest.mark.parametrize("callback", [GradientRegularization(start_step=10**6), SAM(start_step=10**6)])
+def test_a_step_without_second_pass_adds_nothing(measuring, monkeypatch, callback):
+    import ways
+
+    monkeypatch.setitem(ways.WAYS, "idle", ways.Way(callbacks=lambda: [callback]))
+    assert list(beyond(measuring, "idle", passes=0)) == [(0, 0, 0, 0)]

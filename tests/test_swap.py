@@ -1,0 +1,235 @@
+"""Parameters that are moved by a swap of storage: the same as by a copy, and only where nobody else reads them."""
+
+import functools
+from contextlib import suppress
+
+import pytest
+import torch
+from modules import METHODS, TinyModule, assert_same, cross_entropy, fit, gradients, make_batches, mlp, weights
+from test_interruptions import MOVING, Interrupter, second_pass_of
+from torch import nn
+
+from lightning_gr import SAMRule, in_second_pass, regularized_backward, swap
+from lightning_gr._compat import storage_uses
+from lightning_gr.perturb import Perturbation, WeightCopy
+from lightning_gr.rules import Update
+
+LARGE = (256, 256)
+
+
+@pytest.fixture
+def _all_swapped(monkeypatch):
+    monkeypatch.setattr(swap, "SMALLEST", 0)
+
+
+def make_param(shape=LARGE, dtype=torch.float32):
+    param = nn.Parameter(torch.randn(shape, dtype=dtype))
+    param.grad = torch.randn_like(param)
+    return param
+
+
+# --- the same as copying
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_same_gradient_as_by_copy_bit_for_bit(name, monkeypatch):
+    results = []
+    for smallest in (0, 2**40):
+        monkeypatch.setattr(swap, "SMALLEST", smallest)
+        net, batch = mlp(6, 6), make_batches()[0]
+        places = [p.data_ptr() for p in net.parameters()]
+        before = weights(net)
+        for _ in range(2):
+            net.zero_grad()
+            loss_fn = functools.partial(cross_entropy, net, batch)
+            regularized_backward(loss_fn, net, METHODS[name].rule, exclude=["0.bias"])
+        assert_same(weights(net), before)
+        assert [p.data_ptr() for p in net.parameters()] == places
+        results.append(gradients(net))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_trains_to_the_same_weights_and_does_swap(name, monkeypatch):
+    results, places = [], []
+
+    class Looks(TinyModule):
+        def training_step(self, batch, batch_idx):
+            places[-1].add(self.net[0].weight.data_ptr())
+            return super().training_step(batch, batch_idx)
+
+    for smallest in (0, 2**40):
+        monkeypatch.setattr(swap, "SMALLEST", smallest)
+        places.append(set())
+        module = Looks()
+        fit(module, METHODS[name].callback(), max_epochs=2)
+        results.append(weights(module.net))
+    assert_same(*results)
+    assert [len(each) > 1 for each in places] == [True, False]
+
+
+@pytest.mark.usefixtures("_all_swapped")
+def test_float32_of_several_shapes_and_strides():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 3)).to(memory_format=torch.channels_last)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    assert all(map(swap.can_swap, net.parameters()))
+    before, grads = weights(net), gradients(net)
+    with Perturbation(Update("gradient", 0.5), list(net.parameters()), WeightCopy()) as perturbation:
+        perturbation.move_to(0.1)
+        for name, p in net.named_parameters():
+            torch.testing.assert_close(p, before[name] + 0.1 * grads[name])
+            assert p.stride() == before[name].stride()
+        perturbation.move_to(-0.2)
+        for name, p in net.named_parameters():
+            torch.testing.assert_close(p, before[name] - 0.2 * grads[name])
+    assert_same(weights(net), before)
+
+
+# --- only where it is safe
+
+
+def flat_view():
+    flat = torch.randn(2 * 256 * 256)
+    return nn.Parameter(flat[: 256 * 256].view(LARGE)), flat
+
+
+def data_alias():
+    param = make_param()
+    return param, param.data
+
+
+def view_of_it():
+    param = make_param()
+    return param, param.detach()[0]
+
+
+def array():
+    param = make_param()
+    return param, param.detach().numpy()
+
+
+def tied_data():
+    param = make_param()
+    return param, nn.Parameter(param.data)
+
+
+def shared_memory():
+    return make_param().share_memory_(), None
+
+
+def small():
+    return make_param((3,)), None
+
+
+def half():
+    return make_param(dtype=torch.bfloat16), None
+
+
+def subclass():
+    class Own(nn.Parameter):
+        pass
+
+    return Own(torch.randn(LARGE)), None
+
+
+def expanded():
+    return nn.Parameter(torch.randn(256, 1).expand(LARGE)), None
+
+
+UNSAFE = [flat_view, data_alias, view_of_it, array, tied_data, shared_memory, small, half, subclass, expanded]
+
+
+@pytest.mark.parametrize("make", UNSAFE, ids=lambda make: make.__name__)
+def test_what_others_may_read_is_not_swapped(make):
+    param, other = make()
+    if param.grad is None:
+        param.grad = torch.randn(param.shape)
+    assert not swap.can_swap(param)
+    del other
+
+
+def test_a_gradient_that_lies_in_a_bucket_is_not_written_to():
+    param = make_param()
+    assert swap.can_swap(param)
+    bucket = torch.randn(2, *LARGE)
+    param.grad = bucket[0]
+    assert not swap.can_swap(param)
+    param.grad = torch.randn(LARGE).t()
+    assert not swap.can_swap(param)
+    param.grad = None
+    assert not swap.can_swap(param)
+
+
+def test_an_alias_that_is_gone_does_not_count():
+    param = make_param()
+    alias = param.data
+    assert storage_uses(param) == 2
+    del alias
+    assert storage_uses(param) == 1
+    assert swap.can_swap(param)
+
+
+@pytest.mark.usefixtures("_all_swapped")
+def test_a_model_that_reads_its_weights_through_a_view_is_perturbed():
+    """The flat vector sees what happens to the parameters, so they must not be moved from under it."""
+
+    seen = []
+
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+            params = list(self.net.parameters())
+            self.flat = torch.cat([p.detach().flatten() for p in params])
+            for p, part in zip(params, self.flat.split([p.numel() for p in params]), strict=True):
+                p.data = part.view(p.shape)
+
+        def forward(self, x):
+            seen.append(self.flat.clone())
+            return self.net(x)
+
+    net, plain, batch = Flat(), mlp(), make_batches()[0]
+    regularized_backward(lambda: cross_entropy(net, batch), net, SAMRule(0.3))
+    first, second = seen
+    regularized_backward(lambda: cross_entropy(plain, batch), plain, SAMRule(0.3))
+    assert_same(gradients(net.net), gradients(plain))
+    assert (second - first).norm().item() == pytest.approx(0.3)
+    assert torch.equal(net.flat, first)
+
+
+# --- restored, whatever happens
+
+
+@pytest.mark.usefixtures("_all_swapped")
+@pytest.mark.parametrize("name", ["central norm penalty", "ASAM with eta", "SAM"])
+def test_ctrl_c_before_any_bytecode(name):
+    net = mlp()
+    clean, places = weights(net), [p.data_ptr() for p in net.parameters()]
+    count, interrupted = 0, True
+    while interrupted:
+        count += 61
+        interrupter = Interrupter(count)
+        with suppress(KeyboardInterrupt), interrupter:
+            second_pass_of(name, net)
+        interrupted = interrupter.left <= 0
+        torch.set_grad_enabled(True)  # torch.no_grad may be interrupted too
+        assert_same(weights(net), clean)
+        assert [p.data_ptr() for p in net.parameters()] == places
+    assert count > 500
+
+
+@pytest.mark.usefixtures("_all_swapped")
+def test_sam_needs_no_storage_and_others_keep_theirs():
+    net, copy = mlp(), WeightCopy()
+    kept = []
+    for keep in (0.0, 0.5, 0.5):
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        with Perturbation(Update("normalized", keep), list(net.parameters()), copy) as perturbation:
+            perturbation.move_to(0.1)
+        kept.append([t.data_ptr() for t in copy.swap._spare])
+        assert copy.tensors == copy.swap.originals == []
+    assert kept[0] == []
+    assert kept[1] == kept[2] != []
+    assert not in_second_pass()
