@@ -12,6 +12,7 @@ __all__ = [
     "CallbackBase",
     "is_a",
     "lightning_attributes",
+    "namespace_of",
     "skips_backward",
 ]
 
@@ -37,6 +38,16 @@ else:
         "CallbackBase",
         tuple(namespace.Callback for namespace in _NAMESPACES),
         {"__doc__": "A callback for the Trainer of each installed namespace.", "__module__": __name__},
+    )
+
+
+def namespace_of(*classes: type) -> str:
+    """The namespace to which one of ``classes`` belongs; ``"pytorch_lightning"`` if none says otherwise."""
+    modules = [base.__module__ for cls in classes for base in cls.__mro__]
+    return (
+        "lightning.pytorch"
+        if any(f"{module}.".startswith("lightning.pytorch.") for module in modules)
+        else "pytorch_lightning"
     )
 
 
