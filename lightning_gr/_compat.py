@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from lightning_utilities.core import rank_zero
 from torch import nn
 
 __all__ = [
@@ -23,10 +24,15 @@ REFUSED_STRATEGIES = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrate
 
 def _namespaces() -> list[Any]:
     """``pytorch_lightning``, and ``lightning.pytorch`` if installed: the same code, but other classes."""
+    log = rank_zero.log
     names = ["pytorch_lightning"]
     if importlib.util.find_spec("lightning") is not None and importlib.util.find_spec("lightning.pytorch") is not None:
         names.append("lightning.pytorch")
-    return [importlib.import_module(name) for name in names]
+    modules = [importlib.import_module(name) for name in names]
+    # the namespace that is imported last takes the other's log lines: leave them with the one that the user imported
+    if log.name.startswith(tuple(names)):
+        rank_zero.log = log
+    return modules
 
 
 if TYPE_CHECKING:

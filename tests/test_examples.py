@@ -53,6 +53,55 @@ def test_loops(name):
     assert all(float(accuracy) > 0.8 for accuracy in accuracies)
 
 
+def test_cli_by_yaml_and_flags(tmp_path):
+    flags = ["fit", "--config=examples/cli.yaml", f"--trainer.default_root_dir={tmp_path}"]
+    (accuracy,) = re.findall(r"validation accuracy ([\d.]+)", run("cli.py", *flags, "--trainer.max_epochs=10"))
+    assert float(accuracy) > 0.9
+    saved = (tmp_path / "config.yaml").read_text()
+    assert "class_path: lightning_gr.GradientRegularization" in saved
+    assert "warmup_steps: 100" in saved
+
+
+def test_language_model():
+    """Learns; plain and regularized begin alike."""
+    out = run("language_model.py", "--epochs", "1", "--characters", "20000")
+    bits = [float(number) for number in re.findall(r"(?:before|after) ([\d.]+)", out)]
+    assert len(bits) == 4
+    assert bits[0] == bits[2]
+    assert bits[1] < bits[0]
+    assert bits[3] < bits[2]
+    assert bits[1] != bits[3]
+
+
+def test_batchnorm_counts_each_batch_once():
+    found = re.findall(
+        r"accuracy ([\d.]+)   steps (\d+)   batches counted (\d+)", run("batchnorm_cnn.py", "--epochs", "5")
+    )
+    assert len(found) == 4
+    assert {steps for _, steps, _ in found} == {counted for _, _, counted in found} == {"50"}
+    assert all(float(accuracy) > 0.3 for accuracy, _, _ in found)
+
+
+def test_finetuning():
+    found = re.findall(r"([\d.]+) ± [\d.]+", run("finetuning.py", "--epochs", "10"))
+    assert len(found) == 3
+    assert all(float(accuracy) > 0.5 for accuracy in found)
+
+
+def test_compiled_equals_eager():
+    out = run("compiled.py", "--epochs", "2", "--backend", "aot_eager")
+    (difference,) = re.findall(r"relative difference of the weights (\S+)", out)
+    assert float(difference) < 1e-5
+
+
+def test_optuna_search():
+    pytest.importorskip("optuna_integration")
+    out = run("optuna_search.py", "--trials", "6", "--epochs", "8")
+    (stopped,) = re.findall(r"6 trials, (\d+) stopped early; best gamma [\d.]+ epsilon [\d.]+", out)
+    assert int(stopped) < 6
+    assert len(re.findall(r"test accuracy 0\.\d+", out)) == 2
+
+
 def test_fabric_equals_the_plain_loop(monkeypatch):
     """Bit for bit."""
     monkeypatch.syspath_prepend(EXAMPLES)

@@ -127,7 +127,12 @@ import sys
 sys.argv = ["/some/where/lightning-gr.exe"]
 import lightning_gr
 assert "torch" not in sys.modules
+import pytorch_lightning
 from lightning_gr import *
+from lightning_utilities.core import rank_zero
+# each namespace, when imported, takes all log lines; they stay with the one that the user imported
+assert "lightning.pytorch" in sys.modules
+assert rank_zero.log.name.startswith("pytorch_lightning."), rank_zero.log.name
 assert SAM is lightning_gr.callback.SAM
 try:
     lightning_gr.nothing
