@@ -40,7 +40,8 @@ def main():
             **options,
         )
         start = time.perf_counter()
-        trainer.fit(trained, DataLoader(data, batch_size=64, shuffle=True, drop_last=True))
+        loaders = DataLoader(data, batch_size=64, shuffle=True, drop_last=True), DataLoader(data, batch_size=len(data))
+        trainer.fit(trained, *loaders)
         seconds = time.perf_counter() - start
         with torch.no_grad():
             loss = torch.nn.functional.cross_entropy(model.net(data.tensors[0]), data.tensors[1])

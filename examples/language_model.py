@@ -53,7 +53,7 @@ class LanguageModel(pl.LightningModule):
     def training_step(self, batch):
         return self.loss(batch)
 
-    def validation_step(self, batch):
+    def test_step(self, batch):
         self.log("bits", self.loss(batch) / math.log(2))
 
     def configure_optimizers(self):
@@ -70,9 +70,9 @@ def run(callbacks, train, validation, characters, epochs):
     trainer = pl.Trainer(
         max_epochs=epochs, callbacks=callbacks, accelerator="cpu", enable_model_summary=False, **options
     )
-    before = trainer.validate(model, DataLoader(validation, 64), verbose=False)[0]["bits"]
+    before = trainer.test(model, DataLoader(validation, 64), verbose=False)[0]["bits"]
     trainer.fit(model, loader)
-    after = trainer.validate(model, DataLoader(validation, 64), verbose=False)[0]["bits"]
+    after = trainer.test(model, DataLoader(validation, 64), verbose=False)[0]["bits"]
     return before, after
 
 

@@ -1,6 +1,8 @@
 """The examples run by their own commands."""
 
+import logging
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -53,18 +55,38 @@ def test_loops(name):
     assert all(float(accuracy) > 0.8 for accuracy in accuracies)
 
 
-def test_cli_by_yaml_and_flags(tmp_path):
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """`python examples/NAME FLAGS` in this process, which has imported everything already."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    loggers += [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(EXAMPLES.parent)
+
+    def run(name, *flags):
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLES / name), *flags])
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    yield run
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def test_cli_by_yaml_and_flags(run_here, tmp_path):
     flags = ["fit", "--config=examples/cli.yaml", f"--trainer.default_root_dir={tmp_path}"]
-    (accuracy,) = re.findall(r"validation accuracy ([\d.]+)", run("cli.py", *flags, "--trainer.max_epochs=10"))
+    (accuracy,) = re.findall(r"validation accuracy ([\d.]+)", run_here("cli.py", *flags, "--trainer.max_epochs=10"))
     assert float(accuracy) > 0.9
     saved = (tmp_path / "config.yaml").read_text()
     assert "class_path: lightning_gr.GradientRegularization" in saved
     assert "warmup_steps: 100" in saved
 
 
-def test_language_model():
+def test_language_model(run_here):
     """Learns; plain and regularized begin alike."""
-    out = run("language_model.py", "--epochs", "1", "--characters", "20000")
+    out = run_here("language_model.py", "--epochs", "1", "--characters", "20000")
     bits = [float(number) for number in re.findall(r"(?:before|after) ([\d.]+)", out)]
     assert len(bits) == 4
     assert bits[0] == bits[2]
@@ -73,30 +95,30 @@ def test_language_model():
     assert bits[1] != bits[3]
 
 
-def test_batchnorm_counts_each_batch_once():
-    found = re.findall(
-        r"accuracy ([\d.]+)   steps (\d+)   batches counted (\d+)", run("batchnorm_cnn.py", "--epochs", "5")
-    )
+def test_batchnorm_counts_each_batch_once(run_here):
+    out = run_here("batchnorm_cnn.py", "--epochs", "6")
+    found = re.findall(r"accuracy ([\d.]+)   steps (\d+)   batches counted (\d+)", out)
     assert len(found) == 4
-    assert {steps for _, steps, _ in found} == {counted for _, _, counted in found} == {"50"}
-    assert all(float(accuracy) > 0.3 for accuracy, _, _ in found)
+    assert {steps for _, steps, _ in found} == {counted for _, _, counted in found} == {"60"}
+    assert float(found[0][0]) > 0.5
 
 
-def test_finetuning():
-    found = re.findall(r"([\d.]+) ± [\d.]+", run("finetuning.py", "--epochs", "10"))
+def test_finetuning(run_here):
+    found = re.findall(r"([\d.]+) ± [\d.]+", run_here("finetuning.py", "--epochs", "10"))
     assert len(found) == 3
     assert all(float(accuracy) > 0.5 for accuracy in found)
 
 
-def test_compiled_equals_eager():
-    out = run("compiled.py", "--epochs", "2", "--backend", "aot_eager")
+def test_compiled_equals_eager(run_here):
+    out = run_here("compiled.py", "--epochs", "2", "--backend", "aot_eager")
     (difference,) = re.findall(r"relative difference of the weights (\S+)", out)
     assert float(difference) < 1e-5
 
 
-def test_optuna_search():
+@pytest.mark.filterwarnings("default")  # Optuna's own
+def test_optuna_search(run_here):
     pytest.importorskip("optuna_integration")
-    out = run("optuna_search.py", "--trials", "6", "--epochs", "8")
+    out = run_here("optuna_search.py", "--trials", "6", "--epochs", "4")
     (stopped,) = re.findall(r"6 trials, (\d+) stopped early; best gamma [\d.]+ epsilon [\d.]+", out)
     assert int(stopped) < 6
     assert len(re.findall(r"test accuracy 0\.\d+", out)) == 2
