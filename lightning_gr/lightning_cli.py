@@ -197,7 +197,8 @@ def _named_classes(args: Any) -> Iterator[type]:
             return
         settings = [vars(known), *(config for path in known.config for config in _read(path))]
     else:
-        settings = [args, *(args[name] for name in args if isinstance(args[name], type(args)))]
+        given = args if isinstance(args, dict) else args.as_dict()
+        settings = [given, *(value for value in given.values() if isinstance(value, dict))]
     for setting in settings:
         for key in ("model", "data"):
             yield from _find_class(setting.get(key))

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 
 from lightning_gr import SAM, Flooding, GradientRegularization, GradientRegularizationCLI, GRRule, SAMRule, cli
 from lightning_gr.callback import TwoPassCallback
@@ -194,6 +195,16 @@ def test_a_subclass_can_fix_the_namespace_and_have_defaults_of_its_own():
     assert stock("lightning.pytorch", [], Inherited).trainer.max_epochs == 7
 
 
+@pytest.mark.parametrize("kind", [dict, Namespace])
+def test_settings_as_objects(kind):
+    settings = {"model": {"class_path": "lightning.pytorch.demos.boring_classes.BoringModel"}, "sam": {"rho": 0.2}}
+    settings["trainer"] = {"accelerator": "cpu", "logger": False}
+    args = settings if kind is dict else Namespace(**{k: Namespace(**v) for k, v in settings.items()})
+    made = GradientRegularizationCLI(args=args, run=False, seed_everything_default=False)
+    assert type(made.trainer).__module__.startswith("lightning.pytorch")
+    assert ours(made.trainer)[0].rule == SAMRule(0.2)
+
+
 # --- lightning-gr fit and its like
 
 MODULE = """
@@ -272,7 +283,9 @@ def test_a_missing_extra_is_named(name, capsys, monkeypatch):
     assert f"needs {name}: pip install 'lightning_gr[cli]'" in capsys.readouterr().err
 
 
-def test_completion_knows_our_flags(capsys):
+def test_completion_knows_our_flags(capsys, monkeypatch):
+    only_fit = {"fit": GradientRegularizationCLI.__new__(GradientRegularizationCLI).subcommands()["fit"]}
+    monkeypatch.setattr(GradientRegularizationCLI, "subcommands", staticmethod(lambda: only_fit), raising=False)
     with pytest.raises(SystemExit) as ended:
         cli.main(["completion", "bash"])
     assert not ended.value.code
