@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_gr._compat import CallbackBase
-from lightning_gr.callback import SAM, Flooding, GradientRegularization, TwoPassCallback
+from lightning_gr.callback import Flooding, TwoPassCallback
+from lightning_gr.methods import METHODS
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["FromEnvironment", "callbacks_from"]
 
-_METHODS: dict[str, type[Any]] = {"gr": GradientRegularization, "sam": SAM, "flooding": Flooding}
 _USAGE = "as in LIGHTNING_GR='gamma=0.05,epsilon=0.05', 'sam,rho=0.1' or 'gr,gamma=0.1; flooding,level=0.1'"
 
 
@@ -47,9 +47,9 @@ def callbacks_from(text: str) -> list["FromEnvironment"]:
 def _method(text: str) -> TwoPassCallback | Flooding:
     words = text.replace(",", " ").split()
     name = words.pop(0).lower() if "=" not in words[0] else "gr"
-    if name not in _METHODS:
-        raise ValueError(f"Expected LIGHTNING_GR to name one of {', '.join(_METHODS)} but got {name!r}, {_USAGE}")
-    kind, settings = _METHODS[name], {}
+    if name not in METHODS:
+        raise ValueError(f"Expected LIGHTNING_GR to name one of {', '.join(METHODS)} but got {name!r}, {_USAGE}")
+    kind, settings = METHODS[name], {}
     known = inspect.signature(kind).parameters
     for word in words:
         key, equals, value = word.partition("=")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_gr._compat import namespace_of
-from lightning_gr.callback import SAM, Flooding, GradientRegularization
+from lightning_gr.methods import METHODS
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -24,8 +24,6 @@ else:
     _Base = object
 
 __all__ = ["GradientRegularizationCLI", "run"]
-
-_METHODS = {"gr": GradientRegularization, "sam": SAM, "flooding": Flooding}
 
 
 class GradientRegularizationCLI(_Base):
@@ -75,7 +73,7 @@ class GradientRegularizationCLI(_Base):
     def add_default_arguments_to_parser(self, parser: "LightningArgumentParser") -> None:
         """Add the flags of each method; `add_arguments_to_parser` stays free for yours."""
         super().add_default_arguments_to_parser(parser)
-        for key, kind in _METHODS.items():
+        for key, kind in METHODS.items():
             summary = (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".")
             flags = ", ".join(f"--{key}.{name}" for name in inspect.signature(kind).parameters)
             group = parser.add_argument_group(summary, f"To train with it give at least one of {flags}.")
@@ -94,8 +92,8 @@ class GradientRegularizationCLI(_Base):
         if settings.get("gr") and settings.get("sam"):
             self.parser.error("Expected at most one method with a second pass but got --gr and --sam: remove one")
         callbacks = settings.get("trainer.callbacks") or []
-        for given in [*map(settings.get, _METHODS), *(callbacks if isinstance(callbacks, list) else [callbacks])]:
-            kind = _METHODS_BY_PATH.get(given.get("class_path", "")) if given else None
+        for given in [*map(settings.get, METHODS), *(callbacks if isinstance(callbacks, list) else [callbacks])]:
+            kind = _BY_PATH.get(given.class_path) if given else None
             if kind is not None:
                 try:
                     kind(**given.init_args)
@@ -105,7 +103,7 @@ class GradientRegularizationCLI(_Base):
     def instantiate_trainer(self, **kwargs: Any) -> "Trainer":
         """Add the methods that were asked for to the Trainer's callbacks."""
         settings = self._settings(self.config_init)
-        methods = [settings[key] for key in _METHODS if settings.get(key) is not None]
+        methods = [settings[key] for key in METHODS if settings.get(key) is not None]
         given = kwargs.get("callbacks", settings.get("trainer.callbacks")) or []
         kwargs["callbacks"] = [*methods, *(given if isinstance(given, list) else [given])]
         return super().instantiate_trainer(**kwargs)
@@ -151,8 +149,8 @@ def _is_ours(error: Exception) -> bool:
     )
 
 
-_METHODS_BY_PATH = {
-    f"{module}.{kind.__name__}": kind for kind in _METHODS.values() for module in ("lightning_gr", kind.__module__)
+_BY_PATH = {
+    f"{module}.{kind.__name__}": kind for kind in METHODS.values() for module in ("lightning_gr", kind.__module__)
 }
 
 
