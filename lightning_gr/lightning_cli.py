@@ -45,7 +45,6 @@ class GradientRegularizationCLI(_Base):
     Example::
 
         >>> from pytorch_lightning.demos.boring_classes import BoringDataModule, BoringModel
-        >>> sys.argv[1:] = []  # LightningCLI warns about `args` beside flags of the program
         >>> flags = ["--gr.gamma=0.1", "--trainer.accelerator=cpu", "--trainer.logger=false"]
         >>> cli = GradientRegularizationCLI(
         ...     BoringModel, BoringDataModule, args=flags, run=False, seed_everything_default=False
