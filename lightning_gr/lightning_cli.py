@@ -65,9 +65,11 @@ class GradientRegularizationCLI(_Base):
 
     def init_parser(self, **kwargs: Any) -> "LightningArgumentParser":
         """Let the parser say what is wrong in one line."""
-        if not issubclass(self.parser_class, _OneLineErrors):
-            self.parser_class = type(self.parser_class.__name__, (_OneLineErrors, self.parser_class), {})
-        return super().init_parser(**kwargs)
+        parser = super().init_parser(**kwargs)
+        # Lightning before 2.6 has no `parser_class` to say this beforehand
+        kind = type(parser)
+        parser.__class__ = type(kind.__name__, (_OneLineErrors, kind), {"__module__": kind.__module__})
+        return parser
 
     def add_default_arguments_to_parser(self, parser: "LightningArgumentParser") -> None:
         """Add the flags of each method; `add_arguments_to_parser` stays free for yours."""
