@@ -1,16 +1,56 @@
 """Flat minima for PyTorch Lightning: gradient regularization, SAM and flooding by adding one callback."""
 
+import importlib
+import sys
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
 from lightning_gr._version import __version__
-from lightning_gr.callback import SAM, GradientRegularization
-from lightning_gr.closure import regularized_backward
-from lightning_gr.flood_callback import Flooding
-from lightning_gr.flooding import flood
-from lightning_gr.isolation import in_second_pass
-from lightning_gr.metrics import GradientNorm
-from lightning_gr.mixin import GradientRegularizationMixin
-from lightning_gr.monitors import GradientNormMonitor, SharpnessMonitor
-from lightning_gr.rules import GRRule, SAMRule
-from lightning_gr.sharpness import hessian_eigenvalue, hessian_trace
+
+
+def _is_our_command() -> bool:
+    """Whether this program is ``lightning-gr`` or ``python -m lightning_gr``, whose help needs no torch.
+
+    Everywhere else all names are there at once: LightningCLI knows a class by its short name only when it is imported.
+    """
+    program = sys.argv[0] if sys.argv else ""
+    return PurePath(program).stem == "lightning-gr" or (program == "-m" and "lightning_gr" in sys.orig_argv)
+
+
+if TYPE_CHECKING or not _is_our_command():
+    from lightning_gr.callback import SAM, GradientRegularization
+    from lightning_gr.closure import regularized_backward
+    from lightning_gr.flood_callback import Flooding
+    from lightning_gr.flooding import flood
+    from lightning_gr.isolation import in_second_pass
+    from lightning_gr.lightning_cli import GradientRegularizationCLI
+    from lightning_gr.metrics import GradientNorm
+    from lightning_gr.mixin import GradientRegularizationMixin
+    from lightning_gr.monitors import GradientNormMonitor, SharpnessMonitor
+    from lightning_gr.rules import GRRule, SAMRule
+    from lightning_gr.sharpness import hessian_eigenvalue, hessian_trace
+else:
+    _HOMES = {
+        "callback": ("SAM", "GradientRegularization"),
+        "closure": ("regularized_backward",),
+        "flood_callback": ("Flooding",),
+        "flooding": ("flood",),
+        "isolation": ("in_second_pass",),
+        "lightning_cli": ("GradientRegularizationCLI",),
+        "metrics": ("GradientNorm",),
+        "mixin": ("GradientRegularizationMixin",),
+        "monitors": ("GradientNormMonitor", "SharpnessMonitor"),
+        "rules": ("GRRule", "SAMRule"),
+        "sharpness": ("hessian_eigenvalue", "hessian_trace"),
+    }
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name when it is asked for (PEP 562)."""
+        for module, names in _HOMES.items():
+            if name in names:
+                return getattr(importlib.import_module(f"lightning_gr.{module}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "SAM",
@@ -19,6 +59,7 @@ __all__ = [
     "GradientNorm",
     "GradientNormMonitor",
     "GradientRegularization",
+    "GradientRegularizationCLI",
     "GradientRegularizationMixin",
     "SAMRule",
     "SharpnessMonitor",

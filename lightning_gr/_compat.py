@@ -5,6 +5,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core import rank_zero
 from torch import Tensor, nn
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "is_error_node",
     "lightning_attributes",
     "logged_results",
+    "namespace_of",
     "skips_backward",
     "storage_uses",
     "will_log",
@@ -29,10 +31,15 @@ REFUSED_STRATEGIES = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrate
 
 def _namespaces() -> list[Any]:
     """``pytorch_lightning``, and ``lightning.pytorch`` if installed: the same code, but other classes."""
+    log = rank_zero.log
     names = ["pytorch_lightning"]
     if importlib.util.find_spec("lightning") is not None and importlib.util.find_spec("lightning.pytorch") is not None:
         names.append("lightning.pytorch")
-    return [importlib.import_module(name) for name in names]
+    modules = [importlib.import_module(name) for name in names]
+    # the namespace that is imported last takes the other's log lines: leave them with the one that the user imported
+    if log.name.startswith(tuple(names)):
+        rank_zero.log = log
+    return modules
 
 
 if TYPE_CHECKING:
@@ -44,6 +51,16 @@ else:
         "CallbackBase",
         tuple(namespace.Callback for namespace in _NAMESPACES),
         {"__doc__": "A callback for the Trainer of each installed namespace.", "__module__": __name__},
+    )
+
+
+def namespace_of(*classes: type) -> str:
+    """The namespace to which one of ``classes`` belongs; ``"pytorch_lightning"`` if none says otherwise."""
+    modules = [base.__module__ for cls in classes for base in cls.__mro__]
+    return (
+        "lightning.pytorch"
+        if any(f"{module}.".startswith("lightning.pytorch.") for module in modules)
+        else "pytorch_lightning"
     )
 
 

@@ -389,7 +389,7 @@ class SAM(TwoPassCallback):
 
     Args:
         rho: The radius ρ ≥ 0. 0.05 is Foret et al.'s; ASAM takes about ten times as much (Kwon et al.).
-        adaptive: ASAM.
+        adaptive: Use ASAM's ball, scaled by the size of each weight.
         eta: η ≥ 0 of ASAM; 0 as in the common implementations (Kwon et al. write 0.01).
         start_step: The first optimizer step (counted from 0) that is regularized.
         interval: Every how many optimizer steps from there.

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,19 @@ from lightning_gr._version import __version__
 
 __all__ = ["main"]
 
+TRAINING = {
+    "fit": "train any LightningModule, regularized by --gr.gamma, --sam.rho, --flooding.level, ...",
+    "validate": "evaluate it on the validation set",
+    "test": "evaluate it on the test set",
+    "predict": "let it predict",
+}
 DEMO_METHODS = ("plain", "F-GR", "B-GR", "SAM", "flooding")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    if next(iter(sys.argv[1:] if argv is None else argv), None) in TRAINING:
+        return _train(argv)
     args = _parser().parse_args(argv)
     run: int = args.run(args)
     return run
@@ -27,6 +36,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lightning-gr {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, summary in TRAINING.items():  # listed here, parsed by LightningCLI
+        commands.add_parser(name, help=summary, add_help=False)
+    completion = commands.add_parser(
+        "completion",
+        help="print a script for the shell that completes the flags of fit, validate, test and predict",
+        description="Print a script that completes flags: lightning-gr completion bash > FILE, then source it.",
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    completion.set_defaults(run=_completion)
     demo = commands.add_parser(
         "demo",
         help="train a small classifier with each method and compare them",
@@ -91,9 +109,32 @@ def _fail(message: str) -> int:
     return 2
 
 
+def _missing(*names: str) -> list[str]:
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def _train(argv: Sequence[str] | None) -> int:
+    if missing := _missing("jsonargparse", "docstring_parser"):
+        return _fail(f"training from the command line needs {' and '.join(missing)}: pip install 'lightning_gr[cli]'")
+    # as with `python -m`: --model may name a class in a file of this folder
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    from lightning_gr.lightning_cli import run
+
+    return run(argv)
+
+
+def _completion(args: argparse.Namespace) -> int:
+    if missing := _missing("jsonargparse", "docstring_parser", "shtab"):
+        return _fail(f"completion needs {' and '.join(missing)}: pip install 'lightning_gr[cli]'")
+    from lightning_gr.lightning_cli import print_completion
+
+    print_completion(args.shell)
+    return 0
+
+
 def _demo(args: argparse.Namespace) -> int:
-    missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := _missing("sklearn", "matplotlib"):
         return _fail(f"the demo needs {' and '.join(missing)}: pip install 'lightning_gr[demo]'")
     try:
         args.output.mkdir(parents=True, exist_ok=True)

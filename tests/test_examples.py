@@ -1,6 +1,8 @@
 """The examples run by their own commands."""
 
+import logging
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +53,75 @@ def test_loops(name):
     accuracies = re.findall(r"test accuracy ([\d.]+)", run(name, "--epochs", "15"))
     assert len(accuracies) == 2
     assert all(float(accuracy) > 0.8 for accuracy in accuracies)
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """`python examples/NAME FLAGS` in this process, which has imported everything already."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    loggers += [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(EXAMPLES.parent)
+
+    def run(name, *flags):
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLES / name), *flags])
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    yield run
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def test_cli_by_yaml_and_flags(run_here, tmp_path):
+    flags = ["fit", "--config=examples/cli.yaml", f"--trainer.default_root_dir={tmp_path}"]
+    (accuracy,) = re.findall(r"validation accuracy ([\d.]+)", run_here("cli.py", *flags, "--trainer.max_epochs=10"))
+    assert float(accuracy) > 0.9
+    saved = (tmp_path / "config.yaml").read_text()
+    assert "class_path: lightning_gr.GradientRegularization" in saved
+    assert "warmup_steps: 100" in saved
+
+
+def test_language_model(run_here):
+    """Learns; plain and regularized begin alike."""
+    out = run_here("language_model.py", "--epochs", "1", "--characters", "20000")
+    bits = [float(number) for number in re.findall(r"(?:before|after) ([\d.]+)", out)]
+    assert len(bits) == 4
+    assert bits[0] == bits[2]
+    assert bits[1] < bits[0]
+    assert bits[3] < bits[2]
+    assert bits[1] != bits[3]
+
+
+def test_batchnorm_counts_each_batch_once(run_here):
+    out = run_here("batchnorm_cnn.py", "--epochs", "6")
+    found = re.findall(r"accuracy ([\d.]+)   steps (\d+)   batches counted (\d+)", out)
+    assert len(found) == 4
+    assert {steps for _, steps, _ in found} == {counted for _, _, counted in found} == {"60"}
+    assert float(found[0][0]) > 0.5
+
+
+def test_finetuning(run_here):
+    found = re.findall(r"([\d.]+) ± [\d.]+", run_here("finetuning.py", "--epochs", "10"))
+    assert len(found) == 3
+    assert all(float(accuracy) > 0.5 for accuracy in found)
+
+
+def test_compiled_equals_eager(run_here):
+    out = run_here("compiled.py", "--epochs", "2", "--backend", "aot_eager")
+    (difference,) = re.findall(r"relative difference of the weights (\S+)", out)
+    assert float(difference) < 1e-5
+
+
+@pytest.mark.filterwarnings("default")  # Optuna's own
+def test_optuna_search(run_here):
+    pytest.importorskip("optuna_integration")
+    out = run_here("optuna_search.py", "--trials", "6", "--epochs", "4")
+    (stopped,) = re.findall(r"6 trials, (\d+) stopped early; best gamma [\d.]+ epsilon [\d.]+", out)
+    assert int(stopped) < 6
+    assert len(re.findall(r"test accuracy 0\.\d+", out)) == 2
 
 
 def test_fabric_equals_the_plain_loop(monkeypatch):

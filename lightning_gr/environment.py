@@ -1,0 +1,112 @@
+"""Callbacks without touching code: the environment variable ``LIGHTNING_GR``."""
+
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_gr._compat import CallbackBase
+from lightning_gr.callback import Flooding, TwoPassCallback
+from lightning_gr.methods import METHODS
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+__all__ = ["FromEnvironment", "callbacks_from"]
+
+_USAGE = "as in LIGHTNING_GR='gamma=0.05,epsilon=0.05', 'sam,rho=0.1' or 'gr,gamma=0.1; flooding,level=0.1'"
+
+
+def callbacks_from(text: str) -> list["FromEnvironment"]:
+    """The callbacks that a value of ``LIGHTNING_GR`` describes.
+
+    Methods are separated by semicolons. Each is a name, ``gr``, ``sam`` or ``flooding``, and settings ``name=value``,
+    separated by commas or spaces; without a name it is ``gr``. The settings are the arguments of the callback. Several
+    patterns of ``exclude`` are separated by ``|``. ``0`` and ``off`` stand for nothing.
+
+    Raises:
+        ValueError: If the text cannot be understood, a value is out of its range, or a method comes twice.
+
+    Example::
+
+        >>> [sam, flooding] = callbacks_from("sam,rho=0.1,exclude=*.bias|*norm*; flooding,level=0.2")
+        >>> sam.callback.rule, sam.callback.exclude, flooding.callback.level
+        (SAMRule(rho=0.1, adaptive=False, eta=0.0), ('*.bias', '*norm*'), 0.2)
+    """
+    if text.lower() in ("0", "off"):
+        return []
+    methods = [_method(part) for part in text.split(";") if part.strip()]
+    for kind, what in ((TwoPassCallback, "one method with a second pass"), (Flooding, "one flood level")):
+        if sum(isinstance(method, kind) for method in methods) > 1:
+            raise ValueError(f"Expected LIGHTNING_GR to ask for at most {what} but got {text!r}, {_USAGE}")
+    return [FromEnvironment(method) for method in methods]
+
+
+def _method(text: str) -> TwoPassCallback | Flooding:
+    words = text.replace(",", " ").split()
+    name = words.pop(0).lower() if "=" not in words[0] else "gr"
+    if name not in METHODS:
+        raise ValueError(f"Expected LIGHTNING_GR to name one of {', '.join(METHODS)} but got {name!r}, {_USAGE}")
+    kind, settings = METHODS[name], {}
+    known = inspect.signature(kind).parameters
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in known:
+            raise ValueError(
+                f"Expected LIGHTNING_GR to set some of {', '.join(known)} for {name!r} but got {word!r}, {_USAGE}"
+            )
+        settings[key] = _convert(known[key].annotation, key, value)
+    try:
+        callback: TwoPassCallback | Flooding = kind(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"In LIGHTNING_GR: {error}, {_USAGE}") from None
+    return callback
+
+
+def _convert(annotation: Any, key: str, value: str) -> Any:
+    """The value in the type that the callback's signature asks for."""
+    if typing.get_origin(annotation) is Sequence:
+        return value.split("|")
+    if annotation is bool:
+        return {"true": True, "1": True, "false": False, "0": False}.get(value.lower(), value)
+    if annotation in (int, float):
+        convert: Callable[[str], Any] = annotation
+        try:
+            return convert(value)
+        except ValueError:
+            return value  # which the callback refuses in its own words
+    return value
+
+
+class FromEnvironment(CallbackBase):
+    """Adds a method to the Trainer when training begins, unless the script has one of its kind, and says so.
+
+    Args:
+        callback: The method.
+    """
+
+    def __init__(self, callback: TwoPassCallback | Flooding) -> None:
+        super().__init__()
+        self.callback = callback
+
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Put the method right behind this callback, where Lightning sets it up next."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if stage != "fit" or self.callback in callbacks:
+            return
+        kind = Flooding if isinstance(self.callback, Flooding) else TwoPassCallback
+        own = [type(callback).__name__ for callback in callbacks if isinstance(callback, kind)]
+        if own:
+            rank_zero_warn(f"LIGHTNING_GR asks for {_describe(self.callback)}, but the script's own {own[0]} stays")
+            return
+        callbacks.insert(callbacks.index(self) + 1, self.callback)
+        rank_zero_info(f"LIGHTNING_GR is set: training with {_describe(self.callback)}")
+
+
+def _describe(callback: TwoPassCallback | Flooding) -> str:
+    """The method with the arguments that differ from their defaults."""
+    if isinstance(callback, Flooding):
+        return f"Flooding(level={callback.level}, sync={callback.sync})"
+    return f"{type(callback).__name__}: {callback.rule}, g = {callback.rule.equation}"

@@ -1,0 +1,229 @@
+"""LightningCLI with a flag group for each method."""
+
+import argparse
+import importlib
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_gr._compat import namespace_of
+from lightning_gr.methods import METHODS
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+    from pytorch_lightning.cli import LightningArgumentParser
+    from pytorch_lightning.cli import LightningCLI as _Base
+else:
+    _Base = object
+
+__all__ = ["GradientRegularizationCLI", "run"]
+
+
+class GradientRegularizationCLI(_Base):
+    """A LightningCLI whose flags (and YAML keys) ``gr``, ``sam`` and ``flooding`` set the method.
+
+    ``--gr.gamma=0.1`` trains with :class:`~lightning_gr.GradientRegularization`, ``--sam.rho=0.05`` with
+    :class:`~lightning_gr.SAM`, ``--flooding.level=0.1`` floods, alone or beside one of the others. What is not given
+    keeps its default, and with none of them training is plain. ``--gr={}`` takes all defaults.
+
+    Use it or inherit from it as from LightningCLI. It serves both namespaces: an instance becomes a LightningCLI of
+    ``lightning.pytorch`` if one of the classes that it is given, or that the command line or its configuration file
+    names, comes from there, and else of ``pytorch_lightning``. To choose by yourself, inherit from both:
+    ``class CLI(GradientRegularizationCLI, LightningCLI)``.
+
+    A wrong value of a method ends the program with one line and status 2.
+
+    Args: those of LightningCLI.
+
+    Example::
+
+        >>> from pytorch_lightning.demos.boring_classes import BoringDataModule, BoringModel
+        >>> flags = ["--gr.gamma=0.1", "--trainer.accelerator=cpu", "--trainer.logger=false"]
+        >>> cli = GradientRegularizationCLI(
+        ...     BoringModel, BoringDataModule, args=flags, run=False, seed_everything_default=False
+        ... )
+        >>> cli.trainer.callbacks[0].rule
+        GRRule(gamma=0.1, epsilon=0.05, scheme='forward', normalize=False)
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "GradientRegularizationCLI":
+        """Give the class, if it has none yet, the LightningCLI of the right namespace as its last base."""
+        if any(base.__name__ == "LightningCLI" for base in cls.__mro__):
+            return super().__new__(cls)
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, type)]
+        namespace = namespace_of(*given, *_named_classes(kwargs.get("args")))
+        lightning_cli = importlib.import_module(f"{namespace}.cli").LightningCLI
+        bases, attributes = (cls, lightning_cli), {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        return object.__new__(type(cls.__name__, bases, attributes))
+
+    def init_parser(self, **kwargs: Any) -> "LightningArgumentParser":
+        """Let the parser say what is wrong in one line."""
+        parser = super().init_parser(**kwargs)
+        # Lightning before 2.6 has no `parser_class` to say this beforehand
+        kind = type(parser)
+        parser.__class__ = type(kind.__name__, (_OneLineErrors, kind), {"__module__": kind.__module__})
+        return parser
+
+    def add_default_arguments_to_parser(self, parser: "LightningArgumentParser") -> None:
+        """Add the flags of each method; `add_arguments_to_parser` stays free for yours."""
+        super().add_default_arguments_to_parser(parser)
+        for key, kind in METHODS.items():
+            summary = (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".")
+            flags = ", ".join(f"--{key}.{name}" for name in inspect.signature(kind).parameters)
+            group = parser.add_argument_group(summary, f"To train with it give at least one of {flags}.")
+            group.add_argument(f"--{key}", type=kind | None, default=None, help=f"--{key}.help explains each flag.")
+
+    def instantiate_classes(self) -> None:
+        """Try the methods' values by themselves first, then make all objects."""
+        self._check_methods()
+        super().instantiate_classes()
+
+    def _settings(self, config: Any) -> Any:
+        return config[self.subcommand] if self.subcommand else config
+
+    def _check_methods(self) -> None:
+        settings = self._settings(self.config)
+        if settings.get("gr") and settings.get("sam"):
+            self.parser.error("Expected at most one method with a second pass but got --gr and --sam: remove one")
+        callbacks = settings.get("trainer.callbacks") or []
+        for given in [*map(settings.get, METHODS), *(callbacks if isinstance(callbacks, list) else [callbacks])]:
+            kind = _BY_PATH.get(given.class_path) if given else None
+            if kind is not None:
+                try:
+                    kind(**given.init_args)
+                except ValueError as error:
+                    self.parser.error(str(error))
+
+    def instantiate_trainer(self, **kwargs: Any) -> "Trainer":
+        """Add the methods that were asked for to the Trainer's callbacks."""
+        settings = self._settings(self.config_init)
+        methods = [settings[key] for key in METHODS if settings.get(key) is not None]
+        given = kwargs.get("callbacks", settings.get("trainer.callbacks")) or []
+        kwargs["callbacks"] = [*methods, *(given if isinstance(given, list) else [given])]
+        return super().instantiate_trainer(**kwargs)
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """``lightning-gr fit`` and its like; returns the exit code.
+
+    What our own code refuses at the start of training is said in one line, as on the command line it is a wrong flag.
+    """
+    try:
+        GradientRegularizationCLI(
+            args=argv if argv is None else list(argv),
+            parser_kwargs={"prog": "lightning-gr"},
+            # without a logger all runs share a folder; a second one, as of `test` after `fit`, is no error
+            save_config_kwargs={"overwrite": True},
+        )
+    except Exception as error:
+        if not _is_ours(error):
+            raise
+        sys.stderr.write(f"lightning-gr: error: {error}\n")
+        return 2
+    return 0
+
+
+def print_completion(shell: str) -> None:
+    """Print what a shell needs to complete the flags of ``lightning-gr fit`` and its like, and exit."""
+    import jsonargparse
+
+    try:
+        jsonargparse.set_parsing_settings(add_print_completion_argument=True)
+        flag = f"--print_completion=shtab-{shell}"
+    except TypeError:  # before that was a setting
+        flag = f"--print_shtab={shell}"
+    sys.argv[1:] = [flag]
+    GradientRegularizationCLI(parser_kwargs={"prog": "lightning-gr"})
+
+
+def _is_ours(error: Exception) -> bool:
+    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    return innermost.f_globals["__name__"].startswith("lightning_gr.") and isinstance(
+        error, (ValueError, MisconfigurationException)
+    )
+
+
+_BY_PATH = {
+    f"{module}.{kind.__name__}": kind for kind in METHODS.values() for module in ("lightning_gr", kind.__module__)
+}
+
+
+class _OneLineErrors:
+    """For a parser: neither eighty lines of usage before the error, nor all the types that a value might have had."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End the program with the message, unless the parser was told not to."""
+        parser: Any = self
+        if not parser.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG"):
+            super().error(message, ex)  # type: ignore[misc]
+        program = parser.prog.replace(" [options]", "")
+        parser.exit(2, f"{program}: error: {_readable(message)}\n")
+        raise AssertionError("exit returned")
+
+
+def _readable(message: str) -> str:
+    """What is wrong with a flag of ours in one line; other messages as they are.
+
+    The parser tells of every type that a value could have had: of ours, which is what was meant, it tells first.
+    """
+    key = re.match(r'Parser key "([\w.]+)"', message)
+    until = r"(?=\n\s*- |\n\s*Given value|\Z)"
+    ours = re.search(
+        r"given class_path 'lightning_gr\.[\w.]+':\s+(?:Parser key \"(\w+)\":)?(.*?)" + until, message, re.S
+    )
+    if key is None or ours is None:
+        return message
+    return " ".join([f"--{key[1]}.{ours[1]}:" if ours[1] else f"--{key[1]}:", *ours[2].split()])
+
+
+def _named_classes(args: Any) -> Iterator[type]:
+    """The classes that the command line, or the files that it names, give by ``--model`` and ``--data``."""
+    if args is None or isinstance(args, Sequence):
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        parser.add_argument("-c", "--config", action="append", default=[])
+        for key in ("model", "data"):
+            parser.add_argument(f"--{key}", f"--{key}.class_path", dest=key)
+        try:
+            known, _ = parser.parse_known_args(args)
+        except argparse.ArgumentError:  # as for a flag without its value, of which the real parser tells
+            return
+        settings = [vars(known), *(config for path in known.config for config in _read(path))]
+    else:
+        given = args if isinstance(args, dict) else args.as_dict()
+        settings = [given, *(value for value in given.values() if isinstance(value, dict))]
+    for setting in settings:
+        for key in ("model", "data"):
+            yield from _find_class(setting.get(key))
+
+
+def _read(path: str) -> Iterator[dict[str, Any]]:
+    """A configuration file as a whole, and what it holds for each subcommand."""
+    import yaml
+
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # the real parser tells
+        return
+    if isinstance(config, dict):
+        yield config
+        yield from (value for value in config.values() if isinstance(value, dict))
+
+
+def _find_class(setting: Any) -> Iterator[type]:
+    path = setting.get("class_path") if hasattr(setting, "get") else setting
+    if not isinstance(path, str) or "." not in path:
+        return
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):  # the real parser tells
+        return
+    if isinstance(found, type):
+        yield found

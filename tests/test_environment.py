@@ -1,0 +1,114 @@
+"""Callbacks by the environment variable LIGHTNING_GR, in Trainers of both namespaces that know nothing of it."""
+
+import importlib
+import logging
+
+import pytest
+import pytorch_lightning as pl
+from modules import TinyModule, assert_same, fit, make_loader, weights
+
+import lightning_gr_startup
+from lightning_gr import SAM, Flooding, GradientRegularization
+from lightning_gr.environment import callbacks_from
+
+SOME = ["*.bias", "net.0.*"]
+NAMESPACES = ["pytorch_lightning", "lightning.pytorch"]
+
+
+def trained(*callbacks):
+    module = TinyModule()
+    fit(module, *callbacks)
+    return weights(module.net)
+
+
+@pytest.mark.parametrize(
+    ("value", "same"),
+    [
+        ("gamma=0.3,epsilon=0.2", lambda: [GradientRegularization(0.3, 0.2)]),
+        ("gr normalize=true  exclude=*.bias|net.0.*", lambda: [GradientRegularization(normalize=True, exclude=SOME)]),
+        ("sam,rho=0.1,start_step=1", lambda: [SAM(0.1, start_step=1)]),
+        ("flooding,level=1.1 ; gamma=0.3", lambda: [Flooding(1.1), GradientRegularization(0.3)]),
+        ("off", list),
+        (" ", list),
+    ],
+)  # fmt: skip
+def test_trains_as_with_the_callbacks_in_code(value, same, monkeypatch):
+    expected = trained(*same())
+    monkeypatch.setenv("LIGHTNING_GR", value)
+    assert_same(trained(), expected)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_both_namespaces_find_it_and_say_so_once(namespace, monkeypatch, caplog):
+    lightning = importlib.import_module(namespace)
+    boring = importlib.import_module(f"{namespace}.demos.boring_classes").BoringModel
+    monkeypatch.setenv("LIGHTNING_GR", "sam,rho=0.1")
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    monkeypatch.setattr(logging.getLogger("pytorch_lightning"), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        trainer.fit(boring())
+        trainer.validate(boring(), verbose=False)
+    assert [type(callback) for callback in trainer.callbacks].count(SAM) == 1
+    assert caplog.text.count("LIGHTNING_GR is set: training with SAM: SAMRule(rho=0.1, adaptive=False, eta=0.0)") == 1
+
+
+def test_a_second_fit_has_it_once(monkeypatch):
+    monkeypatch.setenv("LIGHTNING_GR", "gamma=0.1")
+    trainer = fit(TinyModule())
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(TinyModule(), make_loader())
+    assert sum(isinstance(callback, GradientRegularization) for callback in trainer.callbacks) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "own", "stays"),
+    [
+        ("sam", GradientRegularization(), "GradientRegularization"),
+        ("flooding,level=1", Flooding(2), "Flooding"),
+    ],
+)
+def test_the_script_s_own_method_stays(value, own, stays, monkeypatch):
+    expected = trained(own)
+    monkeypatch.setenv("LIGHTNING_GR", value)
+    with pytest.warns(UserWarning, match=f"LIGHTNING_GR asks for .*, but the script's own {stays} stays"):
+        assert_same(trained(own), expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (
+            "gamma=-1",
+            "In LIGHTNING_GR: Expected argument `gamma` to be a non-negative float but got -1.0, as in LIGHTN",
+        ),
+        ("gamma=much", "Expected argument `gamma` to be a non-negative float but got 'much'"),
+        ("interval=0.5", "Expected argument `interval` to be an integer of at least 1 but got '0.5'"),
+        ("normalize=perhaps", "Expected argument `normalize` to be True or False but got 'perhaps'"),
+        ("scheme=sideways", "Expected argument `scheme` to be one of 'forward', 'backward'"),
+        ("rho=0.1", "Expected LIGHTNING_GR to set some of gamma, epsilon, .* for 'gr' but got 'rho=0.1', as in"),
+        ("sam,0.1", "for 'sam' but got '0.1'"),
+        ("adam", "Expected LIGHTNING_GR to name one of gr, sam, flooding but got 'adam', as in"),
+        ("sam; gamma=0.1", "at most one method with a second pass but got 'sam; gamma=0.1', as in"),
+        ("flooding,level=1;flooding,level=2", "at most one flood level but got"),
+        ("flooding", "In LIGHTNING_GR: .*missing 1 required positional argument: 'level'"),
+    ],
+)
+def test_a_wrong_value_is_refused_when_the_trainer_is_made(value, said, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_GR", value)
+    with pytest.raises(ValueError, match=said):
+        pl.Trainer(accelerator="cpu", logger=False)
+
+
+def test_nothing_is_imported_where_nothing_is_asked_for(monkeypatch):
+    monkeypatch.delenv("LIGHTNING_GR", raising=False)
+    monkeypatch.setattr("builtins.__import__", None)
+    assert lightning_gr_startup.callbacks() == []
+
+
+def test_callbacks_can_be_pickled_for_spawned_processes():
+    import pickle
+
+    [callback] = callbacks_from("gamma=0.1")
+    assert pickle.loads(pickle.dumps(callback)).callback.rule == callback.callback.rule
