@@ -11,22 +11,35 @@ from rich.text import Text
 from torch import Tensor
 
 from lightning_gr._compat import is_a
+from lightning_gr.measures import METRICS
 from lightning_gr.rules import GRRule, Rule, SAMRule
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
     from lightning_gr.callback import TwoPassCallback
+    from lightning_gr.flood_callback import Flooding
 
-__all__ = ["describe", "make_panel", "make_table", "method_name", "show_end", "show_start"]
+__all__ = [
+    "describe",
+    "make_panel",
+    "make_table",
+    "method_name",
+    "show_end",
+    "show_flooding_end",
+    "show_flooding_start",
+    "show_start",
+    "shows",
+]
 
-_KEYS = ("grad_norm", "grad_norm_perturbed", "penalty", "loss_perturbed", "sharpness", "alignment", "curvature")
+
+def _callbacks(trainer: "Trainer") -> list[Any]:
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def shows(trainer: "Trainer") -> bool:
     """Whether Lightning shows something itself, on this rank: a progress bar or a summary of the model."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    loud = any(is_a(callback, "ProgressBar", "ModelSummary") for callback in callbacks)
+    loud = any(is_a(callback, "ProgressBar", "ModelSummary") for callback in _callbacks(trainer))
     return loud and trainer.is_global_zero and not trainer.barebones
 
 
@@ -73,8 +86,7 @@ def describe(callback: "TwoPassCallback", trainer: "Trainer", pl_module: "Lightn
 
 
 def _flooding(trainer: "Trainer") -> Any:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if hasattr(callback, "flips")), None)
+    return next((callback for callback in _callbacks(trainer) if hasattr(callback, "flips")), None)
 
 
 def _schedule(callback: "TwoPassCallback") -> str:
@@ -98,7 +110,7 @@ def make_panel(name: str, lines: dict[str, str]) -> Panel:
     return Panel(grid, title=name, title_align="left", expand=False)
 
 
-def make_table(callback: "TwoPassCallback", flooded: tuple[int, int] | None) -> Group:
+def make_table(callback: "TwoPassCallback") -> Group:
     """The table at the end. It reads from the device, when training is over."""
     watch = callback.watch
     table = Table(title=f"{method_name(callback.rule)}, logged steps", title_justify="left")
@@ -106,15 +118,13 @@ def make_table(callback: "TwoPassCallback", flooded: tuple[int, int] | None) -> 
     for name in ("first", "last", "min", "max"):
         table.add_column(name, justify="right")
     for key, values in watch.log.extremes.of.items():
-        if key.rpartition("/")[2] in _KEYS:
+        if key.rpartition("/")[2] in METRICS:
             table.add_row(watch.log.prefix + key, *(_number(value) for value in values))
     lines = [f"regularized: {watch.regularized:,} of {watch.steps:,} steps"]
     ratios = watch.clock.ratios()
     if ratios:
         cost = statistics.median(ratios)
         lines.append(f"second pass: {cost:.2f} × the first one's time (median of {len(ratios)} steps)")
-    if flooded is not None and flooded[1]:
-        lines.append(f"flooded: {flooded[0]:,} of {flooded[1]:,} losses below the level")
     return Group(*([table] if table.row_count else []), *(Text(line) for line in lines))
 
 
@@ -128,18 +138,37 @@ def show_start(callback: "TwoPassCallback", trainer: "Trainer", pl_module: "Ligh
         _console().print(make_panel(method_name(callback.rule), describe(callback, trainer, pl_module)))
 
 
+def show_flooding_start(flooding: "Flooding", trainer: "Trainer") -> None:
+    """Print the panel of flooding by itself; that of a method with a second pass has a line for it."""
+    alone = not any(hasattr(callback, "watch") for callback in _callbacks(trainer))
+    if alone and flooding.verbose and shows(trainer):
+        lines = {"loss": "|L − b| + b", "constants": f"b = {flooding.level:g}", "passes": "1 per step"}
+        _console().print(make_panel("flooding", lines))
+
+
 def show_end(callback: "TwoPassCallback", trainer: "Trainer") -> None:
-    """Print the table, when the progress bar has been stopped."""
-    if not callback.verbose or not shows(trainer) or not callback.watch.steps:
-        return
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    for other in callbacks:
-        # rich's bar lives until the end of its own teardown, which comes after ours; stopping twice is harmless
-        if isinstance(getattr(other, "progress", None), Progress):
-            other.progress.stop()
-    flips = getattr(_flooding(trainer), "flips", None)
-    flooded = None if flips is None or flips.total is None else (int(flips.total), flips.of)
-    _console().print(make_table(callback, flooded))
+    """Print the table."""
+    if callback.verbose and shows(trainer) and callback.watch.steps:
+        _stop_bars(trainer)
+        _console().print(make_table(callback))
+
+
+def show_flooding_end(flooding: "Flooding", trainer: "Trainer") -> None:
+    """Print how many losses were flooded."""
+    flips = flooding.flips
+    if flooding.verbose and shows(trainer) and flips.total is not None:
+        _stop_bars(trainer)
+        _console().print(f"flooded: {int(flips.total):,} of {flips.of:,} losses below the level")
+
+
+def _stop_bars(trainer: "Trainer") -> None:
+    """Let nothing be printed inside a live bar.
+
+    Rich's lives until its own teardown, which comes after ours; stopping it twice is harmless.
+    """
+    for callback in _callbacks(trainer):
+        if isinstance(getattr(callback, "progress", None), Progress):
+            callback.progress.stop()
 
 
 def _console() -> Console:

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_gr import checks
 from lightning_gr._compat import CallbackBase, will_log
 from lightning_gr.accumulation import is_window_end
+from lightning_gr.display import show_flooding_end, show_flooding_start
 from lightning_gr.flooding import flood_gradient_
 from lightning_gr.isolation import in_second_pass
 from lightning_gr.measures import check_metrics
@@ -38,6 +39,8 @@ class Flooding(CallbackBase):
         metrics: What to log on the steps that Lightning logs: ``"default"`` or ``"all"`` is ``flooded``, the share of
             losses below the level since it was last logged; ``()`` is nothing.
         prefix: What its key begins with.
+        verbose: Whether to show a panel before training and the number of flooded losses after it, where Lightning
+            shows something, too.
 
     Raises:
         ValueError: If ``level`` is not a non-negative float, ``sync`` not a bool, or a metric unknown.
@@ -52,19 +55,29 @@ class Flooding(CallbackBase):
     """
 
     def __init__(
-        self, level: float, sync: bool = False, metrics: str | Sequence[str] = "default", prefix: str = "gr/"
+        self,
+        level: float,
+        sync: bool = False,
+        metrics: str | Sequence[str] = "default",
+        prefix: str = "gr/",
+        verbose: bool = True,
     ) -> None:
         super().__init__()
         checks.check_level(level)
         check_bool("sync", sync)
+        check_bool("verbose", verbose)
         self.level = float(level)
-        self.sync = sync
+        self.sync, self.verbose = sync, verbose
         self.flips = Flips(check_metrics(metrics, ("flooded",), ("flooded",)), prefix)
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Check the context."""
         if stage == "fit":
             checks.check_flooding(trainer, pl_module, Flooding)
+
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Show what will be done."""
+        show_flooding_start(self, trainer)
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Begin to count."""
@@ -89,6 +102,11 @@ class Flooding(CallbackBase):
         """Log the share of losses below the level."""
         if is_window_end(trainer, batch_idx):
             self.flips.log(trainer, pl_module)
+
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Show what happened."""
+        if stage == "fit":
+            show_flooding_end(self, trainer)
 
 
 class Flips:

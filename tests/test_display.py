@@ -122,3 +122,14 @@ def test_a_schedule_of_ones_own_is_said_to_be_one(shown):
     out = shown(Late(0.1), module=TinyModule(mlp()))
     assert "by should_regularize(step)" in out
     assert "regularized: 3 of 6 steps" in out
+
+
+@pytest.mark.parametrize("bar", BARS)
+def test_flooding_alone(shown, bar):
+    out = shown(Flooding(100.0), BARS[bar]())
+    assert out.index("|L − b| + b") < out.index("Epoch")
+    assert out.index("b = 100") < out.index("Epoch")
+    assert out.index("flooded: 6 of 6 losses below the level") > out.rindex("Epoch")
+    out = shown(Flooding(100.0, verbose=False), BARS[bar]())
+    assert "flooded:" not in out
+    assert "|L" not in out
