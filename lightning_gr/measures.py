@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gr.perturb import _tensor_norms, _wide_dtype
+from lightning_gr.perturb import tensor_norms, wide_dtype
 from lightning_gr.rules import Rule, Update
 from lightning_gr.sharding import by_layout, local_parts, sum_over_ranks
 from lightning_gr.two_pass import Replay, Transform
@@ -87,7 +87,7 @@ def layer_norms(layers: Mapping[str, Sequence[Tensor]], scale: Tensor | None = N
     grads = [param.grad for params in layers.values() for param in params if param.grad is not None]
     squares: dict[str, list[Tensor]] = {}
     for group in by_layout(grads).values():
-        norms = _tensor_norms(local_parts(group), _wide_dtype(group))
+        norms = tensor_norms(local_parts(group), wide_dtype(group))
         together = sum_over_ranks(
             torch.stack([n.to(norms[0].device, non_blocking=True) for n in norms]).square(), group[0]
         )

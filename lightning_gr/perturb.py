@@ -17,7 +17,7 @@ from lightning_gr.rules import Update
 from lightning_gr.sharding import by_layout, local_parts, norm_over_ranks
 from lightning_gr.swap import WeightSwap, can_swap
 
-__all__ = ["Perturbation", "WeightCopy", "direction_factor", "global_norm"]
+__all__ = ["Perturbation", "WeightCopy", "direction_factor", "global_norm", "tensor_norms", "wide_dtype"]
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -39,7 +39,7 @@ def scale_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
             torch._foreach_mul_(group, torch.tensor(factor, dtype=torch.float64) if device.type == "cpu" else factor)
 
 
-def _wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+def wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """Float64 if one of the tensors has it, else float32."""
     wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
     return torch.float64 if wide else torch.float32
@@ -51,9 +51,9 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     It is accumulated in float32 at least (bfloat16 keeps 8 bits and float16 ends at 65,504), in float64 if one of the
     tensors is. Of distributed tensors it is the norm of the whole, equal on all ranks.
     """
-    dtype = _wide_dtype(tensors)
+    dtype = wide_dtype(tensors)
     groups = by_layout(tensors).values()
-    return _norm([norm_over_ranks(_norm(_tensor_norms(local_parts(group), dtype)), group[0]) for group in groups])
+    return _norm([norm_over_ranks(_norm(tensor_norms(local_parts(group), dtype)), group[0]) for group in groups])
 
 
 def _norm(norms: Sequence[Tensor]) -> Tensor:
@@ -64,12 +64,15 @@ def _norm(norms: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(together)  # type: ignore[no-any-return]
 
 
-def _tensor_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    norms: list[Tensor] = []
-    for group in _by_device(tensors).values():
-        # complex norms are real; the operator wants a dtype of the same kind as its input
-        real = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in group]
-        norms.extend(torch._foreach_norm(real, 2.0, dtype=dtype))
+def tensor_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The Euclidean norm of each tensor, on its device, accumulated in ``dtype``."""
+    # complex norms are real; the operator wants a dtype of the same kind as its input
+    real = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+    groups = _by_device(real).values()
+    norms = [norm for group in groups for norm in torch._foreach_norm(group, 2.0, dtype=dtype)]
+    if len(groups) > 1:  # back into the order of the tensors
+        position = {id(tensor): i for i, tensor in enumerate(tensor for group in groups for tensor in group)}
+        norms = [norms[position[id(tensor)]] for tensor in real]
     return norms
 
 
@@ -91,7 +94,7 @@ def direction_factor(
         norm: S · ‖∇L(θ)‖, if it is known already.
     """
     if update.direction == "gradient":
-        return None if loss_scale is None else loss_scale.to(_wide_dtype(grads)).reciprocal()
+        return None if loss_scale is None else loss_scale.to(wide_dtype(grads)).reciprocal()
     return inverse(global_norm(grads) if norm is None or update.direction == "adaptive" else norm)
 
 

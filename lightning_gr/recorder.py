@@ -15,7 +15,7 @@ from lightning_gr.two_pass import Transform, extract_loss
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["Recorder", "gradient_scale", "loss_scale"]
+__all__ = ["Recorder", "gradient_scale", "loss_scale", "rebuild"]
 
 
 def loss_scale(trainer: "Trainer", device: torch.device) -> Tensor | None:
@@ -44,7 +44,7 @@ class _Call:
 
     def __init__(self, args: tuple[Any, ...], devices: list[torch.device]) -> None:
         self.tensors: list[tuple[Tensor, int]] = []
-        self.args = _rebuild(args, self._note)
+        self.args = rebuild(args, self._note)
         self.random_state = RandomState(devices)
 
     def _note(self, tensor: Tensor) -> None:
@@ -72,7 +72,7 @@ class _Call:
                 tensor.grad = grad
 
 
-def _rebuild(value: Any, note: Callable[[Tensor], None] = lambda tensor: None) -> Any:
+def rebuild(value: Any, note: Callable[[Tensor], None] = lambda tensor: None) -> Any:
     """Copy the containers in a batch but not its tensors, each of which is shown to ``note``.
 
     Any other object with attributes (the batches of graph libraries, dataclasses) is copied as ``copy.copy`` does.
@@ -80,11 +80,11 @@ def _rebuild(value: Any, note: Callable[[Tensor], None] = lambda tensor: None) -
     if isinstance(value, Tensor):
         note(value)
     elif isinstance(value, (list, tuple)):
-        items = [_rebuild(item, note) for item in value]
+        items = [rebuild(item, note) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     elif isinstance(value, MutableMapping):
         entries = copy.copy(value)
-        entries.update({key: _rebuild(item, note) for key, item in value.items()})
+        entries.update({key: rebuild(item, note) for key, item in value.items()})
         return entries
     elif hasattr(value, "__dict__") and not callable(value):
         try:
@@ -92,7 +92,7 @@ def _rebuild(value: Any, note: Callable[[Tensor], None] = lambda tensor: None) -
         except TypeError:  # it holds a lock, a file, …: nobody copies such a thing, so it is passed on
             return value
         own = {k: v for k, v in vars(value).items() if isinstance(v, (Tensor, list, tuple, dict))}
-        vars(other).update({key: _rebuild(item, note) for key, item in own.items()})
+        vars(other).update({key: rebuild(item, note) for key, item in own.items()})
         return other
     return value
 
@@ -193,7 +193,7 @@ class Recorder:
     def _evaluate(self, call: _Call, transform: Transform) -> None:
         trainer = self.trainer
         # rebuilt again: with the central scheme this call is made twice
-        loss = extract_loss(self._original(*_rebuild(call.args)))
+        loss = extract_loss(self._original(*rebuild(call.args)))
         if loss is None:
             raise RuntimeError(
                 "training_step returned a loss in the first pass and none in the second, for the same batch"

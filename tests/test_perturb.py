@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from modules import assert_near
 
-from lightning_gr.perturb import Perturbation, WeightCopy, direction_factor, global_norm, inverse
+from lightning_gr.perturb import Perturbation, WeightCopy, direction_factor, global_norm, inverse, tensor_norms
 from lightning_gr.rules import Probe, Update
 
 shapes = st.lists(st.sampled_from([(), (1,), (3,), (2, 3), (0,)]), min_size=1, max_size=4)
@@ -34,6 +34,13 @@ def named(tensors):
 def test_global_norm(shapes, seed):
     params = make_params(shapes, seed=seed)
     assert global_norm(params).item() == pytest.approx(reference.norm(named(params)), rel=1e-14)
+
+
+def test_norms_are_in_the_order_of_tensors_on_several_devices():
+    tensors = [torch.full((2,), value, device=device) for value, device in ((3.0, "cpu"), (0.0, "meta"), (4.0, "cpu"))]
+    norms = tensor_norms(tensors, torch.float32)
+    assert [norm.device.type for norm in norms] == ["cpu", "meta", "cpu"]
+    assert norms[2].item() == pytest.approx(4.0 * math.sqrt(2))
 
 
 @pytest.mark.parametrize(
