@@ -55,8 +55,13 @@ def ours(trainer):
     return [callback for callback in trainer.callbacks if isinstance(callback, (TwoPassCallback, Flooding))]
 
 
-def settings(callback):
-    return {name: value for name, value in vars(callback).items() if not name.startswith("_")}
+LOGGING = ("lightning_gr.watch", "lightning_gr.flood_callback")
+
+
+def settings(owner):
+    """The public attributes, and those of what logs."""
+    found = {name: value for name, value in vars(owner).items() if not name.startswith("_") and name != "extremes"}
+    return {n: settings(value) if type(value).__module__ in LOGGING else value for n, value in found.items()}
 
 
 def ends(run, capsys):
