@@ -37,9 +37,9 @@ class Row(NamedTuple):
     value: float
 
 
-def measure_times(workload: str, rounds: int, steps: int) -> list[Row]:
+def measure_times(workload: str, ways: Sequence[str], rounds: int, steps: int) -> list[Row]:
     """The median step of each round, in seconds."""
-    times = time_steps(WORKLOADS[workload], list(WAYS), rounds, steps, warm_up=1 if steps < 5 else 2)
+    times = time_steps(WORKLOADS[workload], ways, rounds, steps, warm_up=1 if steps < 5 else 2)
     rows = []
     for way, of_rounds in times.items():
         for number, taken in enumerate(of_rounds):
@@ -48,13 +48,13 @@ def measure_times(workload: str, rounds: int, steps: int) -> list[Row]:
     return rows
 
 
-def measure_counts(workload: str) -> list[Row]:
+def measure_counts(workload: str, ways: Sequence[str]) -> list[Row]:
     """What each way does beyond plain training and a further forward and backward pass."""
     chosen = WORKLOADS[workload]
     size = sum(p.nbytes for p in chosen.model().parameters())
     plain, one_pass = count(chosen, "plain"), count_pass(chosen)
     rows = []
-    for way in [name for name in WAYS if name != "plain"]:
+    for way in [name for name in ways if name != "plain"]:
         further = 0 if way == "flooding" else 2 if way == "central" else 1
         found = count(chosen, way)
         values = {
@@ -94,7 +94,8 @@ def time_table(rows: Sequence[Row], clock: str) -> Table:
     timed = [workload for workload in WORKLOADS if workload in found]
     for workload in timed:
         table.add_column(workload.replace(", ", ",\n").replace("1,\n000 ", "1,000\n"), justify="right")
-    for way in WAYS:
+    found_ways = {row.way for row in rows if row.quantity == clock}
+    for way in [way for way in WAYS if way in found_ways]:
         table.add_row(way, *(_ratio(ratios(rows, workload, way, clock)) for workload in timed))
     plain = [[r.value for r in rows if (r.workload, r.way, r.quantity) == (w, "plain", clock)] for w in timed]
     table.add_section()
@@ -141,14 +142,16 @@ def import_line(rows: Sequence[Row]) -> str:
     return f"import pytorch_lightning: {without:.2f} s of the processor; and lightning_gr: {with_it - without:+.2f} s"
 
 
-def measure(workloads: Sequence[str], rounds: int, quick: bool, console: Console) -> Iterator[list[Row]]:
+def measure(
+    workloads: Sequence[str], ways: Sequence[str], rounds: int, quick: bool, console: Console
+) -> Iterator[list[Row]]:
     """The rows of one workload after the other, and of importing."""
     for workload in workloads:
         with quiet(), console.status(f"timing {workload}"):
-            rows = measure_times(workload, 1 if quick else rounds, 2 if quick else STEPS.get(workload, 3))
+            rows = measure_times(workload, ways, 1 if quick else rounds, 2 if quick else STEPS.get(workload, 3))
         if workload in COUNTED:
             with quiet(), console.status(f"counting {workload}"):
-                rows += measure_counts(workload)
+                rows += measure_counts(workload, ways)
         yield rows
     yield measure_imports(1 if quick else 3)
 
@@ -175,6 +178,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="how often each way has its turn, default: 5")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME")
+    others = [way for way in WAYS if way != "plain"]
+    parser.add_argument("--ways", nargs="+", choices=others, default=others, metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="one short round of the smallest model")
     parser.add_argument("--csv", type=Path, help="write all numbers to this file, after each model")
     parser.add_argument("--read", type=Path, help="show the numbers of such a file; measure nothing")
@@ -182,7 +187,7 @@ def main() -> None:
     console = Console()
     workloads = QUICK if args.quick else args.workloads
     rows = read_rows(args.read) if args.read else []
-    for more in [] if args.read else measure(workloads, args.rounds, args.quick, console):
+    for more in [] if args.read else measure(workloads, ["plain", *args.ways], args.rounds, args.quick, console):
         rows += more
         if args.csv:
             write_rows(rows, args.csv)

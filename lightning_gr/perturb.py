@@ -236,7 +236,7 @@ class Perturbation:
             torch._foreach_addcmul_(self._parts, grads, scales, value=step)
         elif grads:
             torch._foreach_add_(self._parts, grads, alpha=step)
-        self.swap.move(step, scaled=scales is not None, keep_gradients=self.update.keep != 0.0)
+        self.swap.move(step, scaled=scales is not None)
         if self.copy.check_resolution:
             self.copy.check_resolution = False
             warn_if_unmoved(self._parts, self.copy.tensors, grads)

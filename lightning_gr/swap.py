@@ -19,7 +19,7 @@ SMALLEST = 2**17
 
 
 def can_swap(param: Tensor) -> bool:
-    """Whether ``param`` and its gradient are plain, large and each alone in its storage.
+    """Whether ``param`` is plain, large and alone in its storage.
 
     On the CPU only: a captured CUDA graph, and the weights that cuDNN's recurrent layers have flattened, are read where
     they were. Views of a flat buffer, tied data, arrays that share memory and other aliases show in the number of users
@@ -33,9 +33,7 @@ def can_swap(param: Tensor) -> bool:
         and param.device.type == "cpu"
         and param.dtype == grad.dtype
         and param.dtype in (torch.float32, torch.float64)
-        and param.stride() == grad.stride()
         and _is_alone(param)
-        and _is_alone(grad)
     )
 
 
@@ -75,19 +73,18 @@ class WeightSwap:
                 spare.add_(eta)
             param.grad.mul_(spare)  # type: ignore[union-attr]
 
-    def move(self, step: float, *, scaled: bool, keep_gradients: bool) -> None:
+    def move(self, step: float, *, scaled: bool) -> None:
         """Point the parameters at θ + ``step`` · ``.grad``, times T if the gradients were ``scaled`` by it.
 
-        Gradients that need not be kept give their storage.
+        Not into the storage of gradients that need not be kept: allocating theirs anew would cost more.
         """
-        grads: list[Tensor] = [param.grad for param in self.params]  # type: ignore[misc]
-        targets = self._spares() if scaled or keep_gradients else grads
-        for param, original, grad, target in zip(self.params, self.originals, grads, targets, strict=True):
+        for param, original, spare in zip(self.params, self.originals, self._spares(), strict=True):
+            grad: Tensor = param.grad  # type: ignore[assignment]
             if scaled:
-                torch.addcmul(original, grad, target, value=step, out=target)
+                torch.addcmul(original, grad, spare, value=step, out=spare)
             else:
-                torch.add(original, grad, alpha=step, out=target)
-            param.data = target
+                torch.add(original, grad, alpha=step, out=spare)
+            param.data = spare
 
     def _spares(self) -> list[Tensor]:
         key = tuple((p.shape, p.stride(), p.dtype) for p in self.originals)
