@@ -103,7 +103,9 @@ def _mean(rows: Sequence[Row], way: str, quantity: str, constants: str | None = 
 
 def make_table(rows: Sequence[Row]) -> Table:
     """One row for each way."""
-    table = Table(title=f"digits, 20 % of the labels random, {STEPS} steps, {len(REPORTING)} seeds", **LOOK)
+    table = Table(
+        title=f"digits, 20 % of the labels random, {STEPS} steps, {len({r.seed for r in rows})} seeds", **LOOK
+    )
     for name in ("", "constants"):
         table.add_column(name)
     for name in ("cost", "accuracy", "sharpness"):

@@ -104,6 +104,8 @@ def time_table(rows: Sequence[Row], clock: str) -> Table:
 
 
 def _ratio(values: list[float]) -> str:
+    if not values:
+        return "–"
     if len(values) < 2:
         return f"{values[0]:.2f}"
     quartiles = statistics.quantiles(values, n=4, method="inclusive")

@@ -107,3 +107,31 @@ def test_page_shows_what_the_command_calculates(tmp_path):
     page = {line.strip() for line in (ROOT / "docs/scaling.md").read_text(encoding="utf-8").splitlines()}
     shown = [line.strip() for line in communication(tmp_path, "--calculate").splitlines()]
     assert [line for line in shown if line not in page] == []
+
+
+# --- the cost of a step
+
+
+DATA = [("step_cost", "step_cost.csv"), ("growth", "growth.csv"), ("cheaper", "cheaper.csv")]
+
+
+@pytest.mark.parametrize(("command", "data"), DATA)
+def test_performance_page_shows_its_data(command, data, tmp_path):
+    read = ["env", "COLUMNS=80", *PYTHON, ROOT / f"benchmarks/{command}.py", "--read", ROOT / "docs/data" / data]
+    codes, output = finish(tmp_path / "log", read, limit=LIMIT)
+    assert codes == [0], output[-3000:]
+    page = {line.strip() for line in (ROOT / "docs/performance.md").read_text(encoding="utf-8").splitlines()}
+    assert len(output.splitlines()) > 10
+    assert [line for line in output.splitlines() if line.strip() not in page or len(line) > 80] == []
+
+
+def test_cost_of_a_step_in_short(tmp_path):
+    flags = ["--quick", "--ways", "SAM", "double backward", "--csv", tmp_path / "cost.csv"]
+    codes, output = finish(tmp_path / "log", [*PYTHON, ROOT / "benchmarks/step_cost.py", *flags], limit=LIMIT)
+    assert codes == [0], output[-3000:]
+    with open(tmp_path / "cost.csv", newline="", encoding="utf-8") as file:
+        found = {(row["way"], row["quantity"]): float(row["value"]) for row in csv.DictReader(file)}
+    assert 0 < found["plain", "cpu"] < found["double backward", "cpu"]
+    assert round(found["SAM", "passes"], 1) == 4.0
+    assert found["SAM", "memory"] <= 1.1
+    assert "double backward" in output
