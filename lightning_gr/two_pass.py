@@ -65,6 +65,7 @@ def add_second_pass_(
     with _unchanged_gradients(excluded):
         if update.curvature:
             _add_exact_(update, targets, grads, replay, loss_scale, norm)
+        del grads  # lets a first gradient of which nothing is kept be freed before the second one is made
         if update.probes:
             _add_probes_(Perturbation(update, targets, copy, loss_scale, norm), replay)
 
