@@ -1,5 +1,7 @@
 """The algorithm through its functional form, without Lightning: the reference, the algebra, another package."""
 
+import weakref
+
 import pytest
 import pytorch_optimizer
 import reference
@@ -376,3 +378,22 @@ def test_gradients_with_nan_are_left_alone():
     assert len(calls) == 1
     assert all(g.isnan().all() for g in result.values())
     assert_same(weights(net), before)
+
+
+@pytest.mark.parametrize(("rule", "freed"), [(SAMRule(0.1), True), (GRRule(0.1, 0.1), True), (GRRule(0.1, 0.2), False)])
+def test_a_first_gradient_of_which_nothing_is_kept_is_freed(rule, freed):
+    """Before the second one is made, so that both are never there together."""
+    net, batch = mlp(), make_batches(1)[0]
+    first, calls = [], []
+
+    def loss():
+        calls.append(all(gone() is None for gone in first))
+        return cross_entropy(net, batch)
+
+    def backward(value):
+        value.backward()
+        if not first:
+            first.extend(weakref.ref(param.grad) for param in net.parameters())
+
+    regularized_backward(loss, net, rule, backward=backward)
+    assert calls == [True, freed]

@@ -1,0 +1,120 @@
+"""Sharpness at the end of the generalisation runs: largest eigenvalue and trace of the training loss's Hessian.
+
+`python examples/paper/sharpness.py` measures each run of results/generalisation.csv that results/sharpness.csv lacks.
+Weights that `generalisation.py` left in outputs/paper/states are read; others are trained again.
+"""
+
+import torch
+from common import (
+    COLOURS,
+    MARKS,
+    arguments,
+    console,
+    main,
+    mean_and_error,
+    new_figure,
+    new_table,
+    plus_minus,
+    read,
+    run_missing,
+    save,
+)
+from generalisation import TASKS, by_label, final_runs, make, state_file
+from tasks import train
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_gr import hessian_eigenvalue, hessian_trace
+
+
+def trained(args, task: str, method: str, epochs: int, seed: int, **chosen) -> tuple[nn.Module, tuple]:
+    """The network at the end of a run, in evaluation mode, and its training part."""
+    file = state_file(task, method, epochs, seed, **chosen)
+    if args.fast or not file.exists():
+        net, data = train(TASKS[task], make(method, **chosen), seed, epochs)
+        return net, data.train
+    net = TASKS[task].network().eval()
+    net.load_state_dict(torch.load(file, weights_only=True))
+    return net, TASKS[task].split(seed).train
+
+
+def measure(args, task: str, method: str, epochs: int, seed: int, **chosen) -> dict:
+    """At the last weights, on the whole training part with the labels that were trained on."""
+    net, (x, y) = trained(args, task, method, epochs, seed, **chosen)
+
+    def loss():
+        return nn.functional.cross_entropy(net(x), y)
+
+    grads = torch.autograd.grad(loss(), list(net.parameters()))
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        largest = hessian_eigenvalue(loss, net, tolerance=0.02, max_iterations=40)
+        trace = hessian_trace(loss, net, min_samples=5, max_samples=10, tolerance=0.05)
+    return {
+        "eigenvalue": largest.value,
+        "residual": largest.residual,
+        "trace": trace.value,
+        "trace_error": trace.standard_error,
+        "gradient_norm": torch.cat([grad.flatten() for grad in grads]).norm().item(),
+    }
+
+
+def show(task: str, rows: list[dict], epochs: int) -> None:
+    columns = ["largest eigenvalue", "trace", "‖∇L‖"]
+    made = new_table(
+        f"{task}: Hessian of the training loss at the end", ["method"], columns, "± is the standard error over seeds"
+    )
+    for name, group in by_label(rows, epochs).items():
+        values = [[row[key] for row in group] for key in ("eigenvalue", "trace", "gradient_norm")]
+        made.add_row(name, plus_minus(values[0], 2), plus_minus(values[1], 1), plus_minus(values[2], 3))
+    console.print(made)
+
+
+def draw(args, rows: list[dict], tests: list[dict]) -> None:
+    """Test accuracy over the largest eigenvalue, each method's mean."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure, axes = new_figure(1, len(tasks), 3.6 * len(tasks), 3.2)
+    accuracy = {key(row): row["accuracy"] for row in tests}
+    for one, task in zip(axes[0], tasks, strict=True):
+        found = [row for row in rows if row["task"] == task]
+        for name in dict.fromkeys(row["method"] for row in found):
+            group = [row for row in found if row["method"] == name and row["epochs"] == found[0]["epochs"]]
+            x, x_error = mean_and_error([row["eigenvalue"] for row in group])
+            y, y_error = mean_and_error([accuracy[key(row)] for row in group])
+            look = {"color": COLOURS[name], "marker": MARKS[name], "capsize": 2, "linestyle": "none"}
+            one.errorbar(x, y, xerr=x_error, yerr=y_error, label=name, **look)
+        one.set(xlabel="largest eigenvalue of the Hessian", ylabel="test accuracy (%)", title=task, xscale="log")
+        one.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        one.xaxis.set_major_formatter("{x:g}")
+        one.xaxis.set_minor_formatter(NullFormatter())
+    axes[0, -1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, args.figures, "sharpness")
+
+
+def key(row: dict) -> tuple:
+    return tuple(row[name] for name in ("task", "method", "gamma", "epsilon", "rho", "level", "epochs", "seed"))
+
+
+def experiment() -> None:
+    args = arguments(__doc__.splitlines()[0])
+    tests, runs = read(args.results / "generalisation.csv"), []
+    if not tests:
+        raise SystemExit("No runs to look at: run generalisation.py first, with the same --fast or --results")
+    for task in TASKS:
+        found = [row for row in tests if row["task"] == task]
+        if not found:
+            continue
+        selection = [row for row in read(args.results / "selection.csv") if row["task"] == task]
+        seeds = sorted({int(row["seed"]) for row in found})
+        runs += final_runs(task, int(min(row["epochs"] for row in found)), selection, seeds)
+    runs = runs[:3] if args.fast else runs
+    rows = run_missing(args, "sharpness", runs, lambda **run: measure(args, **run))
+    for task in dict.fromkeys(row["task"] for row in rows):
+        found = [row for row in rows if row["task"] == task]
+        show(task, found, min(row["epochs"] for row in found))
+    draw(args, rows, tests)
+
+
+if __name__ == "__main__":
+    main(experiment)
