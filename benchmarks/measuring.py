@@ -97,6 +97,8 @@ def time_steps(
             make_trainer(clock, *WAYS[way].callbacks()).fit(module, batches)
             times[way].append(clock.steps)
             module.zero_grad()
+            module.trainer = None  # which holds the optimizer's state and the callbacks' copies
+            gc.collect()
     return times
 
 

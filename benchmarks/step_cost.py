@@ -21,6 +21,7 @@ from ways import WAYS
 from workloads import WORKLOADS
 
 LOOK = {"box": SIMPLE, "title_justify": "left", "title_style": "bold", "padding": (0, 1), "pad_edge": False}
+NARROW = {**LOOK, "padding": (0, 1, 0, 0)}
 # steps in a round, besides one or two in front that are left out
 STEPS = {"MLP, 32": 12, "MLP, 256": 6, "100 M": 2}
 COUNTED = ("MLP, 32", "1,000 tensors")
@@ -88,15 +89,16 @@ def ratios(rows: Iterable[Row], workload: str, way: str, clock: str) -> list[flo
 def time_table(rows: Sequence[Row], clock: str) -> Table:
     """Ratios to plain training: median over rounds, and half of what lies between the quartiles."""
     title = {"cpu": "processor time", "wall": "time by the clock"}[clock]
-    table = Table(title=f"A step against one of plain training, {title}", **LOOK)
-    table.add_column("")
+    table = Table(title=f"A step against one of plain training, {title}", **NARROW)
+    table.add_column("", no_wrap=True)
     found = {row.workload for row in rows if row.quantity == clock}
     timed = [workload for workload in WORKLOADS if workload in found]
     for workload in timed:
-        table.add_column(workload.replace(", ", ",\n").replace("1,\n000 ", "1,000\n"), justify="right")
+        table.add_column(workload.replace(" ", "\n").replace("transformer", "trans-\nformer"), justify="right")
     found_ways = {row.way for row in rows if row.quantity == clock}
     for way in [way for way in WAYS if way in found_ways]:
-        table.add_row(way, *(_ratio(ratios(rows, workload, way, clock)) for workload in timed))
+        shown = way.replace("optimizer", "opt.")
+        table.add_row(shown, *(_ratio(ratios(rows, workload, way, clock)) for workload in timed))
     plain = [[r.value for r in rows if (r.workload, r.way, r.quantity) == (w, "plain", clock)] for w in timed]
     table.add_section()
     table.add_row("plain, in ms", *(f"{1000 * statistics.median(values):.1f}" for values in plain))
@@ -109,7 +111,9 @@ def _ratio(values: list[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.2f}"
     quartiles = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{quartiles[1]:.2f} ±{(quartiles[2] - quartiles[0]) / 2:.2f}".replace("±0", "±")
+    spread = (quartiles[2] - quartiles[0]) / 2
+    shown = f"{spread:.2f}".removeprefix("0") if spread < 1 else f"{spread:.1f}"
+    return f"{quartiles[1]:.2f}±{shown}"
 
 
 COUNTS = {"operators": "opera-\ntors", "passes": "passes", "syncs": "syncs", "memory": "memory"}
