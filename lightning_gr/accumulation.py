@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_gr.sharding import local_parts
-from lightning_gr.two_pass import Replay, Transform
+from lightning_gr.core.sharding import local_parts
+from lightning_gr.core.two_pass import Replay, Transform
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer

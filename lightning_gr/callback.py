@@ -9,19 +9,8 @@ from torch import Tensor
 from lightning_gr import checks
 from lightning_gr._compat import CallbackBase, skips_backward
 from lightning_gr.accumulation import HeldGradients, is_window_end
-from lightning_gr.display import show_end, show_start
-from lightning_gr.flood_callback import Flooding
-from lightning_gr.measures import (
-    BY_LAYER,
-    DEFAULT_METRICS,
-    METRICS,
-    OF_SECOND_GRADIENT,
-    check_metrics,
-    undefined_metrics,
-)
-from lightning_gr.perturb import WeightCopy
-from lightning_gr.recorder import Recorder, gradient_scale, loss_scale
-from lightning_gr.rules import (
+from lightning_gr.core.perturb import WeightCopy
+from lightning_gr.core.rules import (
     ACCUMULATIONS,
     Accumulation,
     GRRule,
@@ -33,8 +22,19 @@ from lightning_gr.rules import (
     check_bool,
     check_choice,
 )
+from lightning_gr.core.two_pass import add_second_pass_, check_exclude, match_names
+from lightning_gr.display import show_end, show_start
+from lightning_gr.flood_callback import Flooding
+from lightning_gr.measures import (
+    BY_LAYER,
+    DEFAULT_METRICS,
+    METRICS,
+    OF_SECOND_GRADIENT,
+    check_metrics,
+    undefined_metrics,
+)
+from lightning_gr.recorder import Recorder, gradient_scale, loss_scale
 from lightning_gr.steps import OptimizerSteps
-from lightning_gr.two_pass import add_second_pass_, check_exclude, match_names
 from lightning_gr.watch import StepWatch
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class TwoPassCallback(CallbackBase):
     """What the methods with a second pass share. Not to be used by itself: give it a rule.
 
     Args:
-        rule: The method, see :mod:`lightning_gr.rules`.
+        rule: The method, see :mod:`lightning_gr.core.rules`.
         start_step: The first optimizer step (counted from 0) that is regularized.
         interval: Every how many optimizer steps from there.
         warmup_steps: Over how many optimizer steps from there the penalty (the radius) grows linearly from 0.

@@ -7,7 +7,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_gr._compat import REFUSED_STRATEGIES, SUPPORTED_STRATEGIES, is_a
-from lightning_gr.rules import Rule, check_number
+from lightning_gr.core.rules import Rule, check_number
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

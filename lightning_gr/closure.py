@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gr.flooding import flood_gradient_
+from lightning_gr.core.flooding import flood_gradient_
+from lightning_gr.core.perturb import WeightCopy
+from lightning_gr.core.rules import Rule
+from lightning_gr.core.two_pass import Transform, add_second_pass_, check_exclude, extract_loss, match_names
 from lightning_gr.isolation import ModuleState, RandomState, StatefulModules, second_pass
-from lightning_gr.perturb import WeightCopy
-from lightning_gr.rules import Rule
-from lightning_gr.two_pass import Transform, add_second_pass_, check_exclude, extract_loss, match_names
 
 __all__ = ["ClosurePasses", "regularized_backward"]
 
@@ -61,7 +61,7 @@ class ClosurePasses:
         return loss.detach()
 
     def replay(self, transform: Transform, last: bool = True) -> None:
-        """Evaluate again, see :class:`~lightning_gr.two_pass.Replay`."""
+        """Evaluate again, see :class:`~lightning_gr.core.two_pass.Replay`."""
         with second_pass(self.modules, self._before, self.devices, muted=self.muted):
             self._numbers.restore()
             with nullcontext() if last else self.without_sync():

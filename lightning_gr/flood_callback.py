@@ -8,13 +8,13 @@ from torch import Tensor
 from lightning_gr import checks
 from lightning_gr._compat import CallbackBase, will_log
 from lightning_gr.accumulation import is_window_end
+from lightning_gr.core.flooding import flood_gradient_
+from lightning_gr.core.rules import check_bool
+from lightning_gr.core.sharding import mean_over_ranks
 from lightning_gr.display import show_flooding_end, show_flooding_start
-from lightning_gr.flooding import flood_gradient_
 from lightning_gr.isolation import in_second_pass
 from lightning_gr.measures import check_metrics
 from lightning_gr.recorder import loss_scale
-from lightning_gr.rules import check_bool
-from lightning_gr.sharding import mean_over_ranks
 from lightning_gr.watch import StepLog
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gr._compat import is_error_node
+from lightning_gr.core.perturb import WeightCopy
+from lightning_gr.core.rules import check_choice
+from lightning_gr.core.tensors import inner_product, wide
+from lightning_gr.core.two_pass import extract_loss
 from lightning_gr.isolation import ModuleState, RandomState, StatefulModules, deferred_signals, second_pass
-from lightning_gr.perturb import WeightCopy
-from lightning_gr.rules import check_choice
-from lightning_gr.two_pass import extract_loss
-from lightning_gr.vectors import inner_product, wide
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gr._compat import logged_results
-from lightning_gr.sharding import local_parts
+from lightning_gr.core.sharding import local_parts
 
 __all__ = ["ModuleState", "RandomState", "StatefulModules", "deferred_signals", "in_second_pass", "second_pass"]
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gr.perturb import tensor_norms, wide_dtype
-from lightning_gr.rules import Rule, Update
-from lightning_gr.sharding import by_layout, local_parts, sum_over_ranks
-from lightning_gr.two_pass import Replay, Transform
-from lightning_gr.vectors import inner_product
+from lightning_gr.core.perturb import tensor_norms, wide_dtype
+from lightning_gr.core.rules import Rule, Update
+from lightning_gr.core.sharding import by_layout, local_parts, sum_over_ranks
+from lightning_gr.core.tensors import inner_product
+from lightning_gr.core.two_pass import Replay, Transform
 
 __all__ = [
     "BY_LAYER",
@@ -99,7 +99,7 @@ def layer_norms(layers: Mapping[str, Sequence[Tensor]], scale: Tensor | None = N
 
 
 class Measurement:
-    """Looks on while :func:`~lightning_gr.two_pass.add_second_pass_` works.
+    """Looks on while :func:`~lightning_gr.core.two_pass.add_second_pass_` works.
 
     With g₀ the first gradient, and g = a·g₀ + Σ bₖ·∇L(θ + sₖ d) what the second pass makes of it, all that is known of
     the second gradient is in h = g − (a + Σ bₖ)·g₀, for which g₀ must be kept: that is one set of the size of the

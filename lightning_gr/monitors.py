@@ -18,12 +18,12 @@ from lightning_gr._compat import (
     lightning_attributes,
     will_log,
 )
+from lightning_gr.core.perturb import global_norm
+from lightning_gr.core.rules import check_bool, check_choice, check_int, check_number
 from lightning_gr.hessian import HESSIAN_METHODS, HessianMethod, HessianProducts
 from lightning_gr.isolation import StatefulModules
 from lightning_gr.measures import layer_norms, layers_of
-from lightning_gr.perturb import global_norm
 from lightning_gr.recorder import loss_scale, rebuild
-from lightning_gr.rules import check_bool, check_choice, check_int, check_number
 from lightning_gr.sharpness import HessianEigenvalue, HessianTrace, estimate_trace, lanczos
 from lightning_gr.watch import StepLog
 

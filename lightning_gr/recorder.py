@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_gr._compat import is_a, lightning_attributes
+from lightning_gr.core.two_pass import Transform, extract_loss
 from lightning_gr.isolation import ModuleState, RandomState, StatefulModules, second_pass
-from lightning_gr.two_pass import Transform, extract_loss
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -177,7 +177,7 @@ class Recorder:
         return strategy.block_backward_sync() if is_a(strategy, "ParallelStrategy") else nullcontext()
 
     def replay(self, transform: Transform, last: bool = True) -> None:
-        """Make the calls of the window again, see :class:`~lightning_gr.two_pass.Replay`."""
+        """Make the calls of the window again, see :class:`~lightning_gr.core.two_pass.Replay`."""
         self._unsynced.close()
         if not self._calls:
             return

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_gr.core.rules import check_int, check_number
+from lightning_gr.core.tensors import inner_product, random_signs, random_unit
 from lightning_gr.hessian import HessianMethod, HessianProducts
-from lightning_gr.rules import check_int, check_number
-from lightning_gr.vectors import inner_product, random_signs, random_unit
 
 __all__ = ["HessianEigenvalue", "HessianTrace", "estimate_trace", "hessian_eigenvalue", "hessian_trace", "lanczos"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_gr.core.rules import check_int, check_number
+from lightning_gr.core.tensors import inner_product, random_unit
 from lightning_gr.hessian import LossAround
-from lightning_gr.rules import check_int, check_number
-from lightning_gr.vectors import inner_product, random_unit
 
 __all__ = ["LossSlice", "draw_slices", "filter_normalized", "loss_slice", "plot_slices"]
 

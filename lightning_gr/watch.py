@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_gr._compat import forget_logged, will_log
+from lightning_gr.core.perturb import global_norm
+from lightning_gr.core.sharding import mean_over_ranks
 from lightning_gr.measures import BY_LAYER, Measurement, layer_norms, layers_of
-from lightning_gr.perturb import global_norm
-from lightning_gr.sharding import mean_over_ranks
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gr import SAM, GradientRegularization, GRRule, SAMRule
-from lightning_gr.rules import SCHEMES
+from lightning_gr.core.rules import SCHEMES
 
 FEATURES, CLASSES = 5, 3
 

@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_gr import SAM, Flooding, GradientRegularization, GRRule, SAMRule
-from lightning_gr.rules import Schedule
+from lightning_gr.core.rules import Schedule
 
 nan, inf = float("nan"), float("inf")
 not_numbers = ["0.1", None, True, [0.1], nan, inf, -inf, -0.1, torch.tensor(0.1)]

@@ -12,9 +12,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_gr import SAM, GradientRegularization, swap
-from lightning_gr.perturb import WeightCopy
-from lightning_gr.two_pass import add_second_pass_
+from lightning_gr import SAM, GradientRegularization
+from lightning_gr.core import storage as swap
+from lightning_gr.core.perturb import WeightCopy
+from lightning_gr.core.two_pass import add_second_pass_
 
 ROOT = Path(__file__).parent.parent
 MOVING = [name for name, method in METHODS.items() if method.rule.update().probes]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from modules import assert_same, cross_entropy, gradients, make_batches, mlp
 
 from lightning_gr import flood
-from lightning_gr.flooding import flood_gradient_
+from lightning_gr.core.flooding import flood_gradient_
 
 numbers = st.floats(-10, 10)
 

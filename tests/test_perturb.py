@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from modules import assert_near
 
-from lightning_gr.perturb import Perturbation, WeightCopy, direction_factor, global_norm, inverse, tensor_norms
-from lightning_gr.rules import Probe, Update
+from lightning_gr.core.perturb import Perturbation, WeightCopy, direction_factor, global_norm, inverse, tensor_norms
+from lightning_gr.core.rules import Probe, Update
 
 shapes = st.lists(st.sampled_from([(), (1,), (3,), (2, 3), (0,)]), min_size=1, max_size=4)
 DIRECTIONS = ["gradient", "normalized", "adaptive"]

@@ -22,8 +22,8 @@ from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 
 from lightning_gr import SAM, Flooding, GradientRegularization, in_second_pass, regularized_backward
-from lightning_gr.perturb import WeightCopy
-from lightning_gr.two_pass import add_second_pass_
+from lightning_gr.core.perturb import WeightCopy
+from lightning_gr.core.two_pass import add_second_pass_
 
 FIRST_ORDER = [name for name in METHODS if "exact" not in name]
 SPREAD = ["forward GR", "backward norm penalty", "central GR", "exact norm penalty", "SAM", "ASAM with eta"]

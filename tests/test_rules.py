@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gr import GRRule, SAMRule
-from lightning_gr.rules import SCHEMES, Probe, Schedule, Update
+from lightning_gr.core.rules import SCHEMES, Probe, Schedule, Update
 
 positive = st.floats(1e-4, 1e2)
 strengths = st.floats(0.0, 1.0)

@@ -10,8 +10,8 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_gr import hessian_eigenvalue, hessian_trace, in_second_pass
+from lightning_gr.core.tensors import random_unit
 from lightning_gr.hessian import HessianProducts
-from lightning_gr.vectors import random_unit
 
 
 class FirstOrder(torch.autograd.Function):

@@ -9,10 +9,11 @@ from modules import METHODS, TinyModule, assert_same, cross_entropy, fit, gradie
 from test_interruptions import MOVING, Interrupter, second_pass_of
 from torch import nn
 
-from lightning_gr import SAMRule, in_second_pass, regularized_backward, swap
+from lightning_gr import SAMRule, in_second_pass, regularized_backward
 from lightning_gr._compat import storage_uses
-from lightning_gr.perturb import Perturbation, WeightCopy
-from lightning_gr.rules import Update
+from lightning_gr.core import storage as swap
+from lightning_gr.core.perturb import Perturbation, WeightCopy
+from lightning_gr.core.rules import Update
 
 LARGE = (256, 256)
 

@@ -23,8 +23,8 @@ from modules import (
 from torch import nn
 
 from lightning_gr import GRRule, SAMRule, flood, regularized_backward
-from lightning_gr.rules import SCHEMES
-from lightning_gr.two_pass import match_names
+from lightning_gr.core.rules import SCHEMES
+from lightning_gr.core.two_pass import match_names
 
 
 def regularized(net, batch, rule, *, loss=cross_entropy, **options):

@@ -13,9 +13,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from lightning_gr.rules import Update
-from lightning_gr.sharding import by_layout, local_parts, norm_over_ranks
-from lightning_gr.swap import WeightSwap, can_swap
+from lightning_gr.core.rules import Update
+from lightning_gr.core.sharding import by_layout, local_parts, norm_over_ranks
+from lightning_gr.core.storage import WeightSwap, can_swap
 
 __all__ = ["Perturbation", "WeightCopy", "direction_factor", "global_norm", "tensor_norms", "wide_dtype"]
 
@@ -154,8 +154,8 @@ def _finite(number: float) -> float:
 class Perturbation:
     """A context in which the weights may be moved along the direction d, and after which they are what they were.
 
-    Entering copies the weights, but for those that can be swapped (:mod:`lightning_gr.swap`). The first :meth:`move_to`
-    needs no buffer for d: it takes ``.grad`` times a number, or where that number is on an accelerator turns ``.grad``
+    Entering copies the weights, but for those that can be swapped (:mod:`lightning_gr.core.storage`). The first
+    :meth:`move_to` needs no buffer for d: it takes ``.grad`` times a number, or where that number is on an accelerator turns ``.grad``
     into d for a moment, since it is about to be multiplied by ``keep`` anyway. A later one reflects or stretches the
     displacement that the weights already have. Leaving restores the weights, whatever happened in between.
 

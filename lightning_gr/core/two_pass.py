@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_gr.core.perturb import Perturbation, WeightCopy, direction_factor, global_norm, scale_
+from lightning_gr.core.rules import Update
+from lightning_gr.core.sharding import is_distributed, settle_gradients
 from lightning_gr.isolation import deferred_signals
-from lightning_gr.perturb import Perturbation, WeightCopy, direction_factor, global_norm, scale_
-from lightning_gr.rules import Update
-from lightning_gr.sharding import is_distributed, settle_gradients
 
 __all__ = ["Observer", "Replay", "add_second_pass_", "check_exclude", "extract_loss", "match_names"]
 

@@ -1,0 +1,268 @@
+"""The update family: every method is one step with other constants. Pure: no Lightning, no tensors.
+
+All methods of this package replace the gradient of the training loss by
+
+    g = keep · ∇L(θ) + Σₖ weightₖ · ∇L(θ + stepₖ · d) + curvature · H d,      d = direction(∇L(θ))
+
+An :class:`Update` is one row of that table. A rule (:class:`GRRule`, :class:`SAMRule`) holds what a user sets and
+makes the row for a given strength of the penalty, and :class:`Schedule` says which steps get one.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+__all__ = [
+    "ACCUMULATIONS",
+    "SCHEMES",
+    "Accumulation",
+    "Direction",
+    "GRRule",
+    "Probe",
+    "Rule",
+    "SAMRule",
+    "Schedule",
+    "Scheme",
+    "Update",
+]
+
+Scheme = Literal["forward", "backward", "central", "exact"]
+Direction = Literal["gradient", "normalized", "adaptive"]
+Accumulation = Literal["window", "micro_batch"]
+
+SCHEMES: tuple[Scheme, ...] = ("forward", "backward", "central", "exact")
+ACCUMULATIONS: tuple[Accumulation, ...] = ("window", "micro_batch")
+
+
+def check_number(name: str, value: object, *, positive: bool) -> None:
+    """Refuse anything but a finite number of the right sign, bool included (a YAML ``yes`` is no radius)."""
+    allowed = "a positive float" if positive else "a non-negative float"
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0 or (positive and value == 0):  # type: ignore[operator,arg-type]
+        raise ValueError(f"Expected argument `{name}` to be {allowed} but got {value!r}")
+
+
+def check_int(name: str, value: object, *, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"Expected argument `{name}` to be an integer of at least {minimum} but got {value!r}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Refuse anything but True and False (a string such as ``"false"`` is true)."""
+    if not isinstance(value, bool):
+        raise ValueError(f"Expected argument `{name}` to be True or False but got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse anything but one of ``choices``."""
+    if value not in choices:
+        allowed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"Expected argument `{name}` to be one of {allowed} but got {value!r}")
+
+
+class Probe(NamedTuple):
+    """One further gradient: taken at θ + ``step`` · d, added with ``weight``."""
+
+    step: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class Update:
+    """One row of the table: g = keep · ∇L(θ) + Σ weight · ∇L(θ + step · d) + curvature · H d.
+
+    Args:
+        direction: d, from the gradient g₀ = ∇L(θ): ``"gradient"`` is g₀, ``"normalized"`` is g₀/‖g₀‖, ``"adaptive"``
+            is (|θ|+η)² ⊙ g₀ / ‖(|θ|+η) ⊙ g₀‖.
+        keep: The coefficient of the clean gradient.
+        probes: The further gradients.
+        curvature: The coefficient of the Hessian-vector product H d by double backward.
+        eta: η of the adaptive direction.
+
+    Raises:
+        ValueError: If an adaptive direction, which uses up the first gradient, is to keep a part of it.
+    """
+
+    direction: Direction
+    keep: float
+    probes: tuple[Probe, ...] = ()
+    curvature: float = 0.0
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.direction == "adaptive" and (self.keep or self.curvature):
+            raise ValueError("Expected `keep` and `curvature` to be 0 with the adaptive direction, as in ASAM")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is g = ∇L(θ), so that no second pass is needed."""
+        moves = any(probe.step != 0.0 and probe.weight != 0.0 for probe in self.probes)
+        return not moves and self.curvature == 0.0
+
+
+class Rule(Protocol):
+    """What a user sets. Anything with these two members can be trained with."""
+
+    def update(self, strength: float = 1.0) -> Update:
+        """The row of the table, with the penalty (or the radius) multiplied by ``strength``."""
+        ...
+
+    @property
+    def equation(self) -> str:
+        """The gradient that the optimizer sees, in one line."""
+        ...
+
+
+@dataclass(frozen=True)
+class GRRule:
+    """Gradient regularization: the gradient of L(θ) + (γ/2)‖∇L(θ)‖², by finite differences or exactly.
+
+    ======== ========= ==============================================================
+    scheme   passes    g
+    ======== ========= ==============================================================
+    forward  2         (1 − γ/ε) ∇L(θ) + (γ/ε) ∇L(θ + ε d)
+    backward 2         (1 + γ/ε) ∇L(θ) − (γ/ε) ∇L(θ − ε d)
+    central  3         ∇L(θ) + (γ/2ε) (∇L(θ + ε d) − ∇L(θ − ε d))
+    exact    1 + DB    ∇L(θ) + γ H d (double backward)
+    ======== ========= ==============================================================
+
+    with d = ∇L(θ), or d = ∇L(θ)/‖∇L(θ)‖ if ``normalize``, which penalizes γ‖∇L(θ)‖ (Zhao et al. 2022).
+
+    Args:
+        gamma: The strength γ ≥ 0 of the penalty. 0 is plain training.
+        epsilon: The step ε > 0 of the finite difference; its unit is that of the parameters per unit of d.
+        scheme: One of ``"forward"``, ``"backward"``, ``"central"``, ``"exact"``.
+        normalize: Penalize the norm of the gradient instead of half of its square.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Source: Karakida, Takase, Hayase & Osawa (ICML 2023, arXiv 2210.02720), F-GR and B-GR; Zhao, Zhang & Hu
+    (ICML 2022, arXiv 2202.03599), the gradient-norm penalty.
+
+    Example::
+
+        >>> GRRule(gamma=0.1, epsilon=0.2).update()
+        Update(direction='gradient', keep=0.5, probes=(Probe(step=0.2, weight=0.5),), curvature=0.0, eta=0.0)
+    """
+
+    gamma: float = 0.05
+    epsilon: float = 0.05
+    scheme: Scheme = "forward"
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("gamma", self.gamma, positive=False)
+        check_number("epsilon", self.epsilon, positive=True)
+        check_choice("scheme", self.scheme, SCHEMES)
+        check_bool("normalize", self.normalize)
+
+    def update(self, strength: float = 1.0) -> Update:
+        """The row of the table for the penalty ``strength`` · γ; ε is not scaled."""
+        direction: Direction = "normalized" if self.normalize else "gradient"
+        gamma, epsilon = strength * self.gamma, self.epsilon
+        ratio = gamma / epsilon
+        if self.scheme == "forward":
+            return Update(direction, 1.0 - ratio, (Probe(epsilon, ratio),))
+        if self.scheme == "backward":
+            return Update(direction, 1.0 + ratio, (Probe(-epsilon, -ratio),))
+        if self.scheme == "central":
+            return Update(direction, 1.0, (Probe(epsilon, ratio / 2), Probe(-epsilon, -ratio / 2)))
+        return Update(direction, 1.0, curvature=gamma)
+
+    @property
+    def equation(self) -> str:
+        """The gradient that the optimizer sees, in one line."""
+        d = "∇L(θ)/‖∇L(θ)‖" if self.normalize else "∇L(θ)"
+        return {
+            "forward": f"(1 − γ/ε) ∇L(θ) + (γ/ε) ∇L(θ + ε {d})",
+            "backward": f"(1 + γ/ε) ∇L(θ) − (γ/ε) ∇L(θ − ε {d})",
+            "central": f"∇L(θ) + (γ/2ε) [∇L(θ + ε {d}) − ∇L(θ − ε {d})]",
+            "exact": f"∇L(θ) + γ H {d}",
+        }[self.scheme]
+
+
+@dataclass(frozen=True)
+class SAMRule:
+    """Sharpness-aware minimization: g = ∇L(θ + ρ d), the gradient at the (first-order) worst point of a ball.
+
+    Args:
+        rho: The radius ρ ≥ 0, in the unit of the parameters' norm (of the relative norm if ``adaptive``).
+        adaptive: Use ASAM's scaled ball: d = (|θ|+η)² ⊙ ∇L / ‖(|θ|+η) ⊙ ∇L‖ instead of ∇L/‖∇L‖.
+        eta: η ≥ 0 of ASAM.
+
+    Raises:
+        ValueError: If an argument is out of its range, or ``eta`` is given without ``adaptive``.
+
+    Source: Foret, Kleiner, Mobahi & Neyshabur (ICLR 2021, arXiv 2010.01412); Kwon, Kim, Park & Choi (ICML 2021,
+    arXiv 2102.11600).
+
+    Example::
+
+        >>> SAMRule(rho=0.1).update()
+        Update(direction='normalized', keep=0.0, probes=(Probe(step=0.1, weight=1.0),), curvature=0.0, eta=0.0)
+    """
+
+    rho: float = 0.05
+    adaptive: bool = False
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("rho", self.rho, positive=False)
+        check_bool("adaptive", self.adaptive)
+        check_number("eta", self.eta, positive=False)
+        if self.eta and not self.adaptive:
+            raise ValueError(f"Expected argument `eta` to be 0 without `adaptive=True` but got {self.eta!r}")
+
+    def update(self, strength: float = 1.0) -> Update:
+        """The row of the table for the radius ``strength`` · ρ."""
+        direction: Direction = "adaptive" if self.adaptive else "normalized"
+        return Update(direction, 0.0, (Probe(strength * self.rho, 1.0),), eta=self.eta)
+
+    @property
+    def equation(self) -> str:
+        """The gradient that the optimizer sees, in one line."""
+        return "∇L(θ + ρ T²∇L/‖T∇L‖), T = |θ| + η" if self.adaptive else "∇L(θ + ρ ∇L(θ)/‖∇L(θ)‖)"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which optimizer steps are regularized, and how strongly.
+
+    Args:
+        start_step: The first optimizer step (counted from 0) that is regularized.
+        interval: Every how many optimizer steps from there.
+        warmup_steps: Over how many optimizer steps from there the strength grows linearly from 0 to 1.
+        lazy: Whether the steps that are regularized stand for those between: the strength is ``interval`` times as
+            much (lazy regularization; Karras et al., CVPR 2020, arXiv 1912.04958, section 3.1).
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example::
+
+        >>> schedule = Schedule(start_step=10, interval=5, warmup_steps=20)
+        >>> schedule.due(9), schedule.due(10), schedule.due(12), schedule.strength(15)
+        (False, True, False, 0.25)
+    """
+
+    start_step: int = 0
+    interval: int = 1
+    warmup_steps: int = 0
+    lazy: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("start_step", self.start_step, minimum=0)
+        check_int("interval", self.interval, minimum=1)
+        check_bool("lazy", self.lazy)
+        check_int("warmup_steps", self.warmup_steps, minimum=0)
+
+    def due(self, step: int) -> bool:
+        """Whether optimizer step ``step`` is one of those to regularize."""
+        return step >= self.start_step and (step - self.start_step) % self.interval == 0
+
+    def strength(self, step: int) -> float:
+        """The factor of the penalty at optimizer step ``step``, from 0 to 1; to ``interval`` if ``lazy``."""
+        elapsed = max(0, step - self.start_step)
+        ramp = min(1.0, elapsed / self.warmup_steps) if self.warmup_steps else 1.0
+        return ramp * self.interval if self.lazy else ramp
