@@ -12,9 +12,9 @@ from lightning_gr.core.flooding import flood_gradient_
 from lightning_gr.core.rules import check_bool
 from lightning_gr.core.sharding import mean_over_ranks
 from lightning_gr.display import show_flooding_end, show_flooding_start
-from lightning_gr.isolation import in_second_pass
 from lightning_gr.measures import check_metrics
 from lightning_gr.recorder import loss_scale
+from lightning_gr.replay.isolation import in_second_pass
 from lightning_gr.watch import StepLog
 
 if TYPE_CHECKING:

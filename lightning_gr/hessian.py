@@ -13,7 +13,7 @@ from lightning_gr.core.perturb import WeightCopy
 from lightning_gr.core.rules import check_choice
 from lightning_gr.core.tensors import inner_product, wide
 from lightning_gr.core.two_pass import extract_loss
-from lightning_gr.isolation import ModuleState, RandomState, StatefulModules, deferred_signals, second_pass
+from lightning_gr.replay.isolation import ModuleState, RandomState, StatefulModules, deferred_signals, second_pass
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -12,15 +12,15 @@ from lightning_gr._compat import is_a, lightning_attributes
 from lightning_gr.accumulation import HeldGradients
 from lightning_gr.callback import TwoPassCallback
 from lightning_gr.checks import check_level
-from lightning_gr.closure import ClosurePasses
 from lightning_gr.core.flooding import flood_gradient_
 from lightning_gr.core.perturb import WeightCopy, scale_
 from lightning_gr.core.rules import Rule, Update
 from lightning_gr.core.two_pass import add_second_pass_
 from lightning_gr.flood_callback import Flooding
-from lightning_gr.isolation import StatefulModules
 from lightning_gr.measures import Measurement
 from lightning_gr.recorder import loss_scale
+from lightning_gr.replay.closure import ClosurePasses
+from lightning_gr.replay.isolation import StatefulModules
 
 if TYPE_CHECKING:
     # what the mixin is mixed into; at run time it inherits from nothing, so that it works in both namespaces

@@ -21,9 +21,9 @@ from lightning_gr._compat import (
 from lightning_gr.core.perturb import global_norm
 from lightning_gr.core.rules import check_bool, check_choice, check_int, check_number
 from lightning_gr.hessian import HESSIAN_METHODS, HessianMethod, HessianProducts
-from lightning_gr.isolation import StatefulModules
 from lightning_gr.measures import layer_norms, layers_of
 from lightning_gr.recorder import loss_scale, rebuild
+from lightning_gr.replay.isolation import StatefulModules
 from lightning_gr.sharpness import HessianEigenvalue, HessianTrace, estimate_trace, lanczos
 from lightning_gr.watch import StepLog
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_gr._compat import is_a, lightning_attributes
 from lightning_gr.core.two_pass import Transform, extract_loss
-from lightning_gr.isolation import ModuleState, RandomState, StatefulModules, second_pass
+from lightning_gr.replay.isolation import ModuleState, RandomState, StatefulModules, second_pass
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

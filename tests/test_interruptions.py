@@ -19,9 +19,10 @@ from modules import (
 )
 from pytorch_lightning.callbacks import OnExceptionCheckpoint
 
-from lightning_gr import in_second_pass, isolation
+from lightning_gr import in_second_pass
 from lightning_gr.core.perturb import WeightCopy
 from lightning_gr.core.two_pass import add_second_pass_
+from lightning_gr.replay import isolation
 
 MOVING = ["forward GR", "backward GR", "central norm penalty", "SAM", "ASAM with eta"]
 STOPS = {

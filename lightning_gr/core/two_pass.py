@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_gr.core.perturb import Perturbation, WeightCopy, direction_factor, global_norm, scale_
 from lightning_gr.core.rules import Update
 from lightning_gr.core.sharding import is_distributed, settle_gradients
-from lightning_gr.isolation import deferred_signals
+from lightning_gr.replay.isolation import deferred_signals
 
 __all__ = ["Observer", "Replay", "add_second_pass_", "check_exclude", "extract_loss", "match_names"]
 

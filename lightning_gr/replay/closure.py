@@ -11,7 +11,7 @@ from lightning_gr.core.flooding import flood_gradient_
 from lightning_gr.core.perturb import WeightCopy
 from lightning_gr.core.rules import Rule
 from lightning_gr.core.two_pass import Transform, add_second_pass_, check_exclude, extract_loss, match_names
-from lightning_gr.isolation import ModuleState, RandomState, StatefulModules, second_pass
+from lightning_gr.replay.isolation import ModuleState, RandomState, StatefulModules, second_pass
 
 __all__ = ["ClosurePasses", "regularized_backward"]
 

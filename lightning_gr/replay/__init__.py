@@ -1,0 +1,1 @@
+"""Evaluating a loss again from the same start, without a trace."""
