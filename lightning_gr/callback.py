@@ -23,9 +23,10 @@ from lightning_gr.core.rules import (
     check_choice,
 )
 from lightning_gr.core.two_pass import add_second_pass_, check_exclude, match_names
-from lightning_gr.display import show_end, show_start
 from lightning_gr.flood_callback import Flooding
-from lightning_gr.measures import (
+from lightning_gr.recorder import Recorder, gradient_scale, loss_scale
+from lightning_gr.report.display import show_end, show_start
+from lightning_gr.report.measurement import (
     BY_LAYER,
     DEFAULT_METRICS,
     METRICS,
@@ -33,9 +34,8 @@ from lightning_gr.measures import (
     check_metrics,
     undefined_metrics,
 )
-from lightning_gr.recorder import Recorder, gradient_scale, loss_scale
+from lightning_gr.report.step_report import StepWatch
 from lightning_gr.steps import OptimizerSteps
-from lightning_gr.watch import StepWatch
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -55,7 +55,7 @@ class TwoPassCallback(CallbackBase):
         exclude: Shell-style patterns over parameter names. Such parameters are neither perturbed nor regularized.
         ascent_sync: Whether the first gradient is averaged over devices before it gives the direction.
         accumulation: Whether an accumulation window is regularized as a whole or micro-batch by micro-batch.
-        metrics: What to log on the steps that Lightning logs, see :mod:`lightning_gr.measures`.
+        metrics: What to log on the steps that Lightning logs, see :mod:`lightning_gr.report.measurement`.
         prefix: What the keys of the metrics begin with.
         prog_bar: Whether the gradient norm is shown in the progress bar.
         verbose: Whether to show a panel before training and a table after it.

@@ -149,7 +149,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _plot(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         return _fail("plots need matplotlib: pip install 'lightning_gr[plot]'")
-    from lightning_gr.plotting import PlotError, run_plot
+    from lightning_gr.report.plotting import PlotError, run_plot
 
     try:
         run_plot(args.runs, args.output, args.keys, args.names, args.smooth)

@@ -11,11 +11,11 @@ from lightning_gr.accumulation import is_window_end
 from lightning_gr.core.flooding import flood_gradient_
 from lightning_gr.core.rules import check_bool
 from lightning_gr.core.sharding import mean_over_ranks
-from lightning_gr.display import show_flooding_end, show_flooding_start
-from lightning_gr.measures import check_metrics
 from lightning_gr.recorder import loss_scale
 from lightning_gr.replay.isolation import in_second_pass
-from lightning_gr.watch import StepLog
+from lightning_gr.report.display import show_flooding_end, show_flooding_start
+from lightning_gr.report.measurement import check_metrics
+from lightning_gr.report.step_report import StepLog
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

@@ -17,10 +17,10 @@ from lightning_gr.core.perturb import WeightCopy, scale_
 from lightning_gr.core.rules import Rule, Update
 from lightning_gr.core.two_pass import add_second_pass_
 from lightning_gr.flood_callback import Flooding
-from lightning_gr.measures import Measurement
 from lightning_gr.recorder import loss_scale
 from lightning_gr.replay.closure import ClosurePasses
 from lightning_gr.replay.isolation import StatefulModules
+from lightning_gr.report.measurement import Measurement
 
 if TYPE_CHECKING:
     # what the mixin is mixed into; at run time it inherits from nothing, so that it works in both namespaces

@@ -21,11 +21,11 @@ from lightning_gr._compat import (
 from lightning_gr.core.perturb import global_norm
 from lightning_gr.core.rules import check_bool, check_choice, check_int, check_number
 from lightning_gr.hessian import HESSIAN_METHODS, HessianMethod, HessianProducts
-from lightning_gr.measures import layer_norms, layers_of
 from lightning_gr.recorder import loss_scale, rebuild
 from lightning_gr.replay.isolation import StatefulModules
+from lightning_gr.report.measurement import layer_norms, layers_of
+from lightning_gr.report.step_report import StepLog
 from lightning_gr.sharpness import HessianEigenvalue, HessianTrace, estimate_trace, lanczos
-from lightning_gr.watch import StepLog
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

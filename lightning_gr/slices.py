@@ -102,7 +102,7 @@ def draw_slices(slices: Mapping[str, LossSlice], logarithmic: bool = False) -> A
         slices: By the names that the legend gives them.
         logarithmic: Whether the loss gets a logarithmic axis.
     """
-    from lightning_gr.plotting import COLOURS, STYLES, new_figure
+    from lightning_gr.report.plotting import COLOURS, STYLES, new_figure
 
     names = list(next(iter(slices.values())).losses)
     figure, pictures = new_figure(len(names))
@@ -131,6 +131,6 @@ def plot_slices(slices: Mapping[str, LossSlice], path: Path | str, logarithmic: 
     Raises:
         PlotError: If the suffix is unknown or the file cannot be written.
     """
-    from lightning_gr.plotting import save
+    from lightning_gr.report.plotting import save
 
     save(draw_slices(slices, logarithmic), Path(path))

@@ -11,8 +11,8 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torchmetrics import MetricCollection
 
 from lightning_gr import Flooding, GradientNorm, GradientNormMonitor, SharpnessMonitor
-from lightning_gr.measures import BY_LAYER
 from lightning_gr.metrics import GradientAlignment, Sharpness
+from lightning_gr.report.measurement import BY_LAYER
 
 RANKS = 2
 LOGGED = {"log_every_n_steps": 1, "limit_train_batches": 1, "max_epochs": 1}

@@ -10,8 +10,8 @@ from modules import METHODS, TinyModule, make_loader, make_trainer, mlp
 from rich.console import Console
 
 from lightning_gr import SAM, Flooding, GradientRegularization
-from lightning_gr.display import make_panel, method_name, shows
-from lightning_gr.watch import Extremes
+from lightning_gr.report.display import make_panel, method_name, shows
+from lightning_gr.report.step_report import Extremes
 
 BARS = {"rich": pl.callbacks.RichProgressBar, "tqdm": pl.callbacks.TQDMProgressBar}
 

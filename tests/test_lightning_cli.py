@@ -56,7 +56,7 @@ def ours(trainer):
     return [callback for callback in trainer.callbacks if isinstance(callback, (TwoPassCallback, Flooding))]
 
 
-LOGGING = ("lightning_gr.watch", "lightning_gr.flood_callback")
+LOGGING = ("lightning_gr.report.step_report", "lightning_gr.flood_callback")
 
 
 def settings(owner):

@@ -32,7 +32,7 @@ from lightning_gr import (
     SharpnessMonitor,
 )
 from lightning_gr._compat import will_log
-from lightning_gr.measures import BY_LAYER
+from lightning_gr.report.measurement import BY_LAYER
 
 EVERY = {"log_every_n_steps": 1}
 

@@ -12,7 +12,7 @@ from modules import TinyModule, assert_same, cross_entropy, fit, make_data, mlp,
 
 from lightning_gr import SAM, GradientRegularization, SharpnessMonitor, cli
 from lightning_gr.metrics import GradientNorm
-from lightning_gr.plotting import COLOURS, PlotError, draw_runs, read_run
+from lightning_gr.report.plotting import COLOURS, PlotError, draw_runs, read_run
 from lightning_gr.slices import draw_slices, filter_normalized, loss_slice, plot_slices
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -88,7 +88,7 @@ def test_command(folder, flags, start, tmp_path, monkeypatch, capsys):
 
 
 def test_runs_are_named_by_what_is_different(folder, tmp_path):
-    from lightning_gr.plotting import _label
+    from lightning_gr.report.plotting import _label
 
     def named(*paths):
         return [run.name for run in _label([read_run(folder / path) for path in paths])]

@@ -31,7 +31,7 @@ class Replay(Protocol):
 
 
 class Observer(Protocol):
-    """Looks on, and changes nothing. See :class:`~lightning_gr.measures.Measurement`."""
+    """Looks on, and changes nothing. See :class:`~lightning_gr.report.measurement.Measurement`."""
 
     def first(self, update: Update, params: Sequence[Tensor], norm: Tensor, loss_scale: Tensor | None) -> None:
         """``.grad`` of ``params`` holds the first gradient, times ``loss_scale``; ``norm`` is its norm."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_gr._compat import forget_logged, will_log
 from lightning_gr.core.perturb import global_norm
 from lightning_gr.core.sharding import mean_over_ranks
-from lightning_gr.measures import BY_LAYER, Measurement, layer_norms, layers_of
+from lightning_gr.report.measurement import BY_LAYER, Measurement, layer_norms, layers_of
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_gr._compat import is_a
 from lightning_gr.core.rules import GRRule, Rule, SAMRule
-from lightning_gr.measures import METRICS
+from lightning_gr.report.measurement import METRICS
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

@@ -1,0 +1,1 @@
+"""What the steps tell: measured, logged, printed and drawn."""
