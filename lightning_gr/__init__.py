@@ -28,7 +28,7 @@ if TYPE_CHECKING or not _is_our_command():
     from lightning_gr.monitors import GradientNormMonitor, SharpnessMonitor
     from lightning_gr.replay.closure import regularized_backward
     from lightning_gr.replay.isolation import in_second_pass
-    from lightning_gr.sharpness import hessian_eigenvalue, hessian_trace
+    from lightning_gr.sharpness.estimates import hessian_eigenvalue, hessian_trace
 else:
     _HOMES = {
         "callback": ("SAM", "GradientRegularization"),

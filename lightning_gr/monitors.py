@@ -20,12 +20,12 @@ from lightning_gr._compat import (
 )
 from lightning_gr.core.perturb import global_norm
 from lightning_gr.core.rules import check_bool, check_choice, check_int, check_number
-from lightning_gr.hessian import HESSIAN_METHODS, HessianMethod, HessianProducts
 from lightning_gr.recorder import loss_scale, rebuild
 from lightning_gr.replay.isolation import StatefulModules
 from lightning_gr.report.measurement import layer_norms, layers_of
 from lightning_gr.report.step_report import StepLog
-from lightning_gr.sharpness import HessianEigenvalue, HessianTrace, estimate_trace, lanczos
+from lightning_gr.sharpness.estimates import HessianEigenvalue, HessianTrace, estimate_trace, lanczos
+from lightning_gr.sharpness.hessian import HESSIAN_METHODS, HessianMethod, HessianProducts
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -119,7 +119,7 @@ class SharpnessMonitor(CallbackBase):
         tolerance: Relative residual at which the eigenvalue is good enough.
         samples: The number of products for the trace.
         method: ``"auto"``, ``"double_backward"`` or ``"finite_difference"``, see
-            :class:`~lightning_gr.hessian.HessianProducts`.
+            :class:`~lightning_gr.sharpness.hessian.HessianProducts`.
         seed: Of the random vectors; the same ones each time.
         prefix: What the keys begin with.
 

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from lightning_gr import hessian_eigenvalue, hessian_trace, in_second_pass
 from lightning_gr.core.tensors import random_unit
-from lightning_gr.hessian import HessianProducts
+from lightning_gr.sharpness.hessian import HessianProducts
 
 
 class FirstOrder(torch.autograd.Function):

@@ -23,7 +23,7 @@ from tasks import ACTIVATIONS, Method, score, train
 from torch import nn
 
 from lightning_gr import GRRule, SAMRule, regularized_backward
-from lightning_gr.core.rules import Probe, Schedule, Update
+from lightning_gr.rules import Probe, Schedule, Update
 
 NOISY, VIT = "digits-noise20", "mnist1d-vit"
 KINDS = {

@@ -10,7 +10,7 @@ from tasks import digits
 from torch import Tensor, nn
 
 from lightning_gr import GRRule, flood, regularized_backward
-from lightning_gr.core.rules import Probe, Update
+from lightning_gr.rules import Probe, Update
 
 LEVEL, EXAMPLES, WIDTH = 0.2, 200, 64
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from lightning_gr import SAM, Flooding, GradientRegularization, GRRule, SAMRule, regularized_backward
-from lightning_gr.core.rules import Schedule
+from lightning_gr.rules import Schedule
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "softplus": functools.partial(nn.Softplus, beta=5)}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_gr.core.rules import check_int, check_number
 from lightning_gr.core.tensors import inner_product, random_signs, random_unit
-from lightning_gr.hessian import HessianMethod, HessianProducts
+from lightning_gr.sharpness.hessian import HessianMethod, HessianProducts
 
 __all__ = ["HessianEigenvalue", "HessianTrace", "estimate_trace", "hessian_eigenvalue", "hessian_trace", "lanczos"]
 
@@ -85,7 +85,7 @@ def hessian_eigenvalue(
         max_iterations: The most products H v.
         tolerance: Stop when the residual ‖H u − λ u‖ is at most ``tolerance`` · |λ|.
         method: ``"double_backward"``, ``"finite_difference"``, or ``"auto"``: the first, and the second where an
-            operator has no second derivative. See :class:`~lightning_gr.hessian.HessianProducts`.
+            operator has no second derivative. See :class:`~lightning_gr.sharpness.hessian.HessianProducts`.
         generator: Draws the starting vector; by default one of its own with seed 0.
 
     Raises:

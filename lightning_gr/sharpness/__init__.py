@@ -1,0 +1,1 @@
+"""The Hessian of a loss: its largest eigenvalue, its trace, and slices through the loss."""
