@@ -18,14 +18,14 @@ def _is_our_command() -> bool:
 
 
 if TYPE_CHECKING or not _is_our_command():
-    from lightning_gr.callback import SAM, GradientRegularization
+    from lightning_gr.callbacks.base import SAM, GradientRegularization
+    from lightning_gr.callbacks.flooding import Flooding
+    from lightning_gr.callbacks.mixin import GradientRegularizationMixin
+    from lightning_gr.callbacks.monitors import GradientNormMonitor, SharpnessMonitor
     from lightning_gr.core.flooding import flood
     from lightning_gr.core.rules import GRRule, SAMRule
-    from lightning_gr.flood_callback import Flooding
     from lightning_gr.lightning_cli import GradientRegularizationCLI
     from lightning_gr.metrics import GradientNorm
-    from lightning_gr.mixin import GradientRegularizationMixin
-    from lightning_gr.monitors import GradientNormMonitor, SharpnessMonitor
     from lightning_gr.replay.closure import regularized_backward
     from lightning_gr.replay.isolation import in_second_pass
     from lightning_gr.sharpness.estimates import hessian_eigenvalue, hessian_trace

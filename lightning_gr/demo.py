@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from lightning_gr.callback import SAM, Flooding, GradientRegularization
+from lightning_gr.callbacks.base import SAM, Flooding, GradientRegularization
 
 __all__ = ["METHODS", "Digits", "DigitsModule", "EpochRecord", "Interrupted", "measure_costs", "train", "write_csv"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_gr._compat import CallbackBase
-from lightning_gr.callback import Flooding, TwoPassCallback
+from lightning_gr.callbacks.base import Flooding, TwoPassCallback
 from lightning_gr.methods import METHODS
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning_gr.callback import SAM, Flooding, GradientRegularization
+from lightning_gr.callbacks.base import SAM, Flooding, GradientRegularization
 
 __all__ = ["METHODS"]
 

@@ -35,7 +35,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gr import SAM, Flooding, GradientRegularization, flood, regularized_backward
-from lightning_gr.callback import TwoPassCallback
+from lightning_gr.callbacks.base import TwoPassCallback
 
 LEVEL = 1.09  # among the losses, see test_two_pass
 EPOCHS = 3

@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import Namespace
 
 from lightning_gr import SAM, Flooding, GradientRegularization, GradientRegularizationCLI, GRRule, SAMRule, cli
-from lightning_gr.callback import TwoPassCallback
+from lightning_gr.callbacks.base import TwoPassCallback
 
 NAMESPACES = ["pytorch_lightning", "lightning.pytorch"]
 QUIET = [
@@ -56,7 +56,7 @@ def ours(trainer):
     return [callback for callback in trainer.callbacks if isinstance(callback, (TwoPassCallback, Flooding))]
 
 
-LOGGING = ("lightning_gr.report.step_report", "lightning_gr.flood_callback")
+LOGGING = ("lightning_gr.report.step_report", "lightning_gr.callbacks.flooding")
 
 
 def settings(owner):

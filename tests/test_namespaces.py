@@ -133,7 +133,7 @@ from lightning_utilities.core import rank_zero
 # each namespace, when imported, takes all log lines; they stay with the one that the user imported
 assert "lightning.pytorch" in sys.modules
 assert rank_zero.log.name.startswith("pytorch_lightning."), rank_zero.log.name
-assert SAM is lightning_gr.callback.SAM
+assert SAM is lightning_gr.callbacks.base.SAM
 try:
     lightning_gr.nothing
 except AttributeError as error:

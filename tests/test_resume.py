@@ -15,7 +15,7 @@ from modules import METHODS, SOME, assert_same, make_trainer
 from resumes import KILLS, TRAININGS, Loader, Training, last_complete, regularization, train
 
 from lightning_gr import Flooding, GRRule, in_second_pass
-from lightning_gr.callback import TwoPassCallback
+from lightning_gr.callbacks.base import TwoPassCallback
 
 LIMIT = 120.0  # seconds
 

@@ -17,8 +17,8 @@ from lightning_gr.report.measurement import METRICS
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-    from lightning_gr.callback import TwoPassCallback
-    from lightning_gr.flood_callback import Flooding
+    from lightning_gr.callbacks.base import TwoPassCallback
+    from lightning_gr.callbacks.flooding import Flooding
 
 __all__ = [
     "describe",

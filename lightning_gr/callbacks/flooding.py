@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_gr import checks
 from lightning_gr._compat import CallbackBase, will_log
-from lightning_gr.accumulation import is_window_end
+from lightning_gr.callbacks import checks
+from lightning_gr.callbacks.recorder import loss_scale
+from lightning_gr.callbacks.windows import is_window_end
 from lightning_gr.core.flooding import flood_gradient_
 from lightning_gr.core.rules import check_bool
 from lightning_gr.core.sharding import mean_over_ranks
-from lightning_gr.recorder import loss_scale
 from lightning_gr.replay.isolation import in_second_pass
 from lightning_gr.report.display import show_flooding_end, show_flooding_start
 from lightning_gr.report.measurement import check_metrics

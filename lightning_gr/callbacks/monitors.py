@@ -18,9 +18,9 @@ from lightning_gr._compat import (
     lightning_attributes,
     will_log,
 )
+from lightning_gr.callbacks.recorder import loss_scale, rebuild
 from lightning_gr.core.perturb import global_norm
 from lightning_gr.core.rules import check_bool, check_choice, check_int, check_number
-from lightning_gr.recorder import loss_scale, rebuild
 from lightning_gr.replay.isolation import StatefulModules
 from lightning_gr.report.measurement import layer_norms, layers_of
 from lightning_gr.report.step_report import StepLog

@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_gr import checks
 from lightning_gr._compat import CallbackBase, skips_backward
-from lightning_gr.accumulation import HeldGradients, is_window_end
+from lightning_gr.callbacks import checks
+from lightning_gr.callbacks.flooding import Flooding
+from lightning_gr.callbacks.recorder import Recorder, gradient_scale, loss_scale
+from lightning_gr.callbacks.step_counter import OptimizerSteps
+from lightning_gr.callbacks.windows import HeldGradients, is_window_end
 from lightning_gr.core.perturb import WeightCopy
 from lightning_gr.core.rules import (
     ACCUMULATIONS,
@@ -23,8 +26,6 @@ from lightning_gr.core.rules import (
     check_choice,
 )
 from lightning_gr.core.two_pass import add_second_pass_, check_exclude, match_names
-from lightning_gr.flood_callback import Flooding
-from lightning_gr.recorder import Recorder, gradient_scale, loss_scale
 from lightning_gr.report.display import show_end, show_start
 from lightning_gr.report.measurement import (
     BY_LAYER,
@@ -35,7 +36,6 @@ from lightning_gr.report.measurement import (
     undefined_metrics,
 )
 from lightning_gr.report.step_report import StepWatch
-from lightning_gr.steps import OptimizerSteps
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

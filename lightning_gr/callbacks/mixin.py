@@ -9,15 +9,15 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_gr._compat import is_a, lightning_attributes
-from lightning_gr.accumulation import HeldGradients
-from lightning_gr.callback import TwoPassCallback
-from lightning_gr.checks import check_level
+from lightning_gr.callbacks.base import TwoPassCallback
+from lightning_gr.callbacks.checks import check_level
+from lightning_gr.callbacks.flooding import Flooding
+from lightning_gr.callbacks.recorder import loss_scale
+from lightning_gr.callbacks.windows import HeldGradients
 from lightning_gr.core.flooding import flood_gradient_
 from lightning_gr.core.perturb import WeightCopy, scale_
 from lightning_gr.core.rules import Rule, Update
 from lightning_gr.core.two_pass import add_second_pass_
-from lightning_gr.flood_callback import Flooding
-from lightning_gr.recorder import loss_scale
 from lightning_gr.replay.closure import ClosurePasses
 from lightning_gr.replay.isolation import StatefulModules
 from lightning_gr.report.measurement import Measurement
