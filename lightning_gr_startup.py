@@ -14,6 +14,6 @@ def callbacks() -> list[Any]:
     text = os.environ.get("LIGHTNING_GR", "").strip()
     if not text:
         return []
-    from lightning_gr.environment import callbacks_from
+    from lightning_gr.cli.environment import callbacks_from
 
     return callbacks_from(text)

@@ -22,7 +22,7 @@ from rich.table import Table
 from step_cost import LOOK
 
 from lightning_gr import hessian_eigenvalue
-from lightning_gr.demo import Digits, train
+from lightning_gr.cli.demo.task import Digits, train
 
 EPOCHS, CHOOSING, REPORTING = 60, (100, 101), (0, 1, 2, 3, 4)
 

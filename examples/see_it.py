@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gr import SAM, GradientNormMonitor, GradientRegularization, SharpnessMonitor
-from lightning_gr.demo import Digits, DigitsModule
+from lightning_gr.cli.demo.task import Digits, DigitsModule
 from lightning_gr.report.plotting import run_plot
 from lightning_gr.slices import loss_slice, plot_slices
 

@@ -12,7 +12,7 @@ from rich.progress import track
 from rich.table import Table
 
 from lightning_gr import SAM, Flooding, GradientRegularization
-from lightning_gr.demo import train
+from lightning_gr.cli.demo.task import train
 
 PAIRS = [(0.1, 0.1), (0.3, 0.2), (0.5, 0.5), (1.0, 0.5), (1.0, 1.0)]
 GRID = {

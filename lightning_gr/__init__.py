@@ -22,26 +22,26 @@ if TYPE_CHECKING or not _is_our_command():
     from lightning_gr.callbacks.flooding import Flooding
     from lightning_gr.callbacks.mixin import GradientRegularizationMixin
     from lightning_gr.callbacks.monitors import GradientNormMonitor, SharpnessMonitor
+    from lightning_gr.cli.lightning_cli import GradientRegularizationCLI
     from lightning_gr.core.flooding import flood
     from lightning_gr.core.rules import GRRule, SAMRule
-    from lightning_gr.lightning_cli import GradientRegularizationCLI
     from lightning_gr.metrics import GradientNorm
     from lightning_gr.replay.closure import regularized_backward
     from lightning_gr.replay.isolation import in_second_pass
     from lightning_gr.sharpness.estimates import hessian_eigenvalue, hessian_trace
 else:
     _HOMES = {
-        "callback": ("SAM", "GradientRegularization"),
-        "closure": ("regularized_backward",),
-        "flood_callback": ("Flooding",),
-        "flooding": ("flood",),
-        "isolation": ("in_second_pass",),
-        "lightning_cli": ("GradientRegularizationCLI",),
+        "callbacks.base": ("SAM", "GradientRegularization"),
+        "replay.closure": ("regularized_backward",),
+        "callbacks.flooding": ("Flooding",),
+        "core.flooding": ("flood",),
+        "replay.isolation": ("in_second_pass",),
+        "cli.lightning_cli": ("GradientRegularizationCLI",),
         "metrics": ("GradientNorm",),
-        "mixin": ("GradientRegularizationMixin",),
-        "monitors": ("GradientNormMonitor", "SharpnessMonitor"),
+        "callbacks.mixin": ("GradientRegularizationMixin",),
+        "callbacks.monitors": ("GradientNormMonitor", "SharpnessMonitor"),
         "rules": ("GRRule", "SAMRule"),
-        "sharpness": ("hessian_eigenvalue", "hessian_trace"),
+        "sharpness.estimates": ("hessian_eigenvalue", "hessian_trace"),
     }
 
     def __getattr__(name: str) -> Any:

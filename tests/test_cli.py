@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from lightning_gr import __version__, cli
-from lightning_gr.demo import METHODS
+from lightning_gr import __version__
+from lightning_gr.cli import main as cli
+from lightning_gr.cli.demo.task import METHODS
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ import csv
 import pytest
 import torch
 
-from lightning_gr import cli, demo
-from lightning_gr.demo import METHODS, Digits, EpochRecord, Interrupted, train
-from lightning_gr.demo_report import verdicts
+from lightning_gr.cli import main as cli
+from lightning_gr.cli.demo import task as demo
+from lightning_gr.cli.demo.report import verdicts
+from lightning_gr.cli.demo.task import METHODS, Digits, EpochRecord, Interrupted, train
 
 
 def test_data_is_as_promised():

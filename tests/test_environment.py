@@ -9,7 +9,7 @@ from modules import TinyModule, assert_same, fit, make_loader, weights
 
 import lightning_gr_startup
 from lightning_gr import SAM, Flooding, GradientRegularization
-from lightning_gr.environment import callbacks_from
+from lightning_gr.cli.environment import callbacks_from
 
 SOME = ["*.bias", "net.0.*"]
 NAMESPACES = ["pytorch_lightning", "lightning.pytorch"]

@@ -12,8 +12,9 @@ import torch
 import yaml
 from jsonargparse import Namespace
 
-from lightning_gr import SAM, Flooding, GradientRegularization, GradientRegularizationCLI, GRRule, SAMRule, cli
+from lightning_gr import SAM, Flooding, GradientRegularization, GradientRegularizationCLI, GRRule, SAMRule
 from lightning_gr.callbacks.base import TwoPassCallback
+from lightning_gr.cli import main as cli
 
 NAMESPACES = ["pytorch_lightning", "lightning.pytorch"]
 QUIET = [

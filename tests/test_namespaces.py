@@ -94,7 +94,7 @@ trainer = pl.Trainer(
 )
 trainer.fit(BoringModel())
 assert any(isinstance(callback, lightning_gr.Flooding) for callback in trainer.callbacks)
-from lightning_gr import cli
+from lightning_gr.cli import main as cli
 assert cli.main(["fit", "--model=pytorch_lightning.demos.boring_classes.BoringModel", "--gr.gamma=0.1",
                  "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.logger=false"]) == 0
 print("steps", trainer.global_step, [name for name in sys.modules if name.split(".")[0] == "lightning"])
@@ -111,7 +111,7 @@ def test_works_where_only_pytorch_lightning_is_installed(tmp_path):
 @pytest.mark.parametrize("program", [["-m", "lightning_gr"], ["lightning-gr"]])
 def test_help_and_version_do_not_import_torch(program, tmp_path):
     if program == ["lightning-gr"]:  # as pip writes it
-        (tmp_path / "lightning-gr").write_text("import sys\nfrom lightning_gr.cli import main\nsys.exit(main())\n")
+        (tmp_path / "lightning-gr").write_text("import sys\nfrom lightning_gr.cli.main import main\nsys.exit(main())\n")
         program = [str(tmp_path / "lightning-gr")]
     for flag in ("--help", "--version"):
         command = [sys.executable, "-X", "importtime", *program, flag]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_gr import GRRule, SAMRule, demo
+from lightning_gr import GRRule, SAMRule
+from lightning_gr.cli.demo import task as demo
 
 ROOT = Path(__file__).parent.parent
 PAPER = ROOT / "examples" / "paper"

@@ -10,7 +10,8 @@ import pytorch_lightning as pl
 import torch
 from modules import TinyModule, assert_same, cross_entropy, fit, make_data, mlp, weights
 
-from lightning_gr import SAM, GradientRegularization, SharpnessMonitor, cli
+from lightning_gr import SAM, GradientRegularization, SharpnessMonitor
+from lightning_gr.cli import main as cli
 from lightning_gr.metrics import GradientNorm
 from lightning_gr.report.plotting import COLOURS, PlotError, draw_runs, read_run
 from lightning_gr.slices import draw_slices, filter_normalized, loss_slice, plot_slices

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from lightning_gr.cli.demo.task import METHODS, EpochRecord
 from lightning_gr.core.rules import GRRule, SAMRule
-from lightning_gr.demo import METHODS, EpochRecord
 
 __all__ = ["draw", "make_table", "verdicts"]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_gr._compat import namespace_of
-from lightning_gr.methods import METHODS
+from lightning_gr.cli.methods import METHODS
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer

@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lightning_gr.demo import METHODS, EpochRecord, Interrupted, measure_costs, train, write_csv
-from lightning_gr.demo_report import draw, make_table, verdicts
+from lightning_gr.cli.demo.report import draw, make_table, verdicts
+from lightning_gr.cli.demo.task import METHODS, EpochRecord, Interrupted, measure_costs, train, write_csv
 
 __all__ = ["run_demo"]
 

@@ -119,7 +119,7 @@ def _train(argv: Sequence[str] | None) -> int:
     # as with `python -m`: --model may name a class in a file of this folder
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    from lightning_gr.lightning_cli import run
+    from lightning_gr.cli.lightning_cli import run
 
     return run(argv)
 
@@ -127,7 +127,7 @@ def _train(argv: Sequence[str] | None) -> int:
 def _completion(args: argparse.Namespace) -> int:
     if missing := _missing("jsonargparse", "docstring_parser", "shtab"):
         return _fail(f"completion needs {' and '.join(missing)}: pip install 'lightning_gr[cli]'")
-    from lightning_gr.lightning_cli import print_completion
+    from lightning_gr.cli.lightning_cli import print_completion
 
     print_completion(args.shell)
     return 0
@@ -141,7 +141,7 @@ def _demo(args: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(f"cannot write to the folder {args.output}: {error.strerror}")
     # what needs an extra is imported only where it is known to be there
-    from lightning_gr.demo_run import run_demo
+    from lightning_gr.cli.demo.run import run_demo
 
     return run_demo(list(dict.fromkeys(args.methods)), args.seeds, args.epochs, args.output)
 

@@ -9,7 +9,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_gr._compat import CallbackBase
 from lightning_gr.callbacks.base import Flooding, TwoPassCallback
-from lightning_gr.methods import METHODS
+from lightning_gr.cli.methods import METHODS
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

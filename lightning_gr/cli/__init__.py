@@ -1,0 +1,1 @@
+"""The commands `lightning-gr`, LightningCLI with a flag group per method, and `LIGHTNING_GR`."""
