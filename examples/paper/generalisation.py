@@ -105,7 +105,7 @@ def constants(row: dict) -> dict:
 def measure(task: str, method: Method, seed: int, epochs: int, validation: bool, keep: Path | None = None) -> dict:
     """Train once and look at the last weights."""
     began = time.process_time()
-    # on digits as a user would; the plain loop, which gives the same weights, is faster (tests/test_paper.py)
+    # on digits as a user would; the plain loop, which gives the same weights, is faster (tests/system/test_paper.py)
     net, data = train(TASKS[task], method, seed, epochs, trainer=task.startswith("digits"))
     seconds = time.process_time() - began
     accuracy, _ = score(net, data.validation if validation else data.test)

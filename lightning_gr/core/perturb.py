@@ -157,7 +157,7 @@ class Perturbation:
     Entering copies the weights, but for those that can be swapped (:mod:`lightning_gr.core.storage`). The first
     :meth:`move_to` needs no buffer for d: it takes ``.grad`` times a number, or where that number is on an accelerator
     turns ``.grad`` into d for a moment, since it is about to be multiplied by ``keep`` anyway. A later one reflects or
-    stretches the displacement that the weights already have. Leaving restores the weights, whatever happened in between.
+    stretches the displacement that the weights already have. Leaving restores the weights, whatever happened.
 
     Args:
         update: The row of the table.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from launching import PYTHON, finish
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LIMIT = 150
 pytestmark = pytest.mark.timeout(LIMIT + 60)
 

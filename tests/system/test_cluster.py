@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import slurm_cluster
 import torch
-from launching import HERE, end, free_port, start
+from launching import ROOT, end, free_port, start
 from slurm_cluster import wait_until
 
 pytest.importorskip("jsonargparse")
@@ -25,7 +25,7 @@ OPTIONS = ["--trainer.max_epochs", "10", "--model.width", "32"]
 
 def copy_example(folder, **numbers):
     """A copy to run in, as all is written beside the scripts; returns the environment for it."""
-    shutil.copytree(HERE.parent / "examples" / "cluster", folder)
+    shutil.copytree(ROOT / "examples" / "cluster", folder)
     (folder / "test.env").write_text(NUMBERS.format(**numbers))
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {"PATH": path, "CLUSTER_ENV": str(folder / "test.env"), "PYTHONWARNINGS": "ignore", "TMPDIR": str(folder)}
@@ -100,7 +100,7 @@ def test_preempted_slurm_job(undisturbed):
     example = copy_example(folder, nodes=1, processes=2)
     try:
         with slurm_cluster.cluster(scratch) as environment:
-            environment = {**environment, **example, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+            environment = {**environment, **example, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
             def call(*command):
                 done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=30)

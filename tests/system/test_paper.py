@@ -13,7 +13,7 @@ import torch
 from lightning_gr import GRRule, SAMRule
 from lightning_gr.cli.demo import task as demo
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "examples" / "paper"
 COMMITTED = sorted((PAPER / "results").glob("*.csv"))
 

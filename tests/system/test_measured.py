@@ -8,7 +8,7 @@ import torch
 from launching import torchrun
 from measured import FLOOD_LEVEL, LOCAL, RANKS, SHARDED, SYNCED, own_batch
 from modules import METHODS, cross_entropy, weights
-from test_measures import by_hand
+from test_measurement import by_hand
 
 LIMIT = 120
 pytestmark = pytest.mark.timeout(LIMIT + 60)

@@ -7,10 +7,10 @@ import select
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import faults
 import pytest
+from launching import HERE, ROOT
 
 FAULTS = 210
 LIMIT = 120.0  # seconds
@@ -25,9 +25,8 @@ def wait_for(pipe, deadline):
 
 @pytest.mark.timeout(LIMIT + 30)
 def test_no_handler_saves_perturbed_weights(tmp_path, capsys):
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
-    command = [sys.executable, "-W", "ignore", str(here / "faults.py"), str(FAULTS), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)])}
+    command = [sys.executable, "-W", "ignore", str(HERE / "faults.py"), str(FAULTS), str(tmp_path)]
     deadline, draw = time.monotonic() + LIMIT, random.Random(0)
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
     try:

@@ -16,7 +16,7 @@ from lightning_gr.metrics import GradientNorm
 from lightning_gr.report.plotting import COLOURS, PlotError, draw_runs, read_run
 from lightning_gr.slices import draw_slices, filter_normalized, loss_slice, plot_slices
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 # of TensorBoard's own dependencies
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from launching import HERE, PYTHON, finish
+from launching import PYTHON, ROOT, finish
 
 pytest.importorskip("ray")
 LIMIT = 200
@@ -23,7 +23,7 @@ def test_workers_end_with_the_weights_of_lightning_s_own_ddp(short_path):
     """Bit for bit, on both."""
     ends = []
     for engine in ("ray", "lightning"):
-        command = [*PYTHON, HERE.parent / "examples/ray_train.py", "--epochs", 3, "--engine", engine]
+        command = [*PYTHON, ROOT / "examples/ray_train.py", "--epochs", 3, "--engine", engine]
         codes, output = finish(short_path / f"{engine}.log", command, limit=LIMIT)
         assert codes == [0], output[-3000:]
         ends.append(set(re.findall(r"weights of the workers: (\w+) (\w+)", output)))

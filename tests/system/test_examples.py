@@ -13,7 +13,7 @@ from modules import assert_same, weights
 
 from lightning_gr import GRRule
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(name, *flags):

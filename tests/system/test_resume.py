@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from launching import HERE, ROOT
 from modules import METHODS, SOME, assert_same, make_trainer
 from resumes import KILLS, TRAININGS, Loader, Training, last_complete, regularization, train
 
@@ -64,11 +64,10 @@ class Saves(pl.Callback):
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 @pytest.mark.parametrize("name", TRAININGS)
 def test_killed_training_ends_as_the_unbroken_one(name, tmp_path, capsys):
-    here = Path(__file__).parent
     # fsspec writes a checkpoint to a temporary file first, which stays when it is killed
-    path = os.pathsep.join([str(here.parent), str(here)])
+    path = os.pathsep.join([str(ROOT), str(HERE)])
     environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-W", "ignore", str(here / "resumes.py"), name, str(tmp_path)]
+    command = [sys.executable, "-W", "ignore", str(HERE / "resumes.py"), name, str(tmp_path)]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment, start_new_session=True)
     try:
         assert child.wait(LIMIT) == 0

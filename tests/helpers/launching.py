@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 PYTHON = [sys.executable, "-W", "ignore"]
 
 
@@ -20,7 +21,7 @@ def free_port():
 
 def start(command, *, environment=None, **options):
     """A process in a group of its own, with the package and the tests importable."""
-    path = os.pathsep.join([str(HERE.parent), str(HERE)])
+    path = os.pathsep.join([str(ROOT), str(HERE)])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(environment or {})}
     return subprocess.Popen([*map(str, command)], env=environment, start_new_session=True, **options)
 

@@ -17,7 +17,7 @@ from lightning_gr.core import storage as swap
 from lightning_gr.core.perturb import WeightCopy
 from lightning_gr.core.two_pass import add_second_pass_
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MOVING = [name for name, method in METHODS.items() if method.rule.update().probes]
 
 
