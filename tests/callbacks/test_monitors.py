@@ -17,8 +17,8 @@ from modules import (
 )
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from test_measurement import Manual
 from test_estimates import Noisy, dense_hessian
+from test_measurement import Manual
 from torch import nn
 
 from lightning_gr import SAM, GradientNormMonitor, SharpnessMonitor
