@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_gr import SAM, Flooding, GradientRegularization
-from lightning_gr.core.perturb import global_norm
+from lightning_gr.core.tensors import global_norm
 
 __all__ = ["CHOSEN", "GRID", "STEPS"]
 

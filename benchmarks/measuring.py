@@ -148,6 +148,11 @@ class Counts(NamedTuple):
     peak: int
 
 
+# The step that is counted, from 0. In the first, second, fourth, … second passes are learned from, which costs more.
+STEADY = 4
+_STEADY_STEP = "steady step"
+
+
 class Counter(pl.Callback):
     """Counts one step that is neither the first nor the last, from its start to the start of the next one."""
 
@@ -164,19 +169,20 @@ class Counter(pl.Callback):
 def count(workload: Workload, way: str) -> Counts:
     """What one step does, and how much memory it takes above that of the weights and what the optimizer keeps."""
     torch.manual_seed(0)
-    module, batches = WAYS[way].module(workload.model()), Same(workload.batch(), 5)
+    module, batches = WAYS[way].module(workload.model()), Same(workload.batch(), STEADY + 2)
     operators = Operators()
-    make_trainer(Counter(2, operators), *WAYS[way].callbacks()).fit(module, batches)
+    make_trainer(Counter(STEADY, operators), *WAYS[way].callbacks()).fit(module, batches)
     module.zero_grad()
-    gc.collect()  # what the first Trainer leaves behind must not be let go in the middle
+    gc.collect()  # what the first Trainer leaves behind must not be freed in the middle
     with _no_chatter(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
-        make_trainer(*WAYS[way].callbacks()).fit(module, batches)
+        marked = Counter(STEADY, torch.profiler.record_function(_STEADY_STEP))
+        make_trainer(marked, *WAYS[way].callbacks()).fit(module, batches)
     return Counts(operators.number, operators.bytes, operators.syncs, _peak(profile))
 
 
 @contextmanager
 def _no_chatter() -> Iterator[None]:
-    """Let go of what the profiler's C++ code writes to standard error."""
+    """Drop what the profiler's C++ code writes to standard error."""
     kept = os.dup(2)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -188,12 +194,15 @@ def _no_chatter() -> Iterator[None]:
 
 
 def _peak(profile: Any) -> int:
-    """The most bytes that were allocated at once since the profile began."""
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    """The most bytes that were allocated at once in the steady step, counted from where the profile began."""
+    events = profile.profiler.kineto_results.events()
+    [step] = [event for event in events if event.name() == _STEADY_STEP]
+    end = step.start_ns() + step.duration_ns()
     now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
         now += event.nbytes()
-        peak = max(peak, now)
+        if step.start_ns() <= event.start_ns() <= end:
+            peak = max(peak, now)
     return peak
 
 

@@ -1,6 +1,6 @@
 """A small transformer that writes Python's documentation, character by character: `python examples/language_model.py`.
 
-Adam with a learning-rate warm-up, so the penalty is warmed up, too; embeddings and norms are left out of it. The text
+Adam with a learning-rate warm-up, so the penalty is also warmed up; embeddings and norms are left out of it. The text
 is what `help("topics")` shows, which comes with Python. It prints the bits per character of a held-out part before and
 after training, plain and regularized.
 """

@@ -3,7 +3,7 @@
     pip install -e . 'ray[train]>=2.56' scikit-learn
     python examples/ray_train.py
 
-`--engine lightning` trains the same on two processes that Lightning starts by itself: to the same weights, bit for bit.
+`--engine lightning` trains the same on two processes that Lightning itself starts: to the same weights, bit for bit.
 """
 
 import argparse

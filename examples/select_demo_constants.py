@@ -19,7 +19,7 @@ GRID = {
     "plain": {"": list},
     "F-GR": {f"γ={g:g} ε={e:g}": lambda g=g, e=e: [GradientRegularization(g, e)] for g, e in PAIRS},
     "B-GR": {
-        f"γ={g:g} ε={e:g}": lambda g=g, e=e: [GradientRegularization(g, e, "backward")]
+        f"γ={g:g} ε={e:g}": lambda g=g, e=e: [GradientRegularization(g, e, scheme="backward")]
         for g, e in [(0.1, 0.1), (0.2, 0.2), (0.3, 0.2), (0.3, 0.3), (0.5, 0.3), (0.5, 0.5)]
     },
     "SAM": {f"ρ={rho:g}": lambda rho=rho: [SAM(rho)] for rho in (0.1, 0.2, 0.5, 1.0)},

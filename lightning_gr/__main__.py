@@ -2,7 +2,7 @@
 
 import sys
 
-from lightning_gr.cli.main import main
+from lightning_gr_startup import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_gr.core.perturb import global_norm
-from lightning_gr.core.tensors import inner_product
+from lightning_gr.core.tensors import global_norm, inner_product
 
 __all__ = ["GradientAlignment", "GradientNorm", "Sharpness"]
 

@@ -1,5 +1,9 @@
 """What all tests start from."""
 
+import os
+import signal
+import subprocess
+
 import pytest
 import torch
 from hypothesis import settings
@@ -14,3 +18,24 @@ settings.load_profile("small")
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _starts_no_process(request, monkeypatch):
+    """Keep the quick tests quick: processes are for tests with the marker `launch`."""
+    if request.node.get_closest_marker("launch") or request.node.get_closest_marker("integration"):
+        return
+
+    def refuse(*args, **kwargs):
+        pytest.fail("this test starts a process: mark it with `pytest.mark.launch`")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    monkeypatch.setattr(os, "fork", refuse)
+
+
+@pytest.fixture
+def _ctrl_c():
+    """Ctrl-C raises KeyboardInterrupt, also in a job in the background, which ignores it; Lightning turns it off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

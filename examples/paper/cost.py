@@ -17,7 +17,7 @@ from lightning_gr import GRRule, SAMRule, regularized_backward
 GAMMA, EPSILON = 0.01, 0.05
 RULES = {
     "F-GR": GRRule(GAMMA, EPSILON),
-    "B-GR": GRRule(GAMMA, EPSILON, "backward"),
+    "B-GR": GRRule(GAMMA, EPSILON, scheme="backward"),
     "SAM": SAMRule(0.05),
 }
 METHODS = ("plain", *RULES, "DB")

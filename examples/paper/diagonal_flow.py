@@ -86,7 +86,7 @@ def rule(gamma: float, epsilon: float | None) -> GRRule:
     """Signed ε: negative is B-GR, 0 is double backward, None (with γ = 0) is gradient descent."""
     if not epsilon:
         return GRRule(gamma, scheme="exact")
-    return GRRule(gamma, abs(epsilon), "forward" if epsilon > 0 else "backward")
+    return GRRule(gamma, abs(epsilon), scheme="forward" if epsilon > 0 else "backward")
 
 
 def package_field(problem: Problem, gamma: float, epsilon: float | None):

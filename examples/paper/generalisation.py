@@ -91,7 +91,7 @@ def method(name: str, gamma=None, epsilon=None, rho=None, level=None) -> Method:
     elif name == "DB":
         rule = GRRule(gamma, scheme="exact")
     elif gamma:
-        rule = GRRule(gamma, epsilon, "backward" if name == "B-GR" else "forward")
+        rule = GRRule(gamma, epsilon, scheme="backward" if name == "B-GR" else "forward")
     return Method(rule, level)
 
 

@@ -35,9 +35,9 @@ class Method(NamedTuple):
         found: list[pl.Callback] = []
         if isinstance(self.rule, GRRule):
             rule = self.rule
-            found = [GradientRegularization(rule.gamma, rule.epsilon, rule.scheme, **options)]
+            found = [GradientRegularization(rule.gamma, rule.epsilon, scheme=rule.scheme, **options)]
         if isinstance(self.rule, SAMRule):
-            found = [SAM(self.rule.rho, self.rule.adaptive, self.rule.eta, **options)]
+            found = [SAM(self.rule.rho, adaptive=self.rule.adaptive, eta=self.rule.eta, **options)]
         return found + ([] if self.level is None else [Flooding(self.level)])
 
 

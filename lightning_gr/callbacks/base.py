@@ -1,32 +1,28 @@
-"""Callbacks for automatic optimization: gradient regularization and SAM."""
+"""What the callbacks with a second pass share, under automatic optimization."""
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_gr._compat import CallbackBase, skips_backward
+from lightning_gr._validate import check_bool, check_choice, check_exclude
 from lightning_gr.callbacks import checks
 from lightning_gr.callbacks.flooding import Flooding
 from lightning_gr.callbacks.recorder import Recorder, gradient_scale, loss_scale
-from lightning_gr.callbacks.step_counter import OptimizerSteps
-from lightning_gr.callbacks.windows import HeldGradients, is_window_end
-from lightning_gr.core.perturb import WeightCopy
-from lightning_gr.core.rules import (
-    ACCUMULATIONS,
-    Accumulation,
-    GRRule,
-    Rule,
-    SAMRule,
-    Schedule,
-    Scheme,
-    Update,
-    check_bool,
-    check_choice,
-)
-from lightning_gr.core.two_pass import add_second_pass_, check_exclude, match_names
-from lightning_gr.report.display import show_end, show_start
+from lightning_gr.callbacks.step_counter import StepCounter
+from lightning_gr.callbacks.windows import is_window_end, is_window_start
+from lightning_gr.core.gradients import StashedGradients
+from lightning_gr.core.rules import ACCUMULATIONS, Accumulation, Rule, Update
+from lightning_gr.core.schedule import Schedule
+from lightning_gr.core.selection import match_names
+from lightning_gr.core.storage import WeightStorage
+from lightning_gr.core.two_pass import add_second_pass_
+from lightning_gr.report.display import Summary, show_end, show_start
 from lightning_gr.report.measurement import (
     BY_LAYER,
     DEFAULT_METRICS,
@@ -35,12 +31,27 @@ from lightning_gr.report.measurement import (
     check_metrics,
     undefined_metrics,
 )
-from lightning_gr.report.step_report import StepWatch
+from lightning_gr.report.step_report import StepReport
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["SAM", "Flooding", "GradientRegularization", "TwoPassCallback"]
+__all__ = ["TwoPassCallback"]
+
+
+class _Run:
+    """What belongs to one run of one Trainer: made when training starts, dropped when it ends."""
+
+    def __init__(self, excluded: set[int]) -> None:
+        self.excluded = excluded
+        self.recorder: Recorder | None = None
+        self.storage = WeightStorage(check_resolution=True)
+        self.stashed = StashedGradients()
+        self.update: Update | None = None
+        self.begun = False  # a window was decided about
+        self.passed = False  # it had its second pass, or was found to need none
+        self.regularized = False
+        self.param_count = 0
 
 
 class TwoPassCallback(CallbackBase):
@@ -65,17 +76,10 @@ class TwoPassCallback(CallbackBase):
         MisconfigurationException: At the start of ``fit``, if this Trainer or module cannot be regularized.
     """
 
-    _recorder: Recorder | None
-    _copy: WeightCopy
-    _excluded: set[int]
-    _update: Update | None
-    _held: HeldGradients
-    _begun: bool
-    _passed: bool
-
     def __init__(
         self,
         rule: Rule,
+        *,
         start_step: int = 0,
         interval: int = 1,
         warmup_steps: int = 0,
@@ -98,28 +102,25 @@ class TwoPassCallback(CallbackBase):
         self.ascent_sync = ascent_sync
         self.accumulation = accumulation
         self.verbose = verbose
-        names = check_metrics(metrics, (*METRICS, BY_LAYER), DEFAULT_METRICS, undefined_metrics(rule))
-        self.watch = StepWatch(names, prefix, prog_bar)
+        self._metrics = check_metrics(metrics, (*METRICS, BY_LAYER), DEFAULT_METRICS, undefined_metrics(rule))
+        self._prefix, self._prog_bar = prefix, prog_bar
         self._asked_for = OF_SECOND_GRADIENT.intersection([metrics] if isinstance(metrics, str) else metrics)
-        self._steps = OptimizerSteps()
-        vars(self).update(self._fresh())
+        self._steps = StepCounter()
+        self.report = self._new_report()
+        self._runs: weakref.WeakKeyDictionary[Trainer, _Run] = weakref.WeakKeyDictionary()
+        self._warned: set[str] = set()
 
-    @staticmethod
-    def _fresh() -> dict[str, Any]:
-        """What belongs to one run, before the run."""
-        return {
-            "_recorder": None,
-            "_copy": WeightCopy(check_resolution=True),
-            "_excluded": set(),
-            "_update": None,
-            "_held": HeldGradients(),
-            "_begun": False,
-            "_passed": False,
-        }
+    def _new_report(self) -> StepReport:
+        return StepReport(self._metrics, self._prefix, self._prog_bar)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to one run: a copy of this callback starts anew."""
-        return {**vars(self), **self._fresh()}
+        """Leave out what belongs to one run: a copy of this callback starts afresh."""
+        return {name: value for name, value in vars(self).items() if name not in ("_runs", "report", "_warned")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Start afresh."""
+        vars(self).update(state)
+        self.report, self._runs, self._warned = self._new_report(), weakref.WeakKeyDictionary(), set()
 
     def should_regularize(self, step: int) -> bool:
         """Whether to regularize optimizer step ``step`` (counted from 0, in manual optimization for each optimizer).
@@ -139,62 +140,84 @@ class TwoPassCallback(CallbackBase):
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Find the excluded parameters, which ``configure_model`` may have made only now; show what will be done."""
-        self._excluded = match_names(self.exclude, pl_module)
-        checks.check_sparse(pl_module, self._excluded)
-        show_start(self, trainer, pl_module)
+        run = self._runs[trainer] = _Run(self._match(pl_module))
+        checks.check_sparse(pl_module, run.excluded)
+        show_start(self.summary(trainer, pl_module), trainer)
+
+    def _match(self, pl_module: "LightningModule") -> set[int]:
+        return match_names(self.exclude, pl_module.named_parameters(remove_duplicate=False))
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Begin to record, or to count the steps of each optimizer where the module optimizes manually."""
-        self.watch.reset()
+        run = self._runs.get(trainer)
+        if run is None:
+            raise self._overridden("on_fit_start")
+        self.report = self._new_report()
         if not pl_module.automatic_optimization:
-            self._steps.begin(trainer.optimizers, anew=trainer.global_step == 0)
+            self._steps.attach(trainer.optimizers, restart=trainer.global_step == 0, on_step=self.report.count)
             return
-        self._begun = False
-        if self._recorder is not None:
-            self._recorder.remove()
+        if run.recorder is not None:
+            run.recorder.remove()
         floods = [callback.flood_gradient_ for callback in trainer.callbacks if isinstance(callback, Flooding)]  # type: ignore[attr-defined]
-        self._recorder = Recorder(trainer, pl_module, floods[0] if floods else None)
-
-    def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Look for new modules, as those of a finetuning callback."""
-        if self._recorder is not None:
-            self._recorder.look_through()
+        run.recorder = Recorder(trainer, pl_module, run.storage, floods[0] if floods else None)
+        run.begun = False
 
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """At the first micro-batch of a window (which may be resumed in its middle), decide about the whole window."""
-        recorder = self._recorder
-        if recorder is None:
-            self.watch.open(trainer, pl_module)
+        if not pl_module.automatic_optimization:
+            self.report.open(trainer, pl_module)
             return
-        if batch_idx % trainer.accumulate_grad_batches == 0 or not self._begun:
-            self._begun = True
+        run, recorder = self._recording(trainer)
+        if is_window_start(trainer, batch_idx) or not run.begun:
+            run.begun, run.regularized = True, False
             recorder.forget()
-            self._update = None if skips_backward(trainer) else self._update_at(trainer.global_step)
-            self.watch.open(trainer, pl_module)
+            run.update = None if skips_backward(trainer) else self._update_at(trainer.global_step)
+            self._look_for_new_layers(run, pl_module)
+            self.report.open(trainer, pl_module)
         elif self._by_micro_batch(trainer):
             recorder.forget()
-        self._passed = False
-        if self._update is not None:
+        run.passed = False
+        if run.update is not None:
             recorder.expect(batch_idx, local=self.is_local(trainer) and is_window_end(trainer, batch_idx))
-        self.watch.start(pl_module.device)
+
+    def _look_for_new_layers(self, run: _Run, pl_module: "LightningModule") -> None:
+        if self.exclude:
+            count = sum(1 for _ in pl_module.parameters())
+            if count != run.param_count:
+                run.param_count, run.excluded = count, self._match(pl_module)
+
+    def _recording(self, trainer: "Trainer") -> tuple[_Run, Recorder]:
+        run = self._runs.get(trainer)
+        if run is None or run.recorder is None:
+            raise self._overridden("on_train_start")
+        return run, run.recorder
+
+    def _overridden(self, hook: str) -> MisconfigurationException:
+        return MisconfigurationException(
+            f"{type(self).__name__} was not told that training started, so nothing would be regularized: call"
+            f" `super().{hook}(...)` where you override `{hook}`"
+        )
 
     def on_before_backward(self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor) -> None:
-        """Put earlier gradients aside: of other micro-batches if each has its own direction, of steps not zeroed."""
-        recorder = self._recorder
-        if recorder is None:
+        """Stash earlier gradients: of other micro-batches if each has its own direction, of steps not zeroed."""
+        if not pl_module.automatic_optimization:
             return
-        self.watch.note_loss(recorder.batch_idx, loss)
-        if self._update is not None and (self._by_micro_batch(trainer) or recorder.is_at_start):
-            self._held.put_aside(_parameters(trainer))
+        run, recorder = self._recording(trainer)
+        if not run.begun:
+            raise self._overridden("on_train_batch_start")
+        self.report.note_loss(recorder.batch_idx, loss)
+        if run.update is not None:
+            recorder.check_not_bypassed()
+            if self._by_micro_batch(trainer) or recorder.is_at_start:
+                run.stashed.stash(_parameters(trainer))
 
     def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """After the last micro-batch of a window (after each one, if so asked), run the second pass."""
-        recorder = self._recorder
-        if recorder is None:
+        if not pl_module.automatic_optimization:
             return
-        self.watch.first_done(pl_module.device)
+        _, recorder = self._recording(trainer)
         if self._by_micro_batch(trainer) or is_window_end(trainer, recorder.batch_idx):
             self._second_pass(trainer, pl_module)
 
@@ -205,96 +228,166 @@ class TwoPassCallback(CallbackBase):
 
         A gradient scaler makes no step then.
         """
-        if self._recorder is None:
+        if not pl_module.automatic_optimization:
             return
-        if not self._passed and loss_scale(trainer, pl_module.device) is None and not self._by_micro_batch(trainer):
+        run, _ = self._recording(trainer)
+        if not run.passed and loss_scale(trainer, pl_module.device) is None and not self._by_micro_batch(trainer):
             with torch.enable_grad():
                 self._second_pass(trainer, pl_module)
 
     def _second_pass(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._passed = True
-        recorder, by_micro_batch = self._recorder, self._by_micro_batch(trainer)
-        if recorder is None or (self._update is None and (by_micro_batch or not self.watch.due)):
+        run, recorder = self._recording(trainer)
+        by_micro_batch = self._by_micro_batch(trainer)
+        run.passed = True
+        if run.update is None and (by_micro_batch or not self.report.due):
             return
-        params = [param for param in _parameters(trainer) if id(param) not in self._excluded]
+        params = [param for param in _parameters(trainer) if id(param) not in run.excluded]
         scale = gradient_scale(trainer, pl_module.device, alone=by_micro_batch)
-        if self._update is None:
-            self.watch.first_only(params, scale)
+        if run.update is None:
+            self.report.first_only(params, scale)
             return
-        looks_on = self.watch.of_window(
-            recorder.batch_idx if by_micro_batch else None, scale, self.is_local(trainer), bool(self._held)
+        if recorder.is_empty:  # each step of the window returned None
+            run.stashed.restore()
+            return
+        self._check_gradients(params)
+        observer = self.report.of_window(
+            recorder.batch_idx if by_micro_batch else None, scale, self.is_local(trainer), bool(run.stashed)
         )
-        replay, chosen = self._held.before(recorder.replay), {id(param) for param in params}
-        add_second_pass_(
-            self._update,
-            params,
-            replay if looks_on is None else looks_on.watch(replay),
-            self._copy,
-            # also those that no optimizer has
-            excluded=[param for param in recorder.params if id(param) not in chosen],
-            loss_scale=scale,
-            check_finite=not self.is_local(trainer),
-            observer=looks_on,
-        )
-        self._held.give_back()
-        self.watch.second_done(pl_module.device)
+        chosen = {id(param) for param in params}
+        with trainer.profiler.profile("[lightning_gr] second pass"):  # type: ignore[attr-defined]
+            run.regularized |= add_second_pass_(
+                run.update,
+                params,
+                recorder.replay if observer is None else observer.watch(recorder.replay),
+                run.storage,
+                stashed=run.stashed,
+                # also those that no optimizer has
+                excluded=[param for param in recorder.params if id(param) not in chosen],
+                loss_scale=scale,
+                check_finite=not self.is_local(trainer),
+                observer=observer,
+            )
+        run.stashed.restore()
+        if recorder.gave_up:
+            self._warn_once(
+                "training_step returned None in a second pass, at displaced weights: that step keeps its clean gradient"
+                " and counts as not regularized. If it happens often, take a smaller `epsilon` or `rho`"
+            )
+
+    def _check_gradients(self, params: Sequence[Tensor]) -> None:
+        grads = [param.grad for param in params if param.grad is not None]
+        if params and not grads:
+            self._warn_once(
+                "No gradient is left after the backward pass, so nothing is regularized: an optimizer that steps in"
+                " backward hooks cannot be combined with a second pass"
+            )
+        if any(grad.requires_grad for grad in grads):
+            raise MisconfigurationException(
+                "The gradients have a graph of their own (`backward(create_graph=True)`, as for AdaHessian or SophiaH),"
+                " which a second pass would break: use another optimizer, or no second pass"
+            )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            rank_zero_warn(message)
 
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the step, and let go of its batches."""
-        if is_window_end(trainer, batch_idx):
-            self.watch.close(trainer, pl_module)
-            if self._recorder is not None:
-                self.watch.count(self._update is not None)
-                self._recorder.forget()
-                self._held.give_back()  # if there was no second pass
+        """Log the step, and drop its batches."""
+        if not is_window_end(trainer, batch_idx):
+            return
+        self.report.close(trainer, pl_module)
+        if not pl_module.automatic_optimization:
+            return
+        run, recorder = self._recording(trainer)
+        missed = run.update is not None and not run.passed and not recorder.is_empty
+        if missed and loss_scale(trainer, pl_module.device) is None and not self._by_micro_batch(trainer):
+            raise self._overridden("on_after_backward")
+        self.report.count(run.regularized)
+        recorder.forget()
+        run.stashed.restore()  # if there was no second pass
+        run.stashed.clear()
+
+    def summary(self, trainer: "Trainer", pl_module: "LightningModule") -> Summary:
+        """What the panel at the start of training says."""
+        run, update = self._runs[trainer], self.rule.update()
+        trainable = [p for p in pl_module.parameters() if p.requires_grad]
+        regularized = sum(p.numel() for p in trainable if id(p) not in run.excluded)
+        passes = 1 + len(update.probes) + bool(update.curvature)
+        lines = {
+            "gradient": f"g = {self.rule.equation}",
+            "constants": ", ".join(f"{name} = {value:g}" for name, value in self.rule.constants.items()),
+            "parameters": f"{regularized:,} regularized of {sum(p.numel() for p in trainable):,} trainable",
+            "passes": f"{passes} per regularized step"
+            + (", each micro-batch by itself" if self._by_micro_batch(trainer) else ""),
+        }
+        if trainer.world_size > 1:
+            whose = "each device's own gradient" if self.is_local(trainer) else "the mean gradient of all devices"
+            lines["ascent"] = f"along {whose} ({trainer.world_size})"
+        own_schedule = type(self).should_regularize is not TwoPassCallback.should_regularize
+        lines["schedule"] = "by should_regularize(step)" if own_schedule else str(self.schedule)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Flooding):
+                lines["flooding"] = callback.description
+        return Summary(self.rule.name, lines, self.verbose)
 
     # --- what the mixin asks for
 
-    @property
-    def excluded(self) -> set[int]:
+    def note_manual(self, optimizer: torch.optim.Optimizer, regularized: bool) -> None:
+        """Note whether the gradient of an optimizer is a regularized one, until it makes its step."""
+        self._steps.note(optimizer, regularized)
+
+    def excluded(self, trainer: "Trainer", pl_module: "LightningModule") -> set[int]:
         """The ids of the parameters that are left out."""
-        return self._excluded
+        run = self._runs[trainer]
+        self._look_for_new_layers(run, pl_module)
+        return run.excluded
 
     def update_of(self, optimizer: torch.optim.Optimizer) -> Update | None:
         """What to do in the current step of one of several optimizers; None stands for a plain one."""
-        return self._update_at(self._steps.of(optimizer))
+        return self._update_at(self._steps.count_of(optimizer))
 
     def _update_at(self, step: int) -> Update | None:
         update = self.rule.update(self.schedule.strength(step))
         return update if self.should_regularize(step) and not update.is_plain else None
 
-    def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
-        """Say what the run was trained with, which is not needed to go on: the schedule follows the global step.
+    def state_dict(self) -> dict[str, Any]:
+        """The steps of each optimizer in manual optimization; otherwise the schedule follows the global step."""
+        return {"format_version": 1, "steps": list(self._steps.made)} if self._steps.made else {}
 
-        In manual optimization it follows the steps of each optimizer, which are needed.
-        """
-        ours = {"format_version": 1, "rule": repr(self.rule), "schedule": repr(self.schedule)}
-        checkpoint["lightning_gr"] = {**ours, "steps": list(self._steps.made)} if self._steps.made else ours
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting the steps of each optimizer."""
+        self._steps.made = list(state_dict.get("steps", ()))
 
     def on_load_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
-        """Go on counting the steps of each optimizer."""
-        self._steps.made = list(checkpoint.get("lightning_gr", {}).get("steps", ()))
+        """Read what earlier versions wrote."""
+        if "lightning_gr" in checkpoint:
+            self.load_state_dict(checkpoint["lightning_gr"])
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Leave no trace."""
-        self._stop()
+        self._stop(trainer)
 
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
         """Leave no trace."""
-        self._stop()
+        self._stop(trainer)
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Show what happened."""
         if stage == "fit":
-            show_end(self, trainer)
+            self._stop(trainer)
+            self._runs.pop(trainer, None)
+            if self.report.steps:
+                show_end(self.report, self.rule.name, trainer, verbose=self.verbose)
 
-    def _stop(self) -> None:
-        if self._recorder is not None:
-            self._recorder.remove()
-        self._steps.end()
-        vars(self).update(self._fresh())
+    def _stop(self, trainer: "Trainer") -> None:
+        run = self._runs.get(trainer)
+        if run is not None and run.recorder is not None:
+            run.recorder.remove()
+            run.recorder = None
+        self._steps.detach()
 
     def _by_micro_batch(self, trainer: "Trainer") -> bool:
         return self.accumulation == "micro_batch" and trainer.accumulate_grad_batches > 1
@@ -306,137 +399,3 @@ class TwoPassCallback(CallbackBase):
 
 def _parameters(trainer: "Trainer") -> list[Tensor]:
     return [param for group in trainer.optimizers[0].param_groups for param in group["params"]]
-
-
-class GradientRegularization(TwoPassCallback):
-    """Gradient regularization by finite differences: penalize (γ/2)‖∇L(θ)‖² at the cost of a second pass.
-
-    F-GR (``scheme="forward"``) takes one ascent step and gives the optimizer
-
-        g = (1 − γ/ε) ∇L(θ) + (γ/ε) ∇L(θ + ε ∇L(θ)).
-
-    With γ = ε this is SAM without normalization. ``"backward"`` (B-GR) descends instead, ``"central"`` does both in
-    three passes, ``"exact"`` is double backward. ``normalize=True`` is the gradient-norm penalty γ‖∇L(θ)‖.
-
-    Args:
-        gamma: The strength γ ≥ 0 of the penalty. The paper's grid for WRN-28-10 spans 1e-4 to 1e-1; 0 is plain
-            training.
-        epsilon: The step ε > 0 of the finite difference. "A relatively large ε ≈ 0.05" works best (Ackermann et al.,
-            arXiv 2602.18037, appendix C, on the paper's grid 0.01 to 0.5).
-        scheme: ``"forward"`` (F-GR), ``"backward"`` (B-GR), ``"central"`` (three passes) or ``"exact"`` (double
-            backward).
-        normalize: Step ε∇L/‖∇L‖ instead of ε∇L, which penalizes γ‖∇L‖ instead of (γ/2)‖∇L‖².
-        start_step: The first optimizer step (counted from 0) that is regularized.
-        interval: Every how many optimizer steps from there.
-        warmup_steps: Over how many optimizer steps from there the penalty grows linearly from 0. Recommended with
-            Adam and a learning-rate warm-up.
-        lazy: Multiply γ by ``interval``, so that the steps that are regularized stand for those between. ε is not
-            multiplied; where γ · interval is well above it, take a larger one.
-        exclude: Shell-style patterns over parameter names, as in ``["*.bias", "*norm*"]``. Such parameters are
-            neither perturbed nor regularized and end with exactly the clean gradient.
-        ascent_sync: On several devices, whether the first gradient is averaged over them before it gives the
-            direction. False saves that communication: each device ascends along its own gradient.
-        accumulation: With ``accumulate_grad_batches``: ``"window"`` regularizes the gradient of the whole window, as of
-            one large batch, and keeps its batches until then; ``"micro_batch"`` regularizes each micro-batch by
-            itself (m-sharpness) and keeps none.
-        metrics: What to log on the steps that Lightning logs: ``"default"`` (gradient norm, sharpness, penalty),
-            ``"all"``, names as listed in docs/metrics.md, or ``()`` for nothing.
-        prefix: What the keys of the metrics begin with.
-        prog_bar: Whether the gradient norm is shown in the progress bar, too.
-        verbose: Whether to show a panel before training and a table after it, where Lightning shows something, too.
-
-    Raises:
-        ValueError: If an argument is out of its range, or at the start of ``fit`` if a pattern matches nothing.
-        MisconfigurationException: At the start of ``fit``, if this Trainer or module cannot be regularized.
-
-    Source: Karakida, Takase, Hayase & Osawa (ICML 2023, arXiv 2210.02720); Zhao, Zhang & Hu (ICML 2022, arXiv
-    2202.03599) for ``normalize=True``.
-
-    Example::
-
-        >>> from pytorch_lightning import Trainer
-        >>> trainer = Trainer(callbacks=[GradientRegularization(gamma=0.1)], logger=False, accelerator="cpu")
-    """
-
-    def __init__(
-        self,
-        gamma: float = 0.05,
-        epsilon: float = 0.05,
-        scheme: Scheme = "forward",
-        normalize: bool = False,
-        start_step: int = 0,
-        interval: int = 1,
-        warmup_steps: int = 0,
-        lazy: bool = False,
-        exclude: Sequence[str] = (),
-        ascent_sync: bool = True,
-        accumulation: Accumulation = "window",
-        metrics: str | Sequence[str] = "default",
-        prefix: str = "gr/",
-        prog_bar: bool = False,
-        verbose: bool = True,
-    ) -> None:
-        rule, when = GRRule(gamma, epsilon, scheme, normalize), (start_step, interval, warmup_steps, lazy)
-        super().__init__(rule, *when, exclude, ascent_sync, accumulation, metrics, prefix, prog_bar, verbose)
-
-
-class SAM(TwoPassCallback):
-    """Sharpness-aware minimization: the gradient at the worst point of a ball around the weights.
-
-        g = ∇L(θ + ρ ∇L(θ)/‖∇L(θ)‖)
-
-    ``adaptive=True`` is ASAM, whose ball is scaled by T = |θ| + η: g = ∇L(θ + ρ T²∇L/‖T∇L‖).
-
-    Args:
-        rho: The radius ρ ≥ 0. 0.05 is Foret et al.'s; ASAM takes about ten times as much (Kwon et al.).
-        adaptive: Use ASAM's ball, scaled by the size of each weight.
-        eta: η ≥ 0 of ASAM; 0 as in the common implementations (Kwon et al. write 0.01).
-        start_step: The first optimizer step (counted from 0) that is regularized.
-        interval: Every how many optimizer steps from there.
-        warmup_steps: Over how many optimizer steps from there the radius grows linearly from 0.
-        lazy: Multiply ρ by ``interval``.
-        exclude: Shell-style patterns over parameter names, as in ``["*.bias", "*norm*"]``. Such parameters are not
-            perturbed and end with exactly the clean gradient.
-        ascent_sync: On several devices, whether the first gradient is averaged over them before it gives the
-            direction. False (m-sharpness) saves that communication, and Foret et al. found it to generalize better.
-        accumulation: With ``accumulate_grad_batches``: ``"window"`` regularizes the gradient of the whole window, as of
-            one large batch, and keeps its batches until then; ``"micro_batch"`` regularizes each micro-batch by
-            itself (m-sharpness) and keeps none.
-        metrics: What to log on the steps that Lightning logs: ``"default"`` (gradient norm, sharpness, penalty),
-            ``"all"``, names as listed in docs/metrics.md, or ``()`` for nothing.
-        prefix: What the keys of the metrics begin with.
-        prog_bar: Whether the gradient norm is shown in the progress bar, too.
-        verbose: Whether to show a panel before training and a table after it, where Lightning shows something, too.
-
-    Raises:
-        ValueError: If an argument is out of its range, or at the start of ``fit`` if a pattern matches nothing.
-        MisconfigurationException: At the start of ``fit``, if this Trainer or module cannot be regularized.
-
-    Source: Foret, Kleiner, Mobahi & Neyshabur (ICLR 2021, arXiv 2010.01412), equation 2 and algorithm 1; Kwon, Kim,
-    Park & Choi (ICML 2021, arXiv 2102.11600).
-
-    Example::
-
-        >>> from pytorch_lightning import Trainer
-        >>> trainer = Trainer(callbacks=[SAM(rho=0.05)], logger=False, accelerator="cpu")
-    """
-
-    def __init__(
-        self,
-        rho: float = 0.05,
-        adaptive: bool = False,
-        eta: float = 0.0,
-        start_step: int = 0,
-        interval: int = 1,
-        warmup_steps: int = 0,
-        lazy: bool = False,
-        exclude: Sequence[str] = (),
-        ascent_sync: bool = True,
-        accumulation: Accumulation = "window",
-        metrics: str | Sequence[str] = "default",
-        prefix: str = "gr/",
-        prog_bar: bool = False,
-        verbose: bool = True,
-    ) -> None:
-        rule, when = SAMRule(rho, adaptive, eta), (start_step, interval, warmup_steps, lazy)
-        super().__init__(rule, *when, exclude, ascent_sync, accumulation, metrics, prefix, prog_bar, verbose)

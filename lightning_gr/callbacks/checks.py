@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_gr._compat import REFUSED_STRATEGIES, SUPPORTED_STRATEGIES, is_a
-from lightning_gr.core.rules import Rule, check_number
+from lightning_gr._compat import REFUSED_STRATEGIES, SUPPORTED_STRATEGIES, has_base_named
+from lightning_gr.core.rules import Rule
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -15,17 +15,11 @@ if TYPE_CHECKING:
 __all__ = [
     "check_accumulation",
     "check_flooding",
-    "check_level",
     "check_separable",
     "check_sharded",
     "check_sparse",
     "check_two_pass",
 ]
-
-
-def check_level(level: object) -> None:
-    """Refuse a flood level that is not a non-negative number."""
-    check_number("level", level, positive=False)
 
 
 def check_flooding(trainer: "Trainer", pl_module: "LightningModule", kind: type) -> None:
@@ -38,7 +32,9 @@ def check_two_pass(trainer: "Trainer", pl_module: "LightningModule", kind: type)
     """Refuse what cannot get a second pass."""
     _check_alone(trainer, kind, "one method with a second pass")
     _check_optimization(pl_module)
-    if not is_a(trainer.strategy, *SUPPORTED_STRATEGIES) or is_a(trainer.strategy, *REFUSED_STRATEGIES):
+    if not has_base_named(trainer.strategy, *SUPPORTED_STRATEGIES) or has_base_named(
+        trainer.strategy, *REFUSED_STRATEGIES
+    ):
         name = type(trainer.strategy).__name__
         raise MisconfigurationException(
             f"Gradient regularization does not work with {name}: the second pass was shown to be right on one device,"
@@ -62,7 +58,7 @@ def check_accumulation(trainer: "Trainer", accumulation: str, ascent_sync: bool)
 
 def check_sharded(trainer: "Trainer", rule: Rule, ascent_sync: bool) -> None:
     """Refuse what cannot be done where each rank holds only a part of the parameters."""
-    if not is_a(trainer.strategy, "ModelParallelStrategy"):
+    if not has_base_named(trainer.strategy, "ModelParallelStrategy"):
         return
     if rule.update().curvature:
         raise MisconfigurationException(
@@ -102,7 +98,7 @@ def _check_alone(trainer: "Trainer", kind: type, what: str) -> None:
 
 
 def _check_optimization(pl_module: "LightningModule") -> None:
-    if not pl_module.automatic_optimization and not is_a(pl_module, "GradientRegularizationMixin"):
+    if not pl_module.automatic_optimization and not has_base_named(pl_module, "GradientRegularizationMixin"):
         name = type(pl_module).__name__
         raise MisconfigurationException(
             f"{name} optimizes manually, which a callback alone cannot regularize: write"

@@ -5,22 +5,22 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_gr._compat import CallbackBase, will_log
+from lightning_gr._compat import CallbackBase, has_base_named, stop_progress_bars, will_log
+from lightning_gr._validate import check_bool, check_level
 from lightning_gr.callbacks import checks
 from lightning_gr.callbacks.recorder import loss_scale
 from lightning_gr.callbacks.windows import is_window_end
 from lightning_gr.core.flooding import flood_gradient_
-from lightning_gr.core.rules import check_bool
 from lightning_gr.core.sharding import mean_over_ranks
 from lightning_gr.replay.isolation import in_second_pass
-from lightning_gr.report.display import show_flooding_end, show_flooding_start
+from lightning_gr.report.display import Summary, show, show_start, shows
 from lightning_gr.report.measurement import check_metrics
-from lightning_gr.report.step_report import StepLog
+from lightning_gr.report.step_log import StepLog
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["Flips", "Flooding"]
+__all__ = ["FloodCounter", "Flooding"]
 
 
 class Flooding(CallbackBase):
@@ -28,7 +28,7 @@ class Flooding(CallbackBase):
 
     Only the direction of the gradient changes, by the sign of L − b, so this costs nothing; the loss that is logged is
     L itself. Beside :class:`GradientRegularization` or :class:`SAM` in the callbacks list it floods that method's
-    loss: each of its gradients is turned round where the loss it comes from is below the level. The decision is
+    loss: the sign of each of its gradients is flipped where the loss it comes from is below the level. The decision is
     made for each micro-batch, and without the host waiting for the device.
 
     Args:
@@ -40,7 +40,7 @@ class Flooding(CallbackBase):
             losses below the level since it was last logged; ``()`` is nothing.
         prefix: What its key begins with.
         verbose: Whether to show a panel before training and the number of flooded losses after it, where Lightning
-            shows something, too.
+            shows something as well.
 
     Raises:
         ValueError: If ``level`` is not a non-negative float, ``sync`` not a bool, or a metric unknown.
@@ -57,18 +57,19 @@ class Flooding(CallbackBase):
     def __init__(
         self,
         level: float,
+        *,
         sync: bool = False,
         metrics: str | Sequence[str] = "default",
         prefix: str = "gr/",
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        checks.check_level(level)
+        check_level(level)
         check_bool("sync", sync)
         check_bool("verbose", verbose)
         self.level = float(level)
         self.sync, self.verbose = sync, verbose
-        self.flips = Flips(check_metrics(metrics, ("flooded",), ("flooded",)), prefix)
+        self.counter = FloodCounter(check_metrics(metrics, ("flooded",), ("flooded",)), prefix)
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Check the context."""
@@ -77,14 +78,27 @@ class Flooding(CallbackBase):
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Show what will be done."""
-        show_flooding_start(self, trainer)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        # the panel of a method with a second pass has a line for flooding
+        if not any(has_base_named(callback, "TwoPassCallback") for callback in callbacks):
+            show_start(self.summary(), trainer)
+
+    @property
+    def description(self) -> str:
+        """The loss that is trained on, in one line."""
+        return f"|L − b| + b, b = {self.level:g}"
+
+    def summary(self) -> Summary:
+        """What the panel at the start of training says."""
+        lines = {"loss": "|L − b| + b", "constants": f"b = {self.level:g}", "passes": "1 per step"}
+        return Summary("flooding", lines, self.verbose)
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Begin to count."""
-        self.flips.reset()
+        self.counter.reset()
 
     def on_before_backward(self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor) -> None:
-        """Turn the gradient round where the loss, which comes divided and scaled, is below the level."""
+        """Flip the sign of the gradient where the loss, which comes divided and scaled, is below the level."""
         if pl_module.automatic_optimization:  # the mixin does it by itself
             self.flood_gradient_(trainer, loss, loss_scale(trainer, loss.device))
 
@@ -94,22 +108,25 @@ class Flooding(CallbackBase):
         value = mean_over_ranks(loss) if self.sync and trainer.world_size > 1 else loss
         below = flood_gradient_(loss, level if scale is None else level * scale, value)
         if not in_second_pass():
-            self.flips.note(below)
+            self.counter.note(below)
 
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the share of losses below the level."""
         if is_window_end(trainer, batch_idx):
-            self.flips.log(trainer, pl_module)
+            self.counter.log(trainer, pl_module)
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Show what happened."""
         if stage == "fit":
-            show_flooding_end(self, trainer)
+            total = self.counter.total
+            if self.verbose and shows(trainer) and total is not None:
+                stop_progress_bars(trainer)
+                show(f"flooded: {int(total):,} of {self.counter.of:,} losses below the level")
 
 
-class Flips:
+class FloodCounter:
     """How many losses were below the level: a sum on the device, in which nothing is read.
 
     Args:
@@ -118,23 +135,22 @@ class Flips:
     """
 
     def __init__(self, names: Sequence[str], prefix: str) -> None:
-        self.names = tuple(names)
-        self.step_log = StepLog(prefix)
+        self.names, self.prefix = tuple(names), prefix
         self.reset()
 
     def reset(self) -> None:
         """Begin a run."""
-        self.step_log.reset()
+        self.step_log = StepLog(self.prefix)
         self.total: Tensor | None = None
         self.of = 0
         self._last: tuple[Tensor | int, int] = 0, 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one run."""
-        return {"names": self.names, "step_log": self.step_log}
+        return {"names": self.names, "prefix": self.prefix}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Start anew."""
+        """Start afresh."""
         vars(self).update(state)
         self.reset()
 

@@ -14,16 +14,14 @@ from lightning_gr._compat import (
     REFUSED_STRATEGIES,
     CallbackBase,
     gradients_are_scaled,
-    is_a,
-    lightning_attributes,
+    has_base_named,
     will_log,
 )
-from lightning_gr.callbacks.recorder import loss_scale, rebuild
-from lightning_gr.core.perturb import global_norm
-from lightning_gr.core.rules import check_bool, check_choice, check_int, check_number
-from lightning_gr.replay.isolation import StatefulModules
+from lightning_gr._validate import check_bool, check_choice, check_int, check_number
+from lightning_gr.callbacks.recorder import loss_scale, surroundings_of
+from lightning_gr.core.tensors import global_norm
 from lightning_gr.report.measurement import layer_norms, layers_of
-from lightning_gr.report.step_report import StepLog
+from lightning_gr.report.step_log import StepLog
 from lightning_gr.sharpness.estimates import HessianEigenvalue, HessianTrace, estimate_trace, lanczos
 from lightning_gr.sharpness.hessian import HESSIAN_METHODS, HessianMethod, HessianProducts
 
@@ -56,24 +54,28 @@ class GradientNormMonitor(CallbackBase):
         >>> trainer = Trainer(callbacks=[GradientNormMonitor()], logger=False, accelerator="cpu")
     """
 
-    def __init__(self, by_layer: bool = False, prefix: str = "", prog_bar: bool = False) -> None:
+    def __init__(self, by_layer: bool = False, *, prefix: str = "", prog_bar: bool = False) -> None:
         super().__init__()
         check_bool("by_layer", by_layer)
         check_bool("prog_bar", prog_bar)
         self.by_layer = by_layer
-        self.step_log = StepLog(prefix, ("grad_norm",) if prog_bar else ())
+        self.prefix, self.prog_bar = prefix, prog_bar
+        self.step_log = self._new_log()
         self._values: dict[str, Tensor] = {}
 
+    def _new_log(self) -> StepLog:
+        return StepLog(self.prefix, ("grad_norm",) if self.prog_bar else ())
+
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Begin a run."""
-        self.step_log.reset()
+        """Forget an earlier run."""
+        self.step_log = self._new_log()
         self._values = {}
 
     @torch.no_grad()
     def on_before_optimizer_step(
         self, trainer: "Trainer", pl_module: "LightningModule", optimizer: torch.optim.Optimizer
     ) -> None:
-        """Measure."""
+        """Measure the gradient as the optimizer gets it, without a scaler's factor."""
         params = [param for group in optimizer.param_groups for param in group["params"]]
         grads = [param.grad for param in params if param.grad is not None]
         if not grads or not will_log(trainer):
@@ -93,7 +95,7 @@ class GradientNormMonitor(CallbackBase):
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log."""
+        """Log what this step measured."""
         if self._values or will_log(trainer):
             self.step_log.log(trainer, pl_module, self._values)
             self._values = {}
@@ -139,6 +141,7 @@ class SharpnessMonitor(CallbackBase):
     def __init__(
         self,
         every_n_epochs: int = 1,
+        *,
         eigenvalue: bool = True,
         trace: bool = True,
         max_iterations: int = 100,
@@ -171,7 +174,7 @@ class SharpnessMonitor(CallbackBase):
         """Check the context."""
         if stage != "fit":
             return
-        if is_a(trainer.strategy, "ModelParallelStrategy", "FSDPStrategy", *REFUSED_STRATEGIES):
+        if has_base_named(trainer.strategy, "ModelParallelStrategy", "FSDPStrategy", *REFUSED_STRATEGIES):
             raise MisconfigurationException(
                 f"SharpnessMonitor needs all parameters on each device, but {type(trainer.strategy).__name__} spreads"
                 " them: measure a checkpoint on one device with `lightning_gr.hessian_eigenvalue`, or use"
@@ -194,7 +197,7 @@ class SharpnessMonitor(CallbackBase):
         return pl_module.training_step(batch, 0) if len(takes) > 1 else pl_module.training_step(batch)
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Begin a run."""
+        """Forget an earlier run."""
         self._batch, self.results = None, []
 
     def on_train_batch_start(
@@ -214,15 +217,15 @@ class SharpnessMonitor(CallbackBase):
 
     def _measure(self, trainer: "Trainer", pl_module: "LightningModule") -> dict[str, float]:
         products = HessianProducts(
-            lambda: self.loss(pl_module, rebuild(self._batch)),
+            # a copy each time: the step may change its batch in place
+            lambda: self.loss(pl_module, copy.deepcopy(self._batch)),
             pl_module,
             method=self.method,
-            modules=StatefulModules(pl_module, lightning_attributes() | {"_lightning_gr"}),
-            muted=pl_module,
+            surroundings=surroundings_of(trainer, pl_module),
             average=_average_over_ranks if trainer.world_size > 1 else None,
         )
         plugin = trainer.precision_plugin
-        context = nullcontext() if is_a(plugin, "MixedPrecision") else plugin.train_step_context()
+        context = nullcontext() if has_base_named(plugin, "MixedPrecision") else plugin.train_step_context()
         value = trace = None
         with _in_eval_mode(pl_module), context, products:
             if self.eigenvalue:
@@ -241,7 +244,7 @@ class SharpnessMonitor(CallbackBase):
         return torch.Generator().manual_seed(self.seed)
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Let go of the batch."""
+        """Drop the batch."""
         self._batch = None
 
 

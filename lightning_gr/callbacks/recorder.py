@@ -1,26 +1,37 @@
 """Remembers the calls of ``training_step`` in one accumulation window, and makes them again."""
 
-import copy
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_gr._compat import is_a, lightning_attributes
-from lightning_gr.core.two_pass import Transform, extract_loss
-from lightning_gr.replay.isolation import ModuleState, RandomState, StatefulModules, second_pass
+from lightning_gr._compat import (
+    gradient_scaler,
+    lightning_attributes,
+    logged_results,
+    loggers_and_methods,
+    static_graph,
+    unsynced,
+    wrap_training_step,
+)
+from lightning_gr.core.storage import WeightStorage
+from lightning_gr.core.two_pass import NoLossError, Transform, extract_loss
+from lightning_gr.replay.batch import Batch
+from lightning_gr.replay.evaluation import Evaluation, Surroundings
+from lightning_gr.replay.footprint import Footprint
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["Recorder", "gradient_scale", "loss_scale", "rebuild"]
+__all__ = ["Recorder", "gradient_scale", "loss_scale", "surroundings_of"]
 
 
 def loss_scale(trainer: "Trainer", device: torch.device) -> Tensor | None:
     """The scale of the precision plugin's gradient scaler, as a tensor on ``device`` and without reading it back."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scaler = gradient_scaler(trainer)
     return None if scaler is None else scaler.scale(torch.ones((), device=device))
 
 
@@ -36,65 +47,37 @@ def gradient_scale(trainer: "Trainer", device: torch.device, *, alone: bool) -> 
     return torch.full((), share, device=device) if scale is None else scale * share
 
 
-class _Call:
-    """One call of ``training_step``: its arguments and the random numbers that it started with.
+def surroundings_of(trainer: "Trainer", pl_module: "LightningModule") -> Surroundings:
+    """What the training steps of a module may change: all that it can reach, and what they may do to the Trainer."""
+    root = trainer.strategy.root_device
 
-    The containers of the batch are rebuilt, since training steps like to ``pop`` from them; tensors are not copied.
-    """
+    def roots() -> Mapping[str, Any]:
+        groups = {f"optimizer_{i}": optimizer.param_groups for i, optimizer in enumerate(trainer.optimizers)}
+        return {
+            "self": pl_module,
+            **groups,
+            "lr_schedulers": [config.scheduler for config in trainer.lr_scheduler_configs],
+        }
 
-    def __init__(self, args: tuple[Any, ...], devices: list[torch.device]) -> None:
-        self.tensors: list[tuple[Tensor, int]] = []
-        self.args = rebuild(args, self._note)
-        self.random_state = RandomState(devices)
+    def closed() -> Iterable[object]:
+        return [trainer, trainer.strategy, *(optimizer.state for optimizer in trainer.optimizers)]
 
-    def _note(self, tensor: Tensor) -> None:
-        if not tensor.is_inference():
-            self.tensors.append((tensor, tensor._version))
+    def muted() -> list[tuple[Any, Any]]:
+        return [
+            (pl_module, ("log", "log_dict", "print")),
+            # `self.log` may also be reached through a reference that was taken before
+            (logged_results(pl_module), ("log", "reset")),
+            (trainer, ("save_checkpoint",)),
+            *loggers_and_methods(trainer),
+        ]
 
-    def check_unchanged(self) -> None:
-        """Refuse a batch that the first pass wrote to: the second one would start from something else."""
-        if any(tensor._version != version for tensor, version in self.tensors):
-            raise RuntimeError(
-                "training_step changed a tensor of its batch in place, so it cannot be run again on the same data:"
-                " work on a copy there, as in `x = batch['x'].clone()`"
-            )
+    def trained() -> list[Tensor]:
+        groups = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        everything = [*pl_module.parameters(), *(param for group in groups for param in group)]
+        return list({id(param): param for param in everything}.values())
 
-    @contextmanager
-    def unchanged_gradients(self) -> Iterator[None]:
-        """Keep the gradients of the batch, which a training step may have asked for, those of the first pass."""
-        leaves = [(tensor, tensor.grad) for tensor, _ in self.tensors if tensor.requires_grad and tensor.is_leaf]
-        try:
-            for tensor, _ in leaves:
-                tensor.grad = None
-            yield
-        finally:
-            for tensor, grad in leaves:
-                tensor.grad = grad
-
-
-def rebuild(value: Any, note: Callable[[Tensor], None] = lambda tensor: None) -> Any:
-    """Copy the containers in a batch but not its tensors, each of which is shown to ``note``.
-
-    Any other object with attributes (the batches of graph libraries, dataclasses) is copied as ``copy.copy`` does.
-    """
-    if isinstance(value, Tensor):
-        note(value)
-    elif isinstance(value, (list, tuple)):
-        items = [rebuild(item, note) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    elif isinstance(value, MutableMapping):
-        entries = copy.copy(value)
-        entries.update({key: rebuild(item, note) for key, item in value.items()})
-        return entries
-    elif hasattr(value, "__dict__") and not callable(value):
-        try:
-            other = copy.copy(value)
-        except TypeError:  # it holds a lock, a file, …: nobody copies such a thing, so it is passed on
-            return value
-        own = {k: v for k, v in vars(value).items() if isinstance(v, (Tensor, list, tuple, dict))}
-        vars(other).update({key: rebuild(item, note) for key, item in own.items()})
-        return other
-    return value
+    footprint = Footprint(roots, hidden=lightning_attributes() | {"_lightning_gr"}, closed=closed)
+    return Surroundings(footprint, [] if root.type == "cpu" else [root], muted, trained)
 
 
 class Recorder:
@@ -103,6 +86,7 @@ class Recorder:
     Args:
         trainer: The Trainer, with its model set up.
         pl_module: The module in training.
+        storage: Where the weights are kept while they are displaced.
         flood: Floods the loss of the second pass, given the Trainer and the loss; None does not flood.
     """
 
@@ -110,33 +94,48 @@ class Recorder:
         self,
         trainer: "Trainer",
         pl_module: "LightningModule",
+        storage: WeightStorage,
         flood: Callable[["Trainer", Tensor], None] | None,
     ) -> None:
-        self.trainer = trainer
-        self.pl_module = pl_module
-        self.flood = flood
-        self._calls: dict[int, _Call] = {}
+        self.trainer, self.pl_module = trainer, pl_module
+        self.storage, self.flood = storage, flood
+        self._calls: dict[int, tuple[Evaluation[Any], Batch]] = {}
         self.batch_idx = -1
         self._local = False
         self._started = False
-        self._foreign = lightning_attributes()
         self._unsynced = ExitStack()
-        root = trainer.strategy.root_device
-        self._devices = [] if root.type == "cpu" else [root]
-        self._original: Callable[..., Any] = trainer.strategy.training_step
-        trainer.strategy.training_step = self._training_step  # type: ignore[method-assign]
-        self._modules = StatefulModules(None)
-        self.look_through()
+        self._surroundings = surroundings_of(trainer, pl_module)
+        self._called = False
+        self.gave_up = False  # a second pass found no loss: what is evaluated then is the clean gradient
+        self._original, self._unwrap = wrap_training_step(trainer, self._training_step)
 
     def remove(self) -> None:
-        """Give the strategy its own method back."""
+        """Give the strategy back the method that it had."""
         self.forget()
-        vars(self.trainer.strategy).pop("training_step", None)
+        self._unwrap()
 
-    def look_through(self) -> None:
-        """Find the modules with a state and the parameters; to be repeated when the module may have grown."""
-        self.params = list(self.pl_module.parameters())
-        self._modules = StatefulModules(self.pl_module, self._foreign, self._modules)
+    @property
+    def is_empty(self) -> bool:
+        """Whether no call of the window returned a loss."""
+        return not self._calls
+
+    def check_not_bypassed(self) -> None:
+        """Refuse to train on without having seen a call, because somebody replaced the strategy's method.
+
+        Raises:
+            MisconfigurationException: Naming the strategy.
+        """
+        if not self._called:
+            raise MisconfigurationException(
+                f"`training_step` of {type(self.trainer.strategy).__name__} was replaced after training started, by"
+                " something that does not call what was there before, so nothing would be regularized: call that, or"
+                " replace it before `Trainer.fit`"
+            )
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters of the module, and those that only an optimizer has."""
+        return list(self._surroundings.trained())
 
     @property
     def is_at_start(self) -> bool:
@@ -146,6 +145,7 @@ class Recorder:
     def expect(self, batch_idx: int, *, local: bool) -> None:
         """Record the next call, as micro-batch ``batch_idx`` of the window; ``local``: without reducing gradients."""
         self.batch_idx, self._local = batch_idx, local
+        self._called = self.gave_up = False
 
     def forget(self) -> None:
         """Drop the window and its batches."""
@@ -154,54 +154,72 @@ class Recorder:
         self._unsynced.close()
 
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:
-        first, self._started = not self._started, True
+        first, self._started, self._called = not self._started, True, True
         if self.batch_idx < 0:
             return self._original(*args, **kwargs)
         self._unsynced.close()
         # an optimizer such as LBFGS evaluates one micro-batch several times: the last time counts
         self._calls.pop(self.batch_idx, None)
-        if not self._calls:
-            self._before = ModuleState(self._modules)
-        call = _Call(args, self._devices)
-        # DDP learns a static graph in its first iteration, and does so only if it reduces there
-        if self._local and not (first and getattr(self.trainer.strategy.model, "static_graph", False)):
-            self._unsynced.enter_context(self._without_sync())
-        output = self._original(*args, **kwargs)
-        self._modules.note_written(self._before)
+        batch = Batch(args, kwargs, self.pl_module)
+        evaluation = Evaluation(lambda: self._original(*args, **kwargs), self._surroundings, batch)
+        if self._local and not (first and static_graph(self.trainer.strategy.model)):
+            self._unsynced.enter_context(unsynced(self.trainer))
+        gradients = _gradients(self.params) if self._calls else []
+        output = evaluation.first()
+        batch.note_after_first()
+        if gradients and _were_zeroed(gradients):
+            # in plain training, what earlier micro-batches left in `.grad` is gone then
+            self._calls.clear()
         if extract_loss(output) is not None:
-            self._calls[self.batch_idx] = call
+            self._calls[self.batch_idx] = evaluation, batch
         return output
-
-    def _without_sync(self) -> AbstractContextManager[Any]:
-        strategy: Any = self.trainer.strategy
-        return strategy.block_backward_sync() if is_a(strategy, "ParallelStrategy") else nullcontext()
 
     def replay(self, transform: Transform, last: bool = True) -> None:
         """Make the calls of the window again, see :class:`~lightning_gr.core.two_pass.Replay`."""
         self._unsynced.close()
         if not self._calls:
             return
-        with second_pass(self._modules, self._before, self._devices, muted=self.pl_module):
-            for position, call in enumerate(self._calls.values(), start=1):
-                call.check_unchanged()
-                call.random_state.restore()
+        should_stop = self.trainer.should_stop
+        try:
+            for position, (evaluation, batch) in enumerate(self._calls.values()):
+                batch.check(self.trainer.train_dataloader)
                 # one reduction of the gradients for the whole window, as in the first pass
-                sync = nullcontext() if last and position == len(self._calls) else self._without_sync()
-                with sync, call.unchanged_gradients():
-                    self._evaluate(call, transform)
+                sync = nullcontext() if last and position == len(self._calls) - 1 else unsynced(self.trainer)
+                # plain training zeroes the gradients after the first step of a window, not after the others
+                with (
+                    sync,
+                    evaluation.again(self.storage.params, adding=position > 0, second=not self.gave_up) as output,
+                ):
+                    self._backward(extract_loss(output), transform)
+        finally:
+            self.trainer.should_stop = should_stop
 
-    def _evaluate(self, call: _Call, transform: Transform) -> None:
+    def _backward(self, loss: Tensor | None, transform: Transform) -> None:
         trainer = self.trainer
-        # rebuilt again: with the central scheme this call is made twice
-        loss = extract_loss(self._original(*rebuild(call.args)))
         if loss is None:
-            raise RuntimeError(
-                "training_step returned a loss in the first pass and none in the second, for the same batch"
-            )
+            if trainer.world_size > 1:
+                raise RuntimeError(
+                    "training_step returned a loss in the first pass and None in the second, at displaced weights, and"
+                    " the other devices wait for its gradient: return the loss as it is, or take a smaller radius"
+                )
+            self.gave_up = True
+            raise NoLossError
         loss = loss / trainer.accumulate_grad_batches
         if self.flood is not None:
             self.flood(trainer, loss)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scaler = gradient_scaler(trainer)
         loss = loss if scaler is None else scaler.scale(loss)
         # not strategy.backward: its hooks belong to the first pass
         trainer.precision_plugin.backward(transform(loss), self.pl_module, trainer.optimizers[0])
+
+
+def _gradients(params: Iterable[Tensor]) -> list[tuple[Tensor, Tensor, int]]:
+    return [(param, param.grad, param.grad._version) for param in params if param.grad is not None]
+
+
+def _were_zeroed(before: list[tuple[Tensor, Tensor, int]]) -> bool:
+    """Whether a training step has zeroed the gradients that were there, by a new value or in place."""
+    if all(param.grad is None or param.grad is not grad for param, grad, _ in before):
+        return True
+    written = all(param.grad is grad and grad._version != version for param, grad, version in before)
+    return written and not any(bool(grad.any()) for _, grad, _ in before)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_gr._compat import CallbackBase
-from lightning_gr.callbacks.base import Flooding, TwoPassCallback
-from lightning_gr.cli.methods import METHODS
+from lightning_gr.callbacks.base import TwoPassCallback
+from lightning_gr.callbacks.by_name import CALLBACKS_BY_NAME
+from lightning_gr.callbacks.flooding import Flooding
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -47,9 +48,11 @@ def callbacks_from(text: str) -> list["FromEnvironment"]:
 def _method(text: str) -> TwoPassCallback | Flooding:
     words = text.replace(",", " ").split()
     name = words.pop(0).lower() if "=" not in words[0] else "gr"
-    if name not in METHODS:
-        raise ValueError(f"Expected LIGHTNING_GR to name one of {', '.join(METHODS)} but got {name!r}, {_USAGE}")
-    kind, settings = METHODS[name], {}
+    if name not in CALLBACKS_BY_NAME:
+        raise ValueError(
+            f"Expected LIGHTNING_GR to name one of {', '.join(CALLBACKS_BY_NAME)} but got {name!r}, {_USAGE}"
+        )
+    kind, settings = CALLBACKS_BY_NAME[name], {}
     known = inspect.signature(kind).parameters
     for word in words:
         key, equals, value = word.partition("=")

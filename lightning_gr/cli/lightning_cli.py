@@ -3,8 +3,8 @@
 import argparse
 import importlib
 import inspect
+import io
 import os
-import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_gr._compat import namespace_of
-from lightning_gr.cli.methods import METHODS
+from lightning_gr.callbacks.by_name import CALLBACKS_BY_NAME
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -35,7 +35,7 @@ class GradientRegularizationCLI(_Base):
 
     Use it or inherit from it as from LightningCLI. It serves both namespaces: an instance becomes a LightningCLI of
     ``lightning.pytorch`` if one of the classes that it is given, or that the command line or its configuration file
-    names, comes from there, and else of ``pytorch_lightning``. To choose by yourself, inherit from both:
+    names, comes from there, and otherwise of ``pytorch_lightning``. To choose it explicitly, inherit from both:
     ``class CLI(GradientRegularizationCLI, LightningCLI)``.
 
     A wrong value of a method ends the program with one line and status 2.
@@ -64,7 +64,7 @@ class GradientRegularizationCLI(_Base):
         return object.__new__(type(cls.__name__, bases, attributes))
 
     def init_parser(self, **kwargs: Any) -> "LightningArgumentParser":
-        """Let the parser say what is wrong in one line."""
+        """Make the parser say what is wrong in one line."""
         parser = super().init_parser(**kwargs)
         # Lightning before 2.6 has no `parser_class` to say this beforehand
         kind = type(parser)
@@ -74,14 +74,14 @@ class GradientRegularizationCLI(_Base):
     def add_default_arguments_to_parser(self, parser: "LightningArgumentParser") -> None:
         """Add the flags of each method; `add_arguments_to_parser` stays free for yours."""
         super().add_default_arguments_to_parser(parser)
-        for key, kind in METHODS.items():
+        for key, kind in CALLBACKS_BY_NAME.items():
             summary = (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".")
             flags = ", ".join(f"--{key}.{name}" for name in inspect.signature(kind).parameters)
             group = parser.add_argument_group(summary, f"To train with it give at least one of {flags}.")
             group.add_argument(f"--{key}", type=kind | None, default=None, help=f"--{key}.help explains each flag.")
 
     def instantiate_classes(self) -> None:
-        """Try the methods' values by themselves first, then make all objects."""
+        """Check the methods' values before anything else is made, which may take long."""
         self._check_methods()
         super().instantiate_classes()
 
@@ -93,28 +93,33 @@ class GradientRegularizationCLI(_Base):
         if settings.get("gr") and settings.get("sam"):
             self.parser.error("Expected at most one method with a second pass but got --gr and --sam: remove one")
         callbacks = settings.get("trainer.callbacks") or []
-        for given in [*map(settings.get, METHODS), *(callbacks if isinstance(callbacks, list) else [callbacks])]:
+        listed = callbacks if isinstance(callbacks, list) else [callbacks]
+        for key, given in [
+            *((key, settings.get(key)) for key in CALLBACKS_BY_NAME),
+            *(("trainer.callbacks", one) for one in listed),
+        ]:
             kind = _BY_PATH.get(given.class_path) if given else None
             if kind is not None:
                 try:
                     kind(**given.init_args)
                 except ValueError as error:
-                    self.parser.error(str(error))
+                    self.parser.error(f"--{key}: {error}")
 
     def instantiate_trainer(self, **kwargs: Any) -> "Trainer":
         """Add the methods that were asked for to the Trainer's callbacks."""
         settings = self._settings(self.config_init)
-        methods = [settings[key] for key in METHODS if settings.get(key) is not None]
+        methods = [settings[key] for key in CALLBACKS_BY_NAME if settings.get(key) is not None]
         given = kwargs.get("callbacks", settings.get("trainer.callbacks")) or []
         kwargs["callbacks"] = [*methods, *(given if isinstance(given, list) else [given])]
         return super().instantiate_trainer(**kwargs)
 
 
 def run(argv: Sequence[str] | None) -> int:
-    """``lightning-gr fit`` and its like; returns the exit code.
+    """Run ``lightning-gr fit``, ``validate``, ``test`` or ``predict``; returns the exit code.
 
-    What our own code refuses at the start of training is said in one line, as on the command line it is a wrong flag.
+    What this package refuses at the start of training is said in one line: on the command line it is a wrong flag.
     """
+    _make_printable()
     try:
         GradientRegularizationCLI(
             args=argv if argv is None else list(argv),
@@ -131,7 +136,7 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def print_completion(shell: str) -> None:
-    """Print what a shell needs to complete the flags of ``lightning-gr fit`` and its like, and exit."""
+    """Print what a shell needs to complete the flags of ``fit``, ``validate``, ``test`` and ``predict``, and exit."""
     import jsonargparse
 
     try:
@@ -143,6 +148,12 @@ def print_completion(shell: str) -> None:
     GradientRegularizationCLI(parser_kwargs={"prog": "lightning-gr"})
 
 
+def _make_printable() -> None:
+    """Escape Greek letters of help and configurations where standard output cannot encode them."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.encoding.lower().startswith("utf"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _is_ours(error: Exception) -> bool:
     innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
     return innermost.f_globals["__name__"].startswith("lightning_gr.") and isinstance(
@@ -151,12 +162,14 @@ def _is_ours(error: Exception) -> bool:
 
 
 _BY_PATH = {
-    f"{module}.{kind.__name__}": kind for kind in METHODS.values() for module in ("lightning_gr", kind.__module__)
+    f"{module}.{kind.__name__}": kind
+    for kind in CALLBACKS_BY_NAME.values()
+    for module in ("lightning_gr", kind.__module__)
 }
 
 
 class _OneLineErrors:
-    """For a parser: neither eighty lines of usage before the error, nor all the types that a value might have had."""
+    """Makes a parser's errors short: no eighty lines of usage before them, and one reason instead of one per type."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End the program with the message, unless the parser was told not to."""
@@ -168,19 +181,24 @@ class _OneLineErrors:
         raise AssertionError("exit returned")
 
 
-def _readable(message: str) -> str:
-    """What is wrong with a flag of ours in one line; other messages as they are.
+# what the parser says before the reason itself
+_PREAMBLE = ("Does not validate", "Subtypes:", "Errors:", "- Problem with given class_path")
 
-    The parser tells of every type that a value could have had: of ours, which is what was meant, it tells first.
+
+def _readable(message: str) -> str:
+    """What is wrong with a flag of ours in one line that begins with the flag; other messages as they are.
+
+    The parser gives a reason for each type that a value could have had: the first one is about the method.
     """
-    key = re.match(r'Parser key "([\w.]+)"', message)
-    until = r"(?=\n\s*- |\n\s*Given value|\Z)"
-    ours = re.search(
-        r"given class_path 'lightning_gr\.[\w.]+':\s+(?:Parser key \"(\w+)\":)?(.*?)" + until, message, re.S
-    )
-    if key is None or ours is None:
-        return message
-    return " ".join([f"--{key[1]}.{ours[1]}:" if ours[1] else f"--{key[1]}:", *ours[2].split()])
+    keys: list[str] = []
+    for line in map(str.strip, message.splitlines()):
+        if line.startswith('Parser key "'):
+            key, _, line = line.removeprefix('Parser key "').partition('":')
+            keys.append(key)
+        if line and not line.startswith(_PREAMBLE):
+            ours = keys and (keys[0] in CALLBACKS_BY_NAME or "given class_path 'lightning_gr." in message)
+            return f"--{'.'.join(keys)}: {line.strip().removeprefix('- ')}" if ours else message
+    return message
 
 
 def _named_classes(args: Any) -> Iterator[type]:
@@ -192,7 +210,7 @@ def _named_classes(args: Any) -> Iterator[type]:
             parser.add_argument(f"--{key}", f"--{key}.class_path", dest=key)
         try:
             known, _ = parser.parse_known_args(args)
-        except argparse.ArgumentError:  # as for a flag without its value, of which the real parser tells
+        except argparse.ArgumentError:  # as for a flag without its value, which the real parser reports
             return
         settings = [vars(known), *(config for path in known.config for config in _read(path))]
     else:
@@ -209,7 +227,7 @@ def _read(path: str) -> Iterator[dict[str, Any]]:
 
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # the real parser tells
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # the real parser reports it
         return
     if isinstance(config, dict):
         yield config
@@ -223,7 +241,7 @@ def _find_class(setting: Any) -> Iterator[type]:
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):  # the real parser tells
+    except (ImportError, AttributeError, ValueError):  # the real parser reports it
         return
     if isinstance(found, type):
         yield found

@@ -30,8 +30,8 @@ def flood(loss: Tensor, level: float) -> Tensor:
 def flood_gradient_(loss: Tensor, level: float | Tensor, value: Tensor | None = None) -> Tensor:
     """Make ``loss.backward()`` compute the gradient of the flooded loss, without changing the loss.
 
-    The gradient of |L − b| + b is ∇L times the sign of L − b, so a hook on the loss turns the incoming gradient round
-    where the loss is below the level. Nothing is read from the device.
+    The gradient of |L − b| + b is ∇L times the sign of L − b, so a hook on the loss flips the sign of the incoming
+    gradient where the loss is below the level. Nothing is read from the device.
 
     Args:
         loss: A scalar that is not a leaf; it may carry a gradient scaler's scale if ``level`` carries it too.

@@ -2,15 +2,17 @@
 
 All methods of this package replace the gradient of the training loss by
 
-    g = keep · ∇L(θ) + Σₖ weightₖ · ∇L(θ + stepₖ · d) + curvature · H d,      d = direction(∇L(θ))
+    g = keep · ∇L(θ) + Σₖ weightₖ · ∇L(θ + distanceₖ · d) + curvature · H d,      d = direction(∇L(θ))
 
 An :class:`Update` is one row of that table. A rule (:class:`GRRule`, :class:`SAMRule`) holds what a user sets and
-makes the row for a given strength of the penalty, and :class:`Schedule` says which steps get one.
+makes the row for a given strength of the penalty, and :class:`~lightning_gr.core.schedule.Schedule` says which steps
+get one.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
+
+from lightning_gr._validate import check_bool, check_choice, check_number
 
 __all__ = [
     "ACCUMULATIONS",
@@ -21,7 +23,6 @@ __all__ = [
     "Probe",
     "Rule",
     "SAMRule",
-    "Schedule",
     "Scheme",
     "Update",
 ]
@@ -34,42 +35,16 @@ SCHEMES: tuple[Scheme, ...] = ("forward", "backward", "central", "exact")
 ACCUMULATIONS: tuple[Accumulation, ...] = ("window", "micro_batch")
 
 
-def check_number(name: str, value: object, *, positive: bool) -> None:
-    """Refuse anything but a finite number of the right sign, bool included (a YAML ``yes`` is no radius)."""
-    allowed = "a positive float" if positive else "a non-negative float"
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0 or (positive and value == 0):  # type: ignore[operator,arg-type]
-        raise ValueError(f"Expected argument `{name}` to be {allowed} but got {value!r}")
-
-
-def check_int(name: str, value: object, *, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"Expected argument `{name}` to be an integer of at least {minimum} but got {value!r}")
-
-
-def check_bool(name: str, value: object) -> None:
-    """Refuse anything but True and False (a string such as ``"false"`` is true)."""
-    if not isinstance(value, bool):
-        raise ValueError(f"Expected argument `{name}` to be True or False but got {value!r}")
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Refuse anything but one of ``choices``."""
-    if value not in choices:
-        allowed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"Expected argument `{name}` to be one of {allowed} but got {value!r}")
-
-
 class Probe(NamedTuple):
-    """One further gradient: taken at θ + ``step`` · d, added with ``weight``."""
+    """One further gradient: taken at θ + ``distance`` · d and added with ``weight``."""
 
-    step: float
+    distance: float
     weight: float
 
 
 @dataclass(frozen=True)
 class Update:
-    """One row of the table: g = keep · ∇L(θ) + Σ weight · ∇L(θ + step · d) + curvature · H d.
+    """One row of the table: g = keep · ∇L(θ) + Σ weight · ∇L(θ + distance · d) + curvature · H d.
 
     Args:
         direction: d, from the gradient g₀ = ∇L(θ): ``"gradient"`` is g₀, ``"normalized"`` is g₀/‖g₀‖, ``"adaptive"``
@@ -96,21 +71,34 @@ class Update:
     @property
     def is_plain(self) -> bool:
         """Whether this is g = ∇L(θ), so that no second pass is needed."""
-        moves = any(probe.step != 0.0 and probe.weight != 0.0 for probe in self.probes)
+        moves = any(probe.distance != 0.0 and probe.weight != 0.0 for probe in self.probes)
         return not moves and self.curvature == 0.0
 
 
 class Rule(Protocol):
-    """What a user sets. Anything with these two members can be trained with."""
+    """What a user sets. Anything with these members can be trained with."""
 
     def update(self, strength: float = 1.0) -> Update:
         """The row of the table, with the penalty (or the radius) multiplied by ``strength``."""
         ...
 
     @property
+    def name(self) -> str:
+        """What the field calls it, as in ``"F-GR"``."""
+        ...
+
+    @property
     def equation(self) -> str:
         """The gradient that the optimizer sees, in one line."""
         ...
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """The constants by the field's letters, as in ``{"ρ": 0.05}``."""
+        ...
+
+
+_NAMES = {"forward": "F-GR", "backward": "B-GR", "central": "central GR", "exact": "exact GR (double backward)"}
 
 
 @dataclass(frozen=True)
@@ -143,7 +131,7 @@ class GRRule:
     Example::
 
         >>> GRRule(gamma=0.1, epsilon=0.2).update()
-        Update(direction='gradient', keep=0.5, probes=(Probe(step=0.2, weight=0.5),), curvature=0.0, eta=0.0)
+        Update(direction='gradient', keep=0.5, probes=(Probe(distance=0.2, weight=0.5),), curvature=0.0, eta=0.0)
     """
 
     gamma: float = 0.05
@@ -169,6 +157,16 @@ class GRRule:
         if self.scheme == "central":
             return Update(direction, 1.0, (Probe(epsilon, ratio / 2), Probe(-epsilon, -ratio / 2)))
         return Update(direction, 1.0, curvature=gamma)
+
+    @property
+    def name(self) -> str:
+        """What the field calls the scheme, ``"F-GR"`` for example."""
+        return _NAMES[self.scheme] + (", gradient-norm penalty" if self.normalize else "")
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """γ, and ε where there is one."""
+        return {"γ": self.gamma} if self.scheme == "exact" else {"γ": self.gamma, "ε": self.epsilon}
 
     @property
     def equation(self) -> str:
@@ -200,7 +198,7 @@ class SAMRule:
     Example::
 
         >>> SAMRule(rho=0.1).update()
-        Update(direction='normalized', keep=0.0, probes=(Probe(step=0.1, weight=1.0),), curvature=0.0, eta=0.0)
+        Update(direction='normalized', keep=0.0, probes=(Probe(distance=0.1, weight=1.0),), curvature=0.0, eta=0.0)
     """
 
     rho: float = 0.05
@@ -220,49 +218,16 @@ class SAMRule:
         return Update(direction, 0.0, (Probe(strength * self.rho, 1.0),), eta=self.eta)
 
     @property
+    def name(self) -> str:
+        """``"SAM"`` or ``"ASAM"``."""
+        return "ASAM" if self.adaptive else "SAM"
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """ρ, and ASAM's η."""
+        return {"ρ": self.rho, "η": self.eta} if self.adaptive else {"ρ": self.rho}
+
+    @property
     def equation(self) -> str:
         """The gradient that the optimizer sees, in one line."""
         return "∇L(θ + ρ T²∇L/‖T∇L‖), T = |θ| + η" if self.adaptive else "∇L(θ + ρ ∇L(θ)/‖∇L(θ)‖)"
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Which optimizer steps are regularized, and how strongly.
-
-    Args:
-        start_step: The first optimizer step (counted from 0) that is regularized.
-        interval: Every how many optimizer steps from there.
-        warmup_steps: Over how many optimizer steps from there the strength grows linearly from 0 to 1.
-        lazy: Whether the steps that are regularized stand for those between: the strength is ``interval`` times as
-            much (lazy regularization; Karras et al., CVPR 2020, arXiv 1912.04958, section 3.1).
-
-    Raises:
-        ValueError: If an argument is out of its range.
-
-    Example::
-
-        >>> schedule = Schedule(start_step=10, interval=5, warmup_steps=20)
-        >>> schedule.due(9), schedule.due(10), schedule.due(12), schedule.strength(15)
-        (False, True, False, 0.25)
-    """
-
-    start_step: int = 0
-    interval: int = 1
-    warmup_steps: int = 0
-    lazy: bool = False
-
-    def __post_init__(self) -> None:
-        check_int("start_step", self.start_step, minimum=0)
-        check_int("interval", self.interval, minimum=1)
-        check_bool("lazy", self.lazy)
-        check_int("warmup_steps", self.warmup_steps, minimum=0)
-
-    def due(self, step: int) -> bool:
-        """Whether optimizer step ``step`` is one of those to regularize."""
-        return step >= self.start_step and (step - self.start_step) % self.interval == 0
-
-    def strength(self, step: int) -> float:
-        """The factor of the penalty at optimizer step ``step``, from 0 to 1; to ``interval`` if ``lazy``."""
-        elapsed = max(0, step - self.start_step)
-        ramp = min(1.0, elapsed / self.warmup_steps) if self.warmup_steps else 1.0
-        return ramp * self.interval if self.lazy else ramp

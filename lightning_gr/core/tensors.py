@@ -1,16 +1,94 @@
-"""Lists of tensors taken as one vector: inner products and random vectors."""
+"""Lists of tensors taken as one vector: norms, inner products, scaling and random vectors.
+
+Everything works in place, on the device (foreach operators, no host synchronization) and on this rank's parts of
+distributed tensors; only a norm is reduced over ranks.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["inner_product", "random_signs", "random_unit", "wide"]
+from lightning_gr.core.sharding import by_layout, local_parts, norm_over_ranks
+
+__all__ = [
+    "HALVES",
+    "global_norm",
+    "inner_product",
+    "inverse",
+    "random_signs",
+    "random_unit",
+    "scale_",
+    "tensor_norms",
+    "wide",
+    "wide_dtype",
+]
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
+    groups: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device, []).append(tensor)
+    return groups
+
+
+def scale_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
+    """Multiply all tensors in place by a number, or by a 0-dimensional tensor that may be on another device."""
+    for device, group in _by_device(tensors).items():
+        if isinstance(factor, Tensor):
+            torch._foreach_mul_(group, factor.to(device, non_blocking=True))
+        else:
+            # on the CPU a number would be turned into a tensor again for each of the tensors
+            torch._foreach_mul_(group, torch.tensor(factor, dtype=torch.float64) if device.type == "cpu" else factor)
+
+
+def wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Float64 if one of the tensors has it, else float32."""
+    wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all tensors taken as one vector, as a 0-dimensional tensor on the first one's device.
+
+    It is accumulated in float32 at least (bfloat16 keeps 8 bits and float16 ends at 65,504), in float64 if one of the
+    tensors is. Of distributed tensors it is the norm of the whole, equal on all ranks.
+    """
+    dtype = wide_dtype(tensors)
+    groups = by_layout(tensors).values()
+    return _norm([norm_over_ranks(_norm(tensor_norms(local_parts(group), dtype)), group[0]) for group in groups])
+
+
+def _norm(norms: Sequence[Tensor]) -> Tensor:
+    """The norm of all from the norms of each."""
+    if len(norms) == 1:
+        return norms[0]
+    together = torch.stack([norm.to(norms[0].device, non_blocking=True) for norm in norms])
+    return torch.linalg.vector_norm(together)  # type: ignore[no-any-return]
+
+
+def tensor_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The Euclidean norm of each tensor, on its device, accumulated in ``dtype``."""
+    # complex norms are real; the operator wants a dtype of the same kind as its input
+    real = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+    groups = _by_device(real).values()
+    norms = [norm for group in groups for norm in torch._foreach_norm(group, 2.0, dtype=dtype)]
+    if len(groups) > 1:  # back into the order of the tensors
+        position = {id(tensor): i for i, tensor in enumerate(tensor for group in groups for tensor in group)}
+        norms = [norms[position[id(tensor)]] for tensor in real]
+    return norms
+
+
+def inverse(norm: Tensor) -> Tensor:
+    """1/norm, and a large finite number at 0, so that a zero gradient gives a zero direction and never NaN."""
+    return norm.clamp_min(torch.finfo(norm.dtype).tiny).reciprocal()
 
 
 def wide(tensor: Tensor) -> Tensor:
     """``tensor`` in float32 at least."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.float() if tensor.dtype in HALVES else tensor
 
 
 def inner_product(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:

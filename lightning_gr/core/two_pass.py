@@ -1,21 +1,26 @@
 """The algorithm, written once: the first gradient is in ``.grad``, the second pass adds to it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_gr.core.perturb import Perturbation, WeightCopy, direction_factor, global_norm, scale_
+from lightning_gr.core.gradients import StashedGradients, unchanged_gradients
+from lightning_gr.core.perturb import Perturbation, direction_factor
 from lightning_gr.core.rules import Update
-from lightning_gr.core.sharding import is_distributed, settle_gradients
-from lightning_gr.replay.isolation import deferred_signals
+from lightning_gr.core.sharding import local_parts, settle_gradients
+from lightning_gr.core.signals import deferred_signals
+from lightning_gr.core.storage import WeightStorage
+from lightning_gr.core.tensors import global_norm, scale_
 
-__all__ = ["Observer", "Replay", "add_second_pass_", "check_exclude", "extract_loss", "match_names"]
+__all__ = ["NoLossError", "Observer", "Replay", "Transform", "add_second_pass_", "extract_loss"]
 
 Transform = Callable[[Tensor], Tensor]
+
+
+class NoLossError(Exception):
+    """A replay got no loss, as from a training step that returns None where its loss is not finite."""
 
 
 class Replay(Protocol):
@@ -26,12 +31,15 @@ class Replay(Protocol):
 
         The loss carries whatever factor (of a gradient scaler, of accumulation) it carried in the first pass. Only the
         last replay of a step needs to reduce the gradients over devices: it reduces what was accumulated before, too.
+
+        Raises:
+            NoLossError: If there is no loss this time.
         """
         ...
 
 
 class Observer(Protocol):
-    """Looks on, and changes nothing. See :class:`~lightning_gr.report.measurement.Measurement`."""
+    """Is shown both gradients and changes nothing. See :class:`~lightning_gr.report.measurement.Measurement`."""
 
     def first(self, update: Update, params: Sequence[Tensor], norm: Tensor, loss_scale: Tensor | None) -> None:
         """``.grad`` of ``params`` holds the first gradient, times ``loss_scale``; ``norm`` is its norm."""
@@ -46,68 +54,123 @@ def add_second_pass_(
     update: Update,
     params: Sequence[Tensor],
     replay: Replay,
-    copy: WeightCopy,
+    storage: WeightStorage,
     *,
+    stashed: StashedGradients | None = None,
     excluded: Sequence[Tensor] = (),
     loss_scale: Tensor | None = None,
     check_finite: bool = True,
     observer: Observer | None = None,
-) -> None:
+) -> bool:
     """Turn ``.grad`` = ∇L(θ) into the gradient of ``update``, and leave the weights bit for bit as they are.
 
     Args:
         update: The row of the table.
         params: The parameters to regularize. Those without a gradient are left alone.
         replay: The second pass.
-        copy: Storage for the weights, to be reused in the next step.
+        storage: Where the weights are kept meanwhile, to be reused in the next step.
+        stashed: Gradients of earlier passes. They are restored, in any case, before the last backward pass: DDP reduces
+            all of them together.
         excluded: Parameters that get gradients but keep those of the first pass.
         loss_scale: The scale of a gradient scaler, which all gradients carry, as a tensor.
         check_finite: Whether this process may decide by itself to leave a gradient with NaN or infinity alone. It is
             done on the CPU only, where looking is free; on a GPU it spreads over ``.grad``, never to the weights.
         observer: Is shown both gradients.
+
+    Returns:
+        Whether there is a regularized gradient: False if there was none to regularize, if it was not finite, or if the
+        second pass found no loss; then ``.grad`` is the clean gradient.
     """
+    stashed = StashedGradients() if stashed is None else stashed
     settle_gradients(params)
     targets = [p for p in params if p.grad is not None]
     grads = [p.grad for p in targets if p.grad is not None]
+    target_ids = {id(p) for p in targets}
+    stashed.restore([p for p in (*params, *excluded) if id(p) not in target_ids])
     if not grads:
-        return
+        return False
     looks = check_finite and all(grad.device.type == "cpu" for grad in grads)
     norm = global_norm(grads) if looks or update.direction == "normalized" or observer is not None else None
     if observer is not None and norm is not None:
         observer.first(update, targets, norm, loss_scale)
     # a norm that overflows counts as not finite
     if looks and norm is not None and not norm.isfinite():
-        return
-    with _unchanged_gradients(excluded):
+        stashed.restore(targets)
+        return False
+    with unchanged_gradients(excluded):
         if update.curvature:
-            _add_exact_(update, targets, grads, replay, loss_scale, norm)
-        del grads  # a method that keeps nothing of them lets their memory go before the second pass
-        if update.probes:
-            _add_probes_(Perturbation(update, targets, copy, loss_scale, norm), replay)
+            _add_exact_(update, targets, grads, replay, stashed, loss_scale, norm)
+        del grads  # a method that keeps nothing of them frees their memory before the second pass
+        if update.probes and not _add_probes_(update, targets, replay, storage, stashed, loss_scale, norm):
+            _recompute_(targets, replay, stashed)
+            return False
     if observer is not None:
         observer.second(targets)
+    return True
 
 
-def _add_probes_(perturbation: Perturbation, replay: Replay) -> None:
+def _add_probes_(
+    update: Update,
+    params: Sequence[Tensor],
+    replay: Replay,
+    storage: WeightStorage,
+    stashed: StashedGradients,
+    loss_scale: Tensor | None,
+    norm: Tensor | None,
+) -> bool:
+    """Make ``.grad`` = keep · ∇L(θ) + Σ weight · ∇L(θ + distance · d); returns whether each probe had a loss.
+
+    Losses are back-propagated without their weights, which ``.grad`` is divided by before and multiplied by
+    afterwards: hooks in a backward pass that is not linear (one that clips a gradient) see that of a loss by itself.
+    """
+    perturbation = Perturbation(params, storage)
     with deferred_signals():
         try:
             with perturbation:
-                probes = perturbation.update.probes
-                for probe in probes:
-                    perturbation.move_to(probe.step)
-                    replay(_Times(probe.weight), last=probe is probes[-1])
+                first, *others = [probe for probe in update.probes if probe.weight != 0.0]
+                weight = first.weight
+                factor = perturbation.displace(update, first.distance, loss_scale, norm)
+                _keep_(params, update.keep / weight, factor)
+                for probe in (first, *others):
+                    if probe is not first:
+                        perturbation.move_to(probe.distance)
+                        _keep_(params, weight / probe.weight)
+                        weight = probe.weight
+                    last = probe is (first, *others)[-1]
+                    if last:
+                        stashed.restore(params, 1.0 / weight)
+                    replay(_identity, last)
+        except NoLossError:
+            return False
         finally:
             perturbation.restore()  # again, should Ctrl-C have come on the way to the first time
+    _keep_(params, weight)
+    return True
 
 
-class _Times:
-    """Multiplies by a constant."""
+def _identity(loss: Tensor) -> Tensor:
+    return loss
 
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
 
-    def __call__(self, loss: Tensor) -> Tensor:
-        return loss * self.factor
+@torch.no_grad()
+def _keep_(params: Sequence[Tensor], keep: float, factor: Tensor | None = None) -> None:
+    """Multiply ``.grad`` by ``keep``, and divide it by the ``factor`` that it carries."""
+    if keep == 0.0:
+        # nothing of the first gradient is kept: the second one need not be added to zeros
+        for param in params:
+            param.grad = None
+    elif factor is not None or keep != 1.0:
+        grads = local_parts([param.grad for param in params if param.grad is not None])
+        scale_(grads, keep if factor is None else keep / factor)
+
+
+def _recompute_(params: Sequence[Tensor], replay: Replay, stashed: StashedGradients) -> None:
+    """Make the clean gradient again, at the clean weights, after a second pass that was given up half-way."""
+    for param in params:
+        param.grad = None
+    stashed.undo(params)
+    stashed.restore(params)
+    replay(_identity, True)
 
 
 def _add_exact_(
@@ -115,6 +178,7 @@ def _add_exact_(
     params: Sequence[Tensor],
     grads: list[Tensor],
     replay: Replay,
+    stashed: StashedGradients,
     loss_scale: Tensor | None,
     norm: Tensor | None,
 ) -> None:
@@ -131,56 +195,10 @@ def _add_exact_(
         home = terms[0].device
         return update.curvature * torch.stack([term.to(home) for term in terms]).sum()
 
+    stashed.restore(params)
     replay(inner_product)
-
-
-@contextmanager
-def _unchanged_gradients(params: Sequence[Tensor]) -> Iterator[None]:
-    """Let nothing of what is back-propagated to ``params`` be kept.
-
-    It arrives as zero, so that DDP still sees it arrive. No hook sees what FSDP2 writes: there, the old gradient is put
-    back.
-    """
-    with ExitStack() as stack:
-        for param in params:
-            if is_distributed(param):
-                stack.callback(setattr, param, "grad", param.grad)
-                param.grad = None
-            elif param.requires_grad:
-                stack.callback(param.register_hook(torch.zeros_like).remove)  # type: ignore[no-untyped-call]
-        yield
 
 
 def extract_loss(output: Any) -> Tensor | None:
     """The loss in what a training step returned: a tensor, a mapping with ``"loss"``, or None."""
     return output.get("loss") if isinstance(output, Mapping) else output
-
-
-def match_names(patterns: Iterable[str], module: nn.Module) -> set[int]:
-    """The ids of the parameters of ``module`` whose name (any of its names, if tied) matches one of ``patterns``.
-
-    Raises:
-        ValueError: If a pattern matches no name.
-    """
-    named = list(module.named_parameters(remove_duplicate=False))
-    found: set[int] = set()
-    for pattern in patterns:
-        ids = {id(param) for name, param in named if fnmatchcase(name, pattern)}
-        if not ids:
-            some = ", ".join(name for name, _ in named[:4]) + (", …" if len(named) > 4 else "")
-            raise ValueError(
-                f"Expected each pattern in `exclude` to match a parameter but {pattern!r} matches none of {some};"
-                " patterns are shell-style over whole names, as in '*.bias' or 'encoder.*'"
-            )
-        found |= ids
-    return found
-
-
-def check_exclude(exclude: object) -> tuple[str, ...]:
-    """``exclude`` as a tuple of patterns."""
-    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
-        raise ValueError(f"Expected argument `exclude` to be a list of patterns such as ['*.bias'] but got {exclude!r}")
-    patterns = tuple(exclude)
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise ValueError(f"Expected argument `exclude` to be a list of strings but got {exclude!r}")
-    return patterns

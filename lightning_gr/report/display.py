@@ -1,176 +1,158 @@
-"""What is shown around training: a panel at its start and a table at its end, in a terminal of 80 columns or a file."""
+"""What is printed around training: a panel at its start and a table at its end, in a terminal of 80 columns or a file.
 
-import statistics
-from typing import TYPE_CHECKING, Any
+Nothing that is printed stops a training: where standard output cannot encode the field's letters it gets their names,
+and an output that is closed or full is reported by a warning.
+"""
+
+import io
+import sys
+import warnings
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
-from lightning_gr._compat import is_a
-from lightning_gr.core.rules import GRRule, Rule, SAMRule
+from lightning_gr._compat import has_base_named, stop_progress_bars
 from lightning_gr.report.measurement import METRICS
 
 if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule, Trainer
+    from pytorch_lightning import Trainer
 
-    from lightning_gr.callbacks.base import TwoPassCallback
-    from lightning_gr.callbacks.flooding import Flooding
+    from lightning_gr.report.step_report import StepReport
 
 __all__ = [
-    "describe",
+    "Summary",
+    "make_console",
     "make_panel",
     "make_table",
-    "method_name",
+    "printable",
+    "show",
     "show_end",
-    "show_flooding_end",
-    "show_flooding_start",
     "show_start",
     "shows",
 ]
 
+_IN_ASCII = str.maketrans(
+    {
+        "γ": "gamma", "ε": "epsilon", "ρ": "rho", "η": "eta", "θ": "theta", "λ": "lambda", "Σ": "sum", "∇": "grad ",
+        "−": "-", "–": "-", "—": "-", "×": "x", "·": "*", "⊙": "*", "±": "+-", "≤": "<=", "≥": ">=", "≈": "~",
+        "‖": "||", "²": "^2", "₀": "_0", "ₖ": "_k", "…": ".", "’": "'",
+    }
+)  # fmt: skip
 
-def _callbacks(trainer: "Trainer") -> list[Any]:
-    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+@dataclass(frozen=True)
+class Summary:
+    """What a callback says of itself before training.
+
+    Args:
+        title: The method's usual name.
+        lines: What it will do: a text for each label, in the order in which they are shown.
+        verbose: Whether it is to be shown at all.
+    """
+
+    title: str
+    lines: dict[str, str] = field(default_factory=dict)
+    verbose: bool = True
 
 
 def shows(trainer: "Trainer") -> bool:
     """Whether Lightning shows something itself, on this rank: a progress bar or a summary of the model."""
-    loud = any(is_a(callback, "ProgressBar", "ModelSummary") for callback in _callbacks(trainer))
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    loud = any(has_base_named(callback, "ProgressBar", "ModelSummary") for callback in callbacks)
     return loud and trainer.is_global_zero and not trainer.barebones
 
 
-def method_name(rule: Rule) -> str:
-    """What the field calls it."""
-    if isinstance(rule, SAMRule):
-        return "ASAM" if rule.adaptive else "SAM"
-    if not isinstance(rule, GRRule):
-        return type(rule).__name__
-    short = {"forward": "F-GR", "backward": "B-GR", "central": "central GR", "exact": "exact GR (double backward)"}
-    return short[rule.scheme] + (", gradient-norm penalty" if rule.normalize else "")
+def show_start(summary: Summary, trainer: "Trainer") -> None:
+    """Print the panel, which must come before the first progress bar."""
+    if summary.verbose and shows(trainer):
+        show(make_panel(summary))
 
 
-def constants(rule: Rule) -> str:
-    """The constants of a rule, by the field's letters."""
-    if isinstance(rule, GRRule):
-        return f"γ = {rule.gamma:g}" + ("" if rule.scheme == "exact" else f", ε = {rule.epsilon:g}")
-    if isinstance(rule, SAMRule):
-        return f"ρ = {rule.rho:g}" + (f", η = {rule.eta:g}" if rule.adaptive else "")
-    return repr(rule)
-
-
-def describe(callback: "TwoPassCallback", trainer: "Trainer", pl_module: "LightningModule") -> dict[str, str]:
-    """What the panel says, line by line."""
-    update = callback.rule.update()
-    trainable = [p for p in pl_module.parameters() if p.requires_grad]
-    regularized = sum(p.numel() for p in trainable if id(p) not in callback.excluded)
-    passes = 1 + len(update.probes) + bool(update.curvature)
-    micro = callback.accumulation == "micro_batch" and trainer.accumulate_grad_batches > 1
-    lines = {
-        "gradient": f"g = {callback.rule.equation}",
-        "constants": constants(callback.rule),
-        "parameters": f"{regularized:,} regularized of {sum(p.numel() for p in trainable):,} trainable",
-        "passes": f"{passes} per regularized step" + (", each micro-batch by itself" if micro else ""),
-    }
-    if trainer.world_size > 1:
-        whose = "each device's own gradient" if callback.is_local(trainer) else "the mean gradient of all devices"
-        lines["ascent"] = f"along {whose} ({trainer.world_size})"
-    lines["schedule"] = _schedule(callback)
-    flooding = _flooding(trainer)
-    if flooding is not None:
-        lines["flooding"] = f"|L − b| + b, b = {flooding.level:g}"
-    return lines
-
-
-def _flooding(trainer: "Trainer") -> Any:
-    return next((callback for callback in _callbacks(trainer) if hasattr(callback, "flips")), None)
-
-
-def _schedule(callback: "TwoPassCallback") -> str:
-    schedule = callback.schedule
-    if type(callback).should_regularize.__qualname__ != "TwoPassCallback.should_regularize":
-        return "by should_regularize(step)"
-    every = "every step" if schedule.interval == 1 else f"every {schedule.interval} steps"
-    since = f" from step {schedule.start_step:,}" if schedule.start_step else ""
-    warmup = f", growing over {schedule.warmup_steps:,} steps" if schedule.warmup_steps else ""
-    lazy = f", times {schedule.interval}" if schedule.lazy and schedule.interval > 1 else ""
-    return every + since + lazy + warmup
-
-
-def make_panel(name: str, lines: dict[str, str]) -> Panel:
-    """The panel at the start."""
+def make_panel(summary: Summary) -> Panel:
+    """The panel at the start of training: one row for each line of the summary."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column()
-    for key, value in lines.items():
-        grid.add_row(key, Text(value))
-    return Panel(grid, title=name, title_align="left", expand=False)
+    for key, value in summary.lines.items():
+        grid.add_row(Text(printable(key)), Text(printable(value)))
+    return Panel(grid, title=Text(printable(summary.title)), title_align="left", expand=False)
 
 
-def make_table(callback: "TwoPassCallback") -> Group:
-    """The table at the end. It reads from the device, when training is over."""
-    watch = callback.watch
-    table = Table(title=f"{method_name(callback.rule)}, logged steps", title_justify="left")
-    table.add_column("metric")
+def show_end(report: "StepReport", title: str, trainer: "Trainer", *, verbose: bool) -> None:
+    """Print the table, below progress bars that are stopped for it."""
+    if verbose and shows(trainer):
+        stop_progress_bars(trainer)
+        show(make_table(report, title))
+
+
+def make_table(report: "StepReport", title: str) -> Group:
+    """The table at the end of training: the range of each metric. It reads from the device."""
+    table = Table(title=Text(printable(f"{title}, logged steps"), style="table.title"), title_justify="left")
+    table.add_column("metric", overflow="fold")
     for name in ("first", "last", "min", "max"):
-        table.add_column(name, justify="right")
-    for key, values in watch.log.extremes.of.items():
+        table.add_column(name, justify="right", overflow="fold")
+    for key, values in report.log.ranges.items():
         if key.rpartition("/")[2] in METRICS:
-            table.add_row(watch.log.prefix + key, *(_number(value) for value in values))
-    lines = [f"regularized: {watch.regularized:,} of {watch.steps:,} steps"]
-    ratios = watch.clock.ratios()
-    if ratios:
-        cost = statistics.median(ratios)
-        lines.append(f"second pass: {cost:.2f} × the first one's time (median of {len(ratios)} steps)")
-    return Group(*([table] if table.row_count else []), *(Text(line) for line in lines))
+            table.add_row(Text(printable(report.log.prefix + key)), *(f"{value.item():.4g}" for value in values))
+    line = Text(f"regularized: {report.regularized:,} of {report.steps:,} steps")
+    return Group(*([table] if table.row_count else []), line)
 
 
-def _number(value: Tensor) -> str:
-    return f"{value.item():.4g}"
+def show(content: Any, **options: Any) -> None:
+    """Print to where standard output goes now, which may have been redirected since the last time.
 
-
-def show_start(callback: "TwoPassCallback", trainer: "Trainer", pl_module: "LightningModule") -> None:
-    """Print the panel, before any progress bar is there."""
-    if callback.verbose and shows(trainer):
-        _console().print(make_panel(method_name(callback.rule), describe(callback, trainer, pl_module)))
-
-
-def show_flooding_start(flooding: "Flooding", trainer: "Trainer") -> None:
-    """Print the panel of flooding by itself; that of a method with a second pass has a line for it."""
-    alone = not any(hasattr(callback, "watch") for callback in _callbacks(trainer))
-    if alone and flooding.verbose and shows(trainer):
-        lines = {"loss": "|L − b| + b", "constants": f"b = {flooding.level:g}", "passes": "1 per step"}
-        _console().print(make_panel("flooding", lines))
-
-
-def show_end(callback: "TwoPassCallback", trainer: "Trainer") -> None:
-    """Print the table."""
-    if callback.verbose and shows(trainer) and callback.watch.steps:
-        _stop_bars(trainer)
-        _console().print(make_table(callback))
-
-
-def show_flooding_end(flooding: "Flooding", trainer: "Trainer") -> None:
-    """Print how many losses were flooded."""
-    flips = flooding.flips
-    if flooding.verbose and shows(trainer) and flips.total is not None:
-        _stop_bars(trainer)
-        _console().print(f"flooded: {int(flips.total):,} of {flips.of:,} losses below the level")
-
-
-def _stop_bars(trainer: "Trainer") -> None:
-    """Let nothing be printed inside a live bar.
-
-    Rich's lives until its own teardown, which comes after ours; stopping it twice is harmless.
+    Args:
+        content: A text or anything else that rich prints.
+        options: Those of rich's ``Console.print``.
     """
-    for callback in _callbacks(trainer):
-        if isinstance(getattr(callback, "progress", None), Progress):
-            callback.progress.stop()
+    make_console().print(content, **options)
 
 
-def _console() -> Console:
-    # made when it is used: standard output may have been redirected meanwhile
-    return Console(highlight=False)
+def make_console() -> Console:
+    """A console of rich that writes to standard output, with frames in ASCII where the encoding asks for them."""
+    return Console(file=cast(IO[str], _Output()), highlight=False)
+
+
+def printable(text: str) -> str:
+    """The text as standard output can encode it: ``gamma`` for γ where it must, before columns are aligned."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_IN_ASCII).encode(encoding, "replace").decode(encoding)
+    return text
+
+
+class _Output:
+    """Standard output, except that writing to it raises nothing."""
+
+    def __init__(self) -> None:
+        # behind rich's proxy, which would print into a live progress bar; None where the program began without one
+        self.stream: Any = getattr(sys.stdout, "rich_proxied_file", sys.stdout) or io.StringIO()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:
+                self.stream.write(printable(text))
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            _report(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except (OSError, ValueError) as error:
+            _report(error)
+
+
+def _report(error: Exception) -> None:
+    warnings.warn(f"lightning_gr could not print to standard output: {error}", stacklevel=2)

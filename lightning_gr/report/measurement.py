@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gr.core.perturb import tensor_norms, wide_dtype
 from lightning_gr.core.rules import Rule, Update
 from lightning_gr.core.sharding import by_layout, local_parts, sum_over_ranks
-from lightning_gr.core.tensors import inner_product
+from lightning_gr.core.tensors import inner_product, tensor_norms, wide_dtype
 from lightning_gr.core.two_pass import Replay, Transform
 
 __all__ = [
@@ -37,7 +36,7 @@ def check_metrics(
     """The names that ``metrics`` stands for.
 
     Args:
-        metrics: A name, ``"default"``, ``"all"`` (but for the norms by layer), or a sequence of these.
+        metrics: A name, ``"default"``, ``"all"`` (without the norms by layer), or a sequence of these.
         known: All names.
         default: Those of ``"default"``.
         undefined: Names that mean nothing here, with the reason; ``"default"`` and ``"all"`` leave them out.
@@ -99,7 +98,7 @@ def layer_norms(layers: Mapping[str, Sequence[Tensor]], scale: Tensor | None = N
 
 
 class Measurement:
-    """Looks on while :func:`~lightning_gr.core.two_pass.add_second_pass_` works.
+    """Observes while :func:`~lightning_gr.core.two_pass.add_second_pass_` works.
 
     With g₀ the first gradient, and g = a·g₀ + Σ bₖ·∇L(θ + sₖ d) what the second pass makes of it, all that is known of
     the second gradient is in h = g − (a + Σ bₖ)·g₀, for which g₀ must be kept: that is one set of the size of the
@@ -151,11 +150,11 @@ class Measurement:
 
     @torch.no_grad()
     def first(self, update: Update, params: Sequence[Tensor], norm: Tensor, loss_scale: Tensor | None) -> None:
-        """Look at g₀, whose norm (times ``loss_scale``) is known."""
+        """Take in g₀, whose norm (times ``loss_scale``) is known."""
         self._update, self._scale = update, loss_scale
         self._norm = norm if loss_scale is None else norm / loss_scale
         self.values["grad_norm"] = self._norm
-        strength = sum(probe.weight * probe.step for probe in update.probes) + update.curvature
+        strength = sum(probe.weight * probe.distance for probe in update.probes) + update.curvature
         if update.direction == "gradient":
             self.values["penalty"] = strength / 2 * self._norm.square()
         elif update.direction == "normalized":
@@ -168,7 +167,7 @@ class Measurement:
 
     @torch.no_grad()
     def second(self, params: Sequence[Tensor]) -> None:
-        """Look at g."""
+        """Take in g."""
         if self._losses and self._update.probes and self.loss is not None:
             losses = torch.stack([loss.to(self._norm.device) for loss in self._losses]).sum()
             self.values["loss_perturbed"] = losses / self.unit
@@ -202,7 +201,7 @@ class Measurement:
             perturbed = (square + 2 / weight * along + with_h / weight**2).clamp_min(0).sqrt()
             self.values["grad_norm_perturbed"] = perturbed
             self.values["alignment"] = ((square + along / weight) / (norm * perturbed)).clamp(-1, 1)
-        strength = sum(probe.weight * probe.step for probe in update.probes) + update.curvature
+        strength = sum(probe.weight * probe.distance for probe in update.probes) + update.curvature
         if update.direction == "gradient":
             self.values["curvature"] = along / (strength * square)
         elif update.direction == "normalized":

@@ -20,12 +20,12 @@ Curve = tuple[list[float], list[float]]
 
 
 class PlotError(Exception):
-    """Something that cannot be drawn, in one line that says the way out."""
+    """A request that cannot be drawn; its message is one line that says what to do."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run logged.
+    """The logged values of one run.
 
     Args:
         name: What the legend calls it.
@@ -109,12 +109,12 @@ def _label(runs: Sequence[Run]) -> list[Run]:
     return [Run("/".join(p[start : len(p) - end]), run.curves) for run, p in zip(runs, parts, strict=True)]
 
 
-# --- what belongs into which picture
+# --- which key belongs to which picture
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture.
+    """One picture of a figure, and the keys that it draws.
 
     Args:
         title: What it shows.
@@ -162,7 +162,7 @@ def _panels(runs: Sequence[Run], keys: Sequence[str]) -> list[tuple[Panel, list[
 
 
 def new_figure(count: int) -> tuple[Any, list[Any]]:
-    """A figure with so many pictures, up to three in a row; it needs no display."""
+    """A figure with ``count`` pictures, up to three in a row; it needs no display."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -184,7 +184,7 @@ def draw_runs(runs: Sequence[Run], keys: Sequence[str] = (), smooth: int = 1) ->
     Args:
         runs: What :func:`read_run` returned.
         keys: One picture for each of these, instead of the usual ones.
-        smooth: Draw the mean over so many logged values around each, and the values themselves faintly behind it.
+        smooth: Draw the mean over this many logged values around each, and the values themselves faintly behind it.
 
     Raises:
         PlotError: If there is nothing to draw.
@@ -220,7 +220,7 @@ def _draw_curve(axes: Any, curve: Curve, smooth: int, label: str, colour: str, s
     steps, values = curve
     if smooth > 1:
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        left, right = (smooth - 1) // 2, smooth // 2 + 1  # centred, so that nothing lags behind
+        left, right = (smooth - 1) // 2, smooth // 2 + 1  # centered, so that nothing lags behind
         values = [statistics.mean(values[max(0, i - left) : i + right]) for i in range(len(values))]
     marker = "o" if len(values) < 3 else None
     axes.plot(steps, values, label=label, color=colour, linestyle=style, marker=marker, markersize=4)

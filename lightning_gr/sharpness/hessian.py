@@ -1,7 +1,7 @@
 """A loss around its weights, and its Hessian times vectors, by double backward or finite differences: no trace left."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gr._compat import is_error_node
-from lightning_gr.core.perturb import WeightCopy
-from lightning_gr.core.rules import check_choice
+from lightning_gr._validate import check_choice
+from lightning_gr.core.signals import deferred_signals
+from lightning_gr.core.storage import CopyStorage
 from lightning_gr.core.tensors import inner_product, wide
 from lightning_gr.core.two_pass import extract_loss
-from lightning_gr.replay.isolation import ModuleState, RandomState, StatefulModules, deferred_signals, second_pass
+from lightning_gr.replay.evaluation import Evaluation, Surroundings
+from lightning_gr.replay.footprint import Footprint
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,8 +36,7 @@ class LossAround:
         loss_fn: Computes the loss, a scalar (or a mapping with ``"loss"``), at the current weights.
         params: The module, of which the trainable parameters are taken, or parameters alone (then no buffers are
             protected).
-        modules: What ``loss_fn`` may change, if not ``params``.
-        muted: A module whose logging does nothing meanwhile.
+        surroundings: What ``loss_fn`` may change, if it is more than the module.
 
     Raises:
         ValueError: If there are no trainable parameters, if one is complex, or if ``loss_fn`` returns no loss that can
@@ -47,23 +48,19 @@ class LossAround:
         loss_fn: Callable[[], Any],
         params: nn.Module | Iterable[Tensor],
         *,
-        modules: StatefulModules | None = None,
-        muted: nn.Module | None = None,
+        surroundings: Surroundings | None = None,
     ) -> None:
         module = params if isinstance(params, nn.Module) else None
         everything = module.parameters() if module is not None else list(params)  # type: ignore[arg-type]
         self.params = [p for p in everything if p.requires_grad]
         if not self.params or any(p.is_complex() for p in self.params):
             raise ValueError("Expected `params` to hold trainable parameters, real ones")
-        self.loss_fn = loss_fn
-        self._modules = StatefulModules(module) if modules is None else modules
-        self._muted = muted
-        self._copy = WeightCopy()
+        self._evaluation = Evaluation(loss_fn, surroundings or _surroundings(module, self.params))
+        self._storage = CopyStorage()
+        self._is_first = True
         self._stack = ExitStack()
 
     def __enter__(self) -> "Self":
-        self._devices = sorted({p.device for p in self.params if p.device.type != "cpu"}, key=str)
-        self._before, self._numbers = ModuleState(self._modules), RandomState(self._devices)
         # a caller may be in validation
         self._stack.enter_context(torch.inference_mode(False))
         self._stack.enter_context(torch.enable_grad())
@@ -72,51 +69,48 @@ class LossAround:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._copy = WeightCopy()
+        self._storage = CopyStorage()
         self._stack.close()
 
     @torch.no_grad()
-    def loss_at(self, vector: Sequence[Tensor], step: float) -> Tensor:
-        """L(θ + step · vector)."""
-        with self._isolation(), self._moved(vector, step):
-            return self._evaluate().detach()
+    def loss_at(self, vector: Sequence[Tensor], distance: float) -> Tensor:
+        """L(θ + distance · vector)."""
+        with self._moved(vector, distance), self._evaluate() as loss:
+            return loss.detach()
 
-    def gradient_at(self, vector: Sequence[Tensor], step: float) -> tuple[Tensor, ...]:
-        """∇L(θ + step · vector), a tensor for each parameter."""
-        with self._isolation(), self._moved(vector, step):
-            return torch.autograd.grad(self._loss(), self.params, allow_unused=True, materialize_grads=True)
-
-    def _isolation(self) -> AbstractContextManager[None]:
-        return second_pass(self._modules, self._before, self._devices, muted=self._muted)
-
-    def _evaluate(self) -> Tensor:
-        self._numbers.restore()
-        loss = extract_loss(self.loss_fn())
-        if not isinstance(loss, Tensor):
-            raise ValueError(f"Expected `loss_fn` to return a loss but got {type(loss).__name__}")
-        return loss
-
-    def _loss(self) -> Tensor:
-        loss = self._evaluate()
-        if not loss.requires_grad:
-            raise ValueError("Expected `loss_fn` to return a loss with a graph")
-        return loss
+    def gradient_at(self, vector: Sequence[Tensor], distance: float) -> tuple[Tensor, ...]:
+        """∇L(θ + distance · vector), a tensor for each parameter."""
+        with self._moved(vector, distance), self._evaluate() as loss:
+            return torch.autograd.grad(_with_graph(loss), self.params, allow_unused=True, materialize_grads=True)
 
     @contextmanager
-    def _moved(self, vector: Sequence[Tensor], step: float) -> Iterator[None]:
-        if not self._copy.tensors:
+    def _evaluate(self) -> Iterator[Tensor]:
+        """The loss at the current weights, as if it had never been evaluated once the context is left."""
+        if self._is_first:
+            # at the clean weights: what the loss writes to is learned from it
+            self._is_first = False
+            self._evaluation.learn()
+        with self._evaluation.again(self.params) as output:
+            loss = extract_loss(output)
+            if not isinstance(loss, Tensor):
+                raise ValueError(f"Expected `loss_fn` to return a loss but got {type(loss).__name__}")
+            yield loss
+
+    @contextmanager
+    def _moved(self, vector: Sequence[Tensor], distance: float) -> Iterator[None]:
+        if not self._storage.copies:
             with torch.no_grad():
-                self._copy.take(self.params)
+                self._storage.take(self.params)
         with deferred_signals():
             try:
                 with torch.no_grad():
                     offsets = [v.to(p.dtype) for v, p in zip(vector, self.params, strict=True)]
-                    torch._foreach_add_(self.params, offsets, alpha=step)
+                    torch._foreach_add_([p.data for p in self.params], offsets, alpha=distance)
                 torch.clear_autocast_cache()
                 yield
             finally:
                 with torch.no_grad():
-                    self._copy.put_back(self.params)
+                    self._storage.put_back()
                 torch.clear_autocast_cache()
 
 
@@ -139,8 +133,7 @@ class HessianProducts(LossAround):
             protected).
         method: ``"double_backward"``, ``"finite_difference"``, or ``"auto"``: the first, and the second where the
             first fails. The attribute ``method`` says which it was.
-        modules: What ``loss_fn`` may change, if not ``params``.
-        muted: A module whose logging does nothing meanwhile.
+        surroundings: What ``loss_fn`` may change, if it is more than the module.
         average: Averages a list of tensors in place over devices, for the Hessian of the mean loss over them.
 
     Raises:
@@ -163,12 +156,11 @@ class HessianProducts(LossAround):
         params: nn.Module | Iterable[Tensor],
         *,
         method: HessianMethod = "auto",
-        modules: StatefulModules | None = None,
-        muted: nn.Module | None = None,
+        surroundings: Surroundings | None = None,
         average: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> None:
         check_choice("method", method, HESSIAN_METHODS)
-        super().__init__(loss_fn, params, modules=modules, muted=muted)
+        super().__init__(loss_fn, params, surroundings=surroundings)
         self.method, self.average = method, average
         self._gradient: tuple[Tensor, ...] = ()
         self._isolated = ExitStack()
@@ -210,8 +202,7 @@ class HessianProducts(LossAround):
 
     def _differentiate(self) -> None:
         # one evaluation, whose graph is kept, so that its isolation lasts
-        self._isolated.enter_context(self._isolation())
-        loss = self._loss()
+        loss = _with_graph(self._isolated.enter_context(self._evaluate()))
         self._gradient = torch.autograd.grad(
             loss, self.params, create_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -244,6 +235,19 @@ class HessianProducts(LossAround):
         torch._foreach_sub_(ahead, behind)
         torch._foreach_mul_(ahead, 0.5 / step)
         return ahead
+
+
+def _surroundings(module: nn.Module | None, params: list[Tensor]) -> Surroundings:
+    devices = sorted({p.device for p in params if p.device.type != "cpu"}, key=str)
+    everything = params if module is None else list(module.parameters())
+    roots = {} if module is None else {"module": module}
+    return Surroundings(Footprint(lambda: roots), devices, trained=lambda: everything)
+
+
+def _with_graph(loss: Tensor) -> Tensor:
+    if not loss.requires_grad:
+        raise ValueError("Expected `loss_fn` to return a loss with a graph")
+    return loss
 
 
 def _is_cut(gradients: Sequence[Tensor]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gr.core.rules import check_int, check_number
+from lightning_gr._validate import check_int, check_number
 from lightning_gr.core.tensors import inner_product, random_unit
 from lightning_gr.sharpness.hessian import LossAround
 

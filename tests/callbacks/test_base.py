@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
 
+import outside
 import pytest
 import pytorch_lightning as pl
 import reference
@@ -34,7 +35,7 @@ from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_gr import SAM, Flooding, GradientRegularization, flood, regularized_backward
+from lightning_gr import SAM, Flooding, GradientRegularization, regularized_backward
 from lightning_gr.callbacks.base import TwoPassCallback
 
 LEVEL = 1.09  # among the losses, see test_two_pass
@@ -99,41 +100,6 @@ def test_precision_64_true():
     assert_near(weights(module.net), by_hand(METHODS["SAM"], windows_of(1, make_batches(), EPOCHS), net=start))
 
 
-# --- flooding
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_flooding_alone_is_the_explicit_formula_bit_for_bit(accumulate):
-    flooded = TinyModule(loss=lambda net, batch: flood(cross_entropy(net, batch), LEVEL))
-    hooked = TinyModule()
-    fit(flooded, max_epochs=EPOCHS, accumulate_grad_batches=accumulate)
-    fit(hooked, Flooding(LEVEL), max_epochs=EPOCHS, accumulate_grad_batches=accumulate)
-    assert_same(weights(hooked.net), weights(flooded.net))
-
-
-@pytest.mark.parametrize("name", SOME)
-def test_the_order_of_the_callbacks_does_not_matter(name):
-    first, last = TinyModule(), TinyModule()
-    fit(first, Flooding(LEVEL), METHODS[name].callback(), max_epochs=EPOCHS)
-    fit(last, METHODS[name].callback(), Flooding(LEVEL), max_epochs=EPOCHS)
-    assert_same(weights(first.net), weights(last.net))
-
-
-def test_flooding_costs_no_second_pass_and_logs_the_loss_itself():
-    calls = []
-
-    class Logging(TinyModule):
-        def training_step(self, batch, batch_idx):
-            calls.append(batch_idx)
-            loss = super().training_step(batch, batch_idx)
-            self.log("loss", loss)
-            return loss
-
-    trainer = fit(Logging(), Flooding(100.0), limit_train_batches=1)
-    assert calls == [0]
-    assert trainer.callback_metrics["loss"] == cross_entropy(mlp(), make_batches()[0])
-
-
 # --- which steps
 
 
@@ -158,7 +124,7 @@ def test_schedule(name, schedule, strengths):
 
 
 def test_the_first_step_of_a_warm_up_and_steps_outside_the_schedule_are_not_run_twice():
-    calls = []
+    calls = outside.Record()
     counted = TinyModule(loss=lambda net, batch: calls.append(1) or cross_entropy(net, batch))
     fit(counted, GradientRegularization(0.1, start_step=3, warmup_steps=2, interval=2), max_epochs=EPOCHS)
     assert len(calls) == 9 + 2  # steps 5 and 7, for at step 3 the strength is 0
@@ -209,7 +175,7 @@ class CleanGradients(pl.Callback):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_excluded_parameters_are_not_perturbed_and_keep_exactly_the_clean_gradient(name):
-    visited, clean, biases = [], CleanGradients(), ["0.bias", "2.bias"]
+    visited, clean, biases = outside.Record(), CleanGradients(), ["0.bias", "2.bias"]
     module = TinyModule(loss=lambda net, batch: visited.append(weights(net)) or cross_entropy(net, batch))
     fit(module, clean, METHODS[name].callback(exclude=["*.bias"]), max_epochs=EPOCHS)
     passes = len(visited) // len(clean.seen)
@@ -610,7 +576,7 @@ def test_parameters_outside_the_optimizer_are_not_perturbed(name):
         def configure_optimizers(self):
             return sgd(self.net[2].parameters())
 
-    visited = []
+    visited = outside.Record()
     module = OnlyLast(loss=lambda net, batch: visited.append(weights(net)) or cross_entropy(net, batch))
     fit(module, METHODS[name].callback(), max_epochs=2)
     start = mlp()
@@ -629,15 +595,14 @@ def test_fit_leaves_nothing_behind():
     trainer = fit(module, callback)
     assert "training_step" not in vars(trainer.strategy)
     assert vars(callback).keys() - {"log", "log_dict"} == vars(SAM(0.2)).keys()  # these two are Lightning's
-    assert callback._recorder is None
-    assert callback._copy.tensors == []
+    assert len(callback._runs) == 0
 
 
 def test_an_exception_in_the_second_pass_leaves_the_weights_and_nothing_behind():
-    calls, callback = count(), SAM(0.5)
+    calls, callback = outside.Counter(), SAM(0.5)
 
     def fails(net, batch):
-        if next(calls) == 1:
+        if calls() == 1:
             assert not torch.equal(net[0].weight, mlp()[0].weight)
             raise ArithmeticError("in the second pass")
         return cross_entropy(net, batch)
@@ -647,7 +612,7 @@ def test_an_exception_in_the_second_pass_leaves_the_weights_and_nothing_behind()
         trainer.fit(module, make_loader())
     assert_same(weights(module.net), weights(mlp()))
     assert "training_step" not in vars(trainer.strategy)
-    assert callback._recorder is None
+    assert all(run.recorder is None for run in callback._runs.values())
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])

@@ -6,6 +6,8 @@ import pytest
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from modules import (
+    FIRST_ORDER,
+    METHODS,
     TinyModule,
     assert_near,
     assert_same,
@@ -29,8 +31,8 @@ from pytorch_lightning.strategies import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_gr import SAM, Flooding, GradientRegularization, GRRule, SAMRule
-from lightning_gr.core.rules import Schedule
+from lightning_gr import SAM, Flooding, GradientRegularization, GRRule, SAMRule, in_second_pass
+from lightning_gr.core.schedule import Schedule
 
 nan, inf = float("nan"), float("inf")
 not_numbers = ["0.1", None, True, [0.1], nan, inf, -inf, -0.1, torch.tensor(0.1)]
@@ -146,19 +148,22 @@ class MySAM(SAM):
 @pytest.mark.parametrize(
     ("callbacks", "names"),
     [
-        ([SAM(), SAM(0.1)], "SAM and SAM"),
         ([SAM(), GradientRegularization()], "SAM and GradientRegularization"),
         ([GradientRegularization(), MySAM()], "GradientRegularization and MySAM"),
         ([SAM(), GradientRegularization(), MySAM()], "SAM and GradientRegularization and MySAM"),
-        ([Flooding(0.1), SAM(), SAM()], "SAM and SAM"),
+        ([Flooding(0.1), MySAM(), SAM()], "MySAM and SAM"),
     ],
 )
 def test_two_methods(callbacks, names):
-    try:
-        message = refused(TinyModule(), *callbacks)
-    except RuntimeError as error:  # Lightning itself refuses two callbacks with one state key, in the constructor
-        pytest.fail(str(error))
+    message = refused(TinyModule(), *callbacks)
     assert message == f"Expected at most one method with a second pass in a Trainer but got {names}: remove all but one"
+
+
+@pytest.mark.parametrize("kind", [SAM, GradientRegularization])
+def test_the_same_method_twice_is_refused_by_lightning_itself(kind):
+    """In the constructor: both would have the same place in a checkpoint."""
+    with pytest.raises(RuntimeError, match=f"more than one stateful callback of type `{kind.__name__}`"):
+        make_trainer(kind(), kind())
 
 
 def test_two_flood_levels():
@@ -246,7 +251,7 @@ def test_the_way_out_for_sparse_embeddings_works(scheme):
         torch.manual_seed(0)
         net = nn.Sequential(nn.EmbeddingBag(10, 3, sparse=sparse), nn.Linear(3, 3)).double()
         module = TinyModule(net, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
-        fit(module, GradientRegularization(0.1, 0.1, scheme, exclude=["net.0.weight"]), loader=tokens())
+        fit(module, GradientRegularization(0.1, 0.1, scheme=scheme, exclude=["net.0.weight"]), loader=tokens())
         trained.append(weights(net))
     assert_near(*trained, 1e-13)
 
@@ -352,13 +357,24 @@ def test_a_batch_may_be_changed_in_place_where_it_is_used_once():
     assert_same(weights(modules[0].net), weights(modules[1].net))
 
 
-def test_a_second_pass_without_a_loss():
-    class Once(TinyModule):
-        def training_step(self, batch, batch_idx):
-            calls.append(batch_idx)
-            return super().training_step(batch, batch_idx) if len(calls) == 1 else None
+@pytest.mark.parametrize("name", FIRST_ORDER)
+def test_a_second_pass_without_a_loss_leaves_the_clean_gradient(name):
+    """As of a training step that returns None where its loss is not finite, which may be at displaced weights only."""
 
-    calls, module = [], Once()
-    with pytest.raises(RuntimeError, match="a loss in the first pass and none in the second"):
-        fit(module, SAM())
-    assert_same(weights(module.net), weights(mlp()))
+    class Clean(TinyModule):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if not in_second_pass() and batch_idx == len(starts):
+                starts.append(weights(self.net))
+            moved = any(not torch.equal(p, starts[-1][n]) for n, p in self.net.named_parameters())
+            return None if moved else loss
+
+    starts, module, plain = [], Clean(), TinyModule()
+    callback = METHODS[name].callback()
+    with pytest.warns(UserWarning, match="returned None in a second pass") as caught:
+        fit(module, callback)
+    assert sum("second pass" in str(warning.message) for warning in caught) == 1  # and not once for each step
+    assert len(starts) == 3
+    fit(plain)
+    assert_near(weights(module.net), weights(plain.net), 1e-14)
+    assert (callback.report.regularized, callback.report.steps) == (0, 3)

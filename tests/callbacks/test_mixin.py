@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import reference
 import torch
 from modules import (
+    FIRST_ORDER,
     METHODS,
     SOME,
     TinyModule,
@@ -23,6 +24,7 @@ from modules import (
     sgd,
     weights,
 )
+from outside import Record
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -300,7 +302,8 @@ def test_clipping_under_a_gradient_scaler(algorithm):
     assert_near(moved[1], moved[0], 1e-2)
 
 
-@pytest.mark.parametrize("name", ["SAM", "central norm penalty"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIRST_ORDER)
 def test_compiled_equals_uncompiled(name):
     torch._dynamo.reset()
     compiled, plain = Manual(mlp()), Manual(mlp())
@@ -313,7 +316,7 @@ def test_compiled_equals_uncompiled(name):
 @pytest.mark.parametrize("bad_pass", [False, True])
 def test_overflow_under_a_gradient_scaler_skips_the_step(bad_pass):
     """In either pass: the scale falls, the weights stay finite."""
-    seen = []
+    seen = Record()
 
     def loss(net, batch):
         bad = len(seen) == 1 and in_second_pass() == bad_pass

@@ -3,7 +3,9 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from hessians import Noisy, dense_hessian
 from modules import (
+    Manual,
     TinyModule,
     assert_same,
     cross_entropy,
@@ -17,8 +19,6 @@ from modules import (
 )
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from test_estimates import Noisy, dense_hessian
-from test_measurement import Manual
 from torch import nn
 
 from lightning_gr import SAM, GradientNormMonitor, SharpnessMonitor
@@ -60,13 +60,6 @@ def test_norm_under_a_gradient_scaler(fused, clip):
     trainer = fit(module, GradientNormMonitor(by_layer=True), loader=loader, limit_train_batches=1, **options)
     assert values(trainer) == pytest.approx(first_norms(mlp()), rel=0.01)
     assert gradients_are_scaled(trainer.optimizers[0]) == fused
-
-
-def test_what_the_compatibility_layer_relies_on():
-    """Optimizers of torch that unscale by themselves say so by this attribute."""
-    weight = [nn.Parameter(torch.zeros(2))]
-    assert gradients_are_scaled(torch.optim.Adam(weight, fused=True))
-    assert not gradients_are_scaled(torch.optim.Adam(weight))
 
 
 def test_norm_by_hand_and_beside_a_method():

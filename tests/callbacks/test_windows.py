@@ -51,7 +51,7 @@ def test_no_batch_is_kept_after_a_step(accumulation):
 
     class Look(TinyModule):
         def on_before_zero_grad(self, optimizer):
-            kept.append(len(callback._recorder._calls))
+            kept.append(len(callback._runs[self.trainer].recorder._calls))
 
     callback = METHODS["forward GR"].callback(accumulation=accumulation)
     fit(Look(), callback, loader=make_loader(batch_size=4), accumulate_grad_batches=3)

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import pytorch_lightning as pl
+from lightning_utilities.core import rank_zero
 from modules import TinyModule, assert_same, fit, make_loader, weights
 
 import lightning_gr_startup
@@ -46,7 +47,10 @@ def test_both_namespaces_find_it_and_say_so_once(namespace, monkeypatch, caplog)
     trainer = lightning.Trainer(
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
-    monkeypatch.setattr(logging.getLogger("pytorch_lightning"), "propagate", True)
+    # the logger itself, since which one takes the lines, and whether it is quiet, depends on what was imported before
+    caplog.set_level(logging.INFO, rank_zero.log.name)
+    for name, value in {"handlers": [caplog.handler], "propagate": False, "disabled": False}.items():
+        monkeypatch.setattr(rank_zero.log, name, value)
     with caplog.at_level(logging.INFO):
         trainer.fit(boring())
         trainer.validate(boring(), verbose=False)

@@ -4,6 +4,7 @@ Nearly all runs are in this process, since starting one that imports torch takes
 """
 
 import importlib
+import io
 import subprocess
 import sys
 
@@ -57,12 +58,12 @@ def ours(trainer):
     return [callback for callback in trainer.callbacks if isinstance(callback, (TwoPassCallback, Flooding))]
 
 
-LOGGING = ("lightning_gr.report.step_report", "lightning_gr.callbacks.flooding")
+LOGGING = ("lightning_gr.report.step_report", "lightning_gr.report.step_log", "lightning_gr.callbacks.flooding")
 
 
 def settings(owner):
     """The public attributes, and those of what logs."""
-    found = {name: value for name, value in vars(owner).items() if not name.startswith("_") and name != "extremes"}
+    found = {name: value for name, value in vars(owner).items() if not name.startswith("_")}
     return {n: settings(value) if type(value).__module__ in LOGGING else value for n, value in found.items()}
 
 
@@ -163,13 +164,14 @@ def test_flag_groups_choose_the_method(namespace):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--gr.gamma=-0.1"], "Expected argument `gamma` to be a non-negative float but got -0.1"),
+        (["--gr.gamma=-0.1"], "--gr: Expected argument `gamma` to be a non-negative float but got -0.1"),
         (["--sam.rho=wide"], "--sam.rho: Expected a <class 'float'>. Got value: wide"),
         (["--gr.gama=0.1"], "'gama' is not"),
         (["--gr.gamma=0.1", "--sam.rho=0.1"], "at most one method with a second pass but got --gr and --sam: remove"),
         (["--trainer.callbacks+=SAM", "--trainer.callbacks.rho=-1"], "Expected argument `rho` to be a non-negative"),
         (["--trainer.callbacks+=SAM", "--trainer.callbacks.rho=x"], "--trainer.callbacks.rho: Expected a <class 'floa"),
-        (["--flooding={}"], "--flooding"),
+        (["--flooding={}"], "--flooding: "),
+        (["--gr=5"], "--gr: "),
         (["--nothing=1"], "nothing"),
         (["--config=nothing.yaml"], "nothing.yaml"),
     ],
@@ -249,6 +251,7 @@ def fitted(flags):
     return weight
 
 
+@pytest.mark.slow
 def test_any_model_trains_and_its_saved_configuration_gives_the_same(model, tmp_path):
     flags = [f"--model={model}", "--model.rate=0.2", *TRAINING, "--gr.gamma=0.5", "--gr.epsilon=0.2"]
     plain = fitted([*flags[:-2], "--trainer.default_root_dir=plain"])
@@ -260,6 +263,7 @@ def test_any_model_trains_and_its_saved_configuration_gives_the_same(model, tmp_
     assert saved["sam"] is None
 
 
+@pytest.mark.slow
 def test_every_subcommand_runs(model, capsys):
     namespace = "lightning.pytorch" if "lightning_pytorch" in model else "pytorch_lightning"
     data = f"--data={namespace}.demos.boring_classes.BoringDataModule"
@@ -270,6 +274,16 @@ def test_every_subcommand_runs(model, capsys):
         cli.main(["fit", "--gr.help"])
     assert ended.value.code == 0
     assert "--gr.gamma GAMMA      The strength γ ≥ 0 of the penalty." in capsys.readouterr().out
+
+
+def test_help_in_an_encoding_without_greek(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fit", "--gr.help"])
+    sys.stdout.flush()
+    assert ended.value.code == 0
+    assert b"The strength \\u03b3" in raw.getvalue()
 
 
 def test_what_training_refuses_is_one_line(model, capsys):
@@ -290,6 +304,7 @@ def test_a_missing_extra_is_named(name, capsys, monkeypatch):
     assert f"needs {name}: pip install 'lightning_gr[cli]'" in capsys.readouterr().err
 
 
+@pytest.mark.launch
 def test_completion_knows_our_flags():
     """In a process of its own: it goes through all classes there are, and the other tests have many."""
     command = [sys.executable, "-m", "lightning_gr", "completion", "bash"]

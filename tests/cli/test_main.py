@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
+import lightning_gr_startup
 from lightning_gr import __version__
 from lightning_gr.cli import main as cli
-from lightning_gr.cli.demo.task import METHODS
+from lightning_gr.cli.demo.task import DEMO_METHODS
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,7 @@ def test_a_folder_that_cannot_be_made(capsys, tmp_path):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.launch
 def test_module_runs_as_a_command():
     command = [sys.executable, "-m", "lightning_gr", "--version"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
@@ -50,4 +52,4 @@ def test_module_runs_as_a_command():
 
 
 def test_methods_of_the_flag_are_those_of_the_demonstration():
-    assert list(METHODS) == list(cli.DEMO_METHODS)
+    assert list(DEMO_METHODS) == list(lightning_gr_startup.DEMO_NAMES)

@@ -63,3 +63,12 @@ def test_a_scaled_loss_is_compared_with_a_scaled_level():
         flood_gradient_(loss, level)
         loss.backward()
         assert x.grad.item() == -3 * scale
+
+
+def test_a_loss_at_the_level_itself_goes_down():
+    """Where |L − b| has no derivative; the explicit formula would stand still there."""
+    x = torch.tensor([2.0], requires_grad=True)
+    loss = (3 * x).sum()
+    assert not flood_gradient_(loss, 6.0)
+    loss.backward()
+    assert x.grad.item() == 3

@@ -6,12 +6,15 @@ from contextlib import suppress
 import pytest
 import reference
 import torch
+from accelerator import treated_as_accelerator
 from hypothesis import given
 from hypothesis import strategies as st
-from modules import assert_near
+from modules import assert_near, assert_same
 
-from lightning_gr.core.perturb import Perturbation, WeightCopy, direction_factor, global_norm, inverse, tensor_norms
-from lightning_gr.core.rules import Probe, Update
+from lightning_gr.core.perturb import Perturbation, direction_factor
+from lightning_gr.core.rules import Update
+from lightning_gr.core.storage import WeightStorage
+from lightning_gr.core.tensors import global_norm, inverse, tensor_norms
 
 shapes = st.lists(st.sampled_from([(), (1,), (3,), (2, 3), (0,)]), min_size=1, max_size=4)
 DIRECTIONS = ["gradient", "normalized", "adaptive"]
@@ -100,14 +103,32 @@ def test_moves_along_the_direction_and_comes_back(kind, seed, steps, eta):
     theta, grads = named(params), named(p.grad for p in params)
     update = Update(kind, 0.0 if kind == "adaptive" else 0.5, eta=eta if kind == "adaptive" else 0.0)
     direction = expected_direction(kind, theta, grads, eta)
-    with Perturbation(update, params, WeightCopy()) as perturbation:
-        for step in (sign * step for step in steps for sign in (1, -1)):
+    first, *others = [sign * step for step in steps for sign in (1, -1)]
+    with Perturbation(params, WeightStorage()) as perturbation:
+        assert perturbation.displace(update, first) is None
+        assert_near(named(params), reference.combine(1.0, theta, first, direction), 1e-13)
+        for step in others:
             perturbation.move_to(step)
             assert_near(named(params), reference.combine(1.0, theta, step, direction), 1e-13)
-            if update.keep:
-                assert_near(named(p.grad for p in params), {n: 0.5 * g for n, g in grads.items()}, 1e-14)
-            else:
-                assert all(p.grad is None for p in params)
+            if kind != "adaptive":  # which uses the gradient up
+                assert_same(named(p.grad for p in params), grads)
+    assert all(torch.equal(p, theta[n]) for n, p in zip(theta, params, strict=True))
+
+
+@pytest.mark.parametrize("kind", DIRECTIONS)
+@given(seed=st.integers(0, 1000), eta=st.floats(0, 1))
+def test_on_an_accelerator_the_gradient_becomes_the_direction(kind, seed, eta):
+    """And whoever wants the gradient again is told the factor."""
+    params = make_params([(3,), (2, 3), ()], seed=seed)
+    theta, grads = named(params), named(p.grad for p in params)
+    eta = eta if kind == "adaptive" else 0.0
+    direction = expected_direction(kind, theta, grads, eta)
+    with treated_as_accelerator(), Perturbation(params, WeightStorage()) as perturbation:
+        factor = perturbation.displace(Update(kind, 0.0, eta=eta), 0.1)
+        assert (factor is None) is (kind == "gradient")
+        assert_near(named(params), reference.combine(1.0, theta, 0.1, direction), 1e-13)
+        if kind != "adaptive":
+            assert_near(named(p.grad / (1.0 if factor is None else factor) for p in params), grads, 1e-13)
     assert all(torch.equal(p, theta[n]) for n, p in zip(theta, params, strict=True))
 
 
@@ -116,12 +137,12 @@ def test_moves_along_the_direction_and_comes_back(kind, seed, steps, eta):
 def test_restores_bit_for_bit_after_an_exception(kind, dtype):
     params = make_params([(100,), (7, 3)], dtype, scale=30.0)
     before = [p.detach().clone() for p in params]
-    copy = WeightCopy()
+    storage = WeightStorage()
     for _ in range(3):
         for p in params:
             p.grad = torch.ones_like(p)
-        with suppress(KeyboardInterrupt), Perturbation(Update(kind, 0.0), params, copy) as perturbation:
-            perturbation.move_to(0.7)
+        with suppress(KeyboardInterrupt), Perturbation(params, storage) as perturbation:
+            perturbation.displace(Update(kind, 0.0), 0.7)
             assert not any(torch.equal(p, b) for p, b in zip(params, before, strict=True))
             raise KeyboardInterrupt
         assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
@@ -132,8 +153,8 @@ def test_restores_bit_for_bit_after_an_exception(kind, dtype):
 def test_zero_gradients_move_nothing(kind, dtype):
     params = make_params([(3,), (2, 2)], dtype, scale=0.0)
     before = named(params)
-    with Perturbation(Update(kind, 0.0), params, WeightCopy()) as perturbation:
-        perturbation.move_to(10.0)
+    with Perturbation(params, WeightStorage()) as perturbation:
+        perturbation.displace(Update(kind, 0.0), 10.0)
         assert all(torch.equal(p, before[n]) for n, p in zip(before, params, strict=True))
 
 
@@ -143,30 +164,53 @@ def test_a_loss_scale_is_taken_out_of_the_step_and_left_in_the_gradient(kind):
         params = make_params([(3,), (2, 2)], scale=scale)
         theta, grads = named(params), named(p.grad / scale for p in params)
         direction = expected_direction(kind, theta, grads, 0.0)
-        with Perturbation(Update(kind, 0.25), params, WeightCopy(), torch.tensor(scale)) as perturbation:
-            perturbation.move_to(0.1)
+        with Perturbation(params, WeightStorage()) as perturbation:
+            perturbation.displace(Update(kind, 0.25), 0.1, torch.tensor(scale))
             assert_near(named(params), reference.combine(1.0, theta, 0.1, direction), 1e-13)
-        assert_near(named(p.grad for p in params), {n: 0.25 * scale * g for n, g in grads.items()}, 1e-13)
+        assert_near(named(p.grad for p in params), {n: scale * g for n, g in grads.items()}, 1e-13)
 
 
 def test_the_copy_is_kept_between_steps_and_renewed_for_other_parameters():
     params, others = make_params([(3,), (2,)]), make_params([(4,)])
-    copy, update = WeightCopy(), Update("normalized", 0.0, (Probe(0.1, 1.0),))
-    copy.take(params)
-    first = list(copy.tensors)
+    storage = WeightStorage()
+    storage.take(params)
+    first = list(storage.copy.copies)
     with torch.no_grad():
         params[0].add_(1.0)
-    with Perturbation(update, params, copy):
-        assert all(a is b for a, b in zip(first, copy.tensors, strict=True))
-        assert torch.equal(copy.tensors[0], params[0])
-    copy.take(others)
-    assert [t.shape for t in copy.tensors] == [(4,)]
+    with Perturbation(params, storage):
+        assert all(a is b for a, b in zip(first, storage.copy.copies, strict=True))
+        assert torch.equal(storage.copy.copies[0], params[0])
+    storage.take(others)
+    assert [t.shape for t in storage.copy.copies] == [(4,)]
 
 
 def test_leaving_without_a_move_writes_nothing():
     params = make_params([(3,)])
-    version = params[0]._version
-    with Perturbation(Update("gradient", 0.5), params, WeightCopy()) as perturbation:
-        pass
+    storage = WeightStorage()
+    with Perturbation(params, storage) as perturbation:
+        storage.copy.copies[0].fill_(7.0)
     perturbation.restore()
+    assert not (params[0] == 7.0).any()
+
+
+@pytest.mark.parametrize("kind", DIRECTIONS)
+def test_a_graph_of_before_stays_valid(kind):
+    """The weights end bit for bit as they were, and their version counters with them."""
+    params = make_params([(3,)])
+    loss = (params[0] ** 2).sum()
+    version = params[0]._version
+    with Perturbation(params, WeightStorage()) as perturbation:
+        perturbation.displace(Update(kind, 0.0), 0.1)
+        perturbation.move_to(-0.1)
     assert params[0]._version == version
+    params[0].grad = None
+    loss.backward()
+    torch.testing.assert_close(params[0].grad, 2 * params[0].detach())
+
+
+def test_a_first_displacement_comes_first():
+    with (
+        Perturbation(make_params([(3,)]), WeightStorage()) as perturbation,
+        pytest.raises(RuntimeError, match="displace"),
+    ):
+        perturbation.move_to(0.1)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gr import GRRule, SAMRule
-from lightning_gr.core.rules import SCHEMES, Probe, Schedule, Update
+from lightning_gr.core.rules import SCHEMES, Probe, Update
+from lightning_gr.core.schedule import Schedule
 
 positive = st.floats(1e-4, 1e2)
 strengths = st.floats(0.0, 1.0)
@@ -39,9 +40,9 @@ def test_coefficients_of_gr_sum_to_one(gamma, epsilon, scheme, normalize, streng
     largest = max(1.0, *(abs(probe.weight) for probe in row.probes)) if row.probes else 1.0
     assert row.keep + sum(probe.weight for probe in row.probes) == pytest.approx(1.0, abs=1e-15 * largest)
     # what multiplies H d, to first order: the penalty, whichever scheme
-    curvature = row.curvature + sum(probe.step * probe.weight for probe in row.probes)
+    curvature = row.curvature + sum(probe.distance * probe.weight for probe in row.probes)
     assert curvature == pytest.approx(strength * gamma, rel=1e-12)
-    assert {abs(probe.step) for probe in row.probes} <= {epsilon}
+    assert {abs(probe.distance) for probe in row.probes} <= {epsilon}
 
 
 @given(rho=positive, adaptive=st.booleans(), strength=strengths)

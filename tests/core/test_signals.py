@@ -1,9 +1,10 @@
-"""Signals from another process at random moments of training: no checkpoint is perturbed, no signal is lost."""
+"""Signals wait while weights are perturbed: in this process, and from another one at random moments of training."""
 
 import json
 import os
 import random
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -12,8 +13,82 @@ import faults
 import pytest
 from launching import HERE, ROOT
 
+from lightning_gr.core.signals import deferred_signals
+
 FAULTS = 210
+
+
 LIMIT = 120.0  # seconds
+
+
+@pytest.fixture
+def handled():
+    """Signals that a Python handler has seen, and whether weights could have been perturbed then."""
+    seen = []
+    numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda n, _: seen.append((n, inside))) for number in numbers}
+    inside = False
+
+    def enter(value):
+        nonlocal inside
+        inside = value
+
+    yield seen, enter
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_handlers_wait_and_are_called_in_order(handled):
+    seen, enter = handled
+    with deferred_signals():
+        enter(True)
+        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.raise_signal(number)
+        assert seen == []
+        enter(False)
+    order = [signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
+    assert seen == [(number, False) for number in order]
+    signal.raise_signal(signal.SIGUSR1)
+    assert len(seen) == 5
+
+
+def test_no_signal_is_lost_if_a_handler_or_the_body_raises(handled):
+    seen, _ = handled
+
+    def refuse(number, frame):
+        raise SystemExit("first")
+
+    @deferred_signals()
+    def body():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR1)
+        raise ValueError("body")
+
+    signal.signal(signal.SIGTERM, refuse)
+    with pytest.raises(SystemExit, match="first"):
+        body()
+    assert [number for number, _ in seen] == [signal.SIGUSR1]
+    assert signal.getsignal(signal.SIGTERM) is refuse
+
+
+def test_a_handler_installed_meanwhile_stays(handled):
+    with deferred_signals():
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("_ctrl_c")
+def test_ctrl_c_is_not_held_back():
+    @deferred_signals()
+    def body():
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the body went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        body()
+
+
+# --- from another process
 
 
 def wait_for(pipe, deadline):
@@ -23,6 +98,7 @@ def wait_for(pipe, deadline):
     return os.read(pipe.fileno(), 1)
 
 
+@pytest.mark.launch
 @pytest.mark.timeout(LIMIT + 30)
 def test_no_handler_saves_perturbed_weights(tmp_path, capsys):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)])}

@@ -6,10 +6,12 @@ import pytest
 import pytorch_optimizer
 import reference
 import torch
+from accelerator import treated_as_accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from modules import (
     METHODS,
+    MOVING,
     OPTIMIZERS,
     assert_near,
     assert_same,
@@ -20,11 +22,12 @@ from modules import (
     sgd,
     weights,
 )
+from outside import Record
 from torch import nn
 
 from lightning_gr import GRRule, SAMRule, flood, regularized_backward
 from lightning_gr.core.rules import SCHEMES
-from lightning_gr.core.two_pass import match_names
+from lightning_gr.core.selection import match_names
 
 
 def regularized(net, batch, rule, *, loss=cross_entropy, **options):
@@ -57,6 +60,36 @@ def test_every_method_equals_the_reference(name, optimizer, level):
     net = mlp()
     train(net, method.rule, build(net.parameters()), batches, level=level)
     assert_near(weights(net), train_by_hand(method, by_hand(), batches, level))
+
+
+@pytest.mark.parametrize("loss_scale", [None, 1024.0])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_equals_the_reference_by_the_way_of_accelerators(name, loss_scale):
+    """There a factor stays on the device, so that it goes into the gradient and has to be taken out of it again."""
+    net, batch, method = mlp(), make_batches()[0], METHODS[name]
+    scale = None if loss_scale is None else torch.tensor(loss_scale, dtype=torch.float64)
+    with treated_as_accelerator() as asked:
+        found = regularized(net, batch, method.rule, loss_scale=scale)
+    assert asked.called == bool(method.rule.update().probes)
+    expected = method.gradient(reference.loss_of(net, cross_entropy, [batch]), weights(net))
+    assert_near({n: g / (loss_scale or 1.0) for n, g in found.items()}, expected)
+    assert_same(weights(net), weights(mlp()))
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_one_autocast_context_around_both_passes(name):
+    """Its cache of 16-bit weights is emptied whenever they move, and when they are back."""
+    batch = make_batches(dtype=torch.float32)[0]
+    nets = [mlp(dtype=torch.float32) for _ in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        before = nets[0](batch[0])
+        cached = regularized(nets[0], batch, METHODS[name].rule)
+        after = nets[0](batch[0])
+    assert before.dtype is torch.bfloat16
+    assert torch.equal(after, before)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        expected = regularized(nets[1], batch, METHODS[name].rule)
+    assert_same(cached, expected)
 
 
 def test_the_flood_level_of_these_tests_lies_among_the_losses():
@@ -124,42 +157,6 @@ def test_complex_parameters_are_pairs_of_real_ones(name):
         weight = net.weight.detach()
         results.append({"weight": torch.view_as_real(weight) if weight.is_complex() else weight})
     assert_near(*results, 1e-13)
-
-
-class Counts(nn.Module):
-    """Depends on how often it was called."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = mlp()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-
-    def forward(self, x):
-        self.count += 1
-        return self.net(x) * (1 + self.count)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_all_passes_see_the_random_numbers_and_buffers_of_the_first(name):
-    batch, method = make_batches()[0], METHODS[name]
-
-    def noisy(net, batch, seed=None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        return cross_entropy(lambda x: net(nn.functional.dropout(x, 0.5)), batch)
-
-    def frozen(net, batch):
-        return noisy(lambda x: net(x) * 2, batch, seed=5)
-
-    net = Counts()
-    torch.manual_seed(5)
-    actual = regularized(net, batch, method.rule, loss=noisy)
-    continued = torch.rand(3)
-    expected = regularized(mlp(), batch, method.rule, loss=frozen)
-    assert_near({n.removeprefix("net."): g for n, g in actual.items()}, expected, 1e-13)
-    assert net.count == 1
-    noisy(mlp(), batch, seed=5)
-    assert torch.equal(continued, torch.rand(3))
 
 
 def test_a_linear_loss_has_no_curvature():
@@ -263,7 +260,7 @@ def test_the_weights_are_bit_identical_after_the_call(problem, name, level):
 
 @given(problem=problems, name=st.sampled_from(list(METHODS)))
 def test_a_zero_gradient_moves_nothing(problem, name):
-    seen = []
+    seen = Record()
 
     def flat(net, batch):
         seen.append(weights(net))
@@ -307,71 +304,24 @@ def test_sam_equals_pytorch_optimizer(monkeypatch, adaptive, build):
 # --- the function itself
 
 
-def test_returns_the_clean_loss_and_counts_its_calls():
-    net, batch = mlp(), make_batches()[0]
-    clean = cross_entropy(net, batch).detach()
-    for scheme, passes in zip(SCHEMES, (2, 2, 3, 2), strict=True):
-        losses = []
-        loss = regularized_backward(
-            lambda losses=losses: losses.append(cross_entropy(net, batch)) or losses[-1],
-            net,
-            GRRule(0.1, 0.1, scheme),
-            level=10.0,
-            loss_scale=torch.tensor(2.0),
-        )
-        assert torch.equal(loss, clean)
-        assert not loss.requires_grad
-        assert len(losses) == passes
-
-
-def test_takes_parameters_mappings_and_another_backward():
-    batch, expected = make_batches()[0], mlp()
-    regularized(expected, batch, SAMRule(0.1))
-    net, called = mlp(), []
-    regularized_backward(
-        lambda: {"loss": cross_entropy(net, batch), "other": 1},
-        iter(net.parameters()),
-        SAMRule(0.1),
-        backward=lambda loss: called.append(1) or loss.backward(),
-    )
-    assert_same(gradients(net), gradients(expected))
-    assert len(called) == 2
-
-
-@pytest.mark.parametrize(
-    ("loss_fn", "params", "options", "message"),
-    [
-        (lambda: 1.0, [torch.ones(1, requires_grad=True)], {}, "to return a loss with a graph but got float"),
-        (lambda: None, [torch.ones(1, requires_grad=True)], {}, "to return a loss with a graph but got NoneType"),
-        (lambda: {"x": 1}, [torch.ones(1, requires_grad=True)], {}, "to return a loss with a graph but got NoneType"),
-        (lambda: torch.ones(()), [torch.ones(1, requires_grad=True)], {}, "with a graph but got a tensor without one"),
-        (lambda: 1.0, [], {}, "Expected `params` to hold a parameter"),
-        (lambda: 1.0, nn.Tanh(), {}, "Expected `params` to hold a parameter"),
-        (lambda: 1.0, [torch.ones(1)], {"exclude": ["x"]}, "to be a module where `exclude` is given"),
-        (lambda: 1.0, nn.Linear(1, 1), {"exclude": ["x"]}, "'x' matches none of weight, bias"),
-        (lambda: 1.0, nn.Linear(1, 1), {"exclude": "bias"}, "to be a list of patterns"),
-    ],
-)
-def test_errors(loss_fn, params, options, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        regularized_backward(loss_fn, params, GRRule(), **options)
-    assert "\n" not in str(caught.value)
+def names_of(net, patterns):
+    return match_names(patterns, net.named_parameters(remove_duplicate=False))
 
 
 def test_patterns_match_any_name_of_a_tied_parameter():
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     net[1].weight = net[0].weight
-    assert match_names(["1.weight"], net) == {id(net[0].weight)}
-    assert match_names(["*.bias"], net) == {id(net[0].bias), id(net[1].bias)}
-    assert match_names(["0.*", "[1].bias"], net) == {id(net[0].weight), id(net[0].bias), id(net[1].bias)}
-    assert match_names([], net) == set()
+    assert names_of(net, ["1.weight"]) == {id(net[0].weight)}
+    assert names_of(net, ["*.bias"]) == {id(net[0].bias), id(net[1].bias)}
+    assert names_of(net, ["0.*", "[1].bias"]) == {id(net[0].weight), id(net[0].bias), id(net[1].bias)}
+    assert names_of(net, []) == set()
     with pytest.raises(ValueError, match=r"'0\.Weight' matches none of 0\.weight, 0\.bias, 1\.weight, 1\.bias;"):
-        match_names(["*", "0.Weight"], net)
+        names_of(net, ["*", "0.Weight"])
 
 
 def test_gradients_with_nan_are_left_alone():
     net, batch = mlp(), make_batches()[0]
-    before, calls = weights(net), []
+    before, calls = weights(net), Record()
     result = regularized(
         net, batch, SAMRule(0.1), loss=lambda net, batch: calls.append(1) or cross_entropy(net, batch) * float("nan")
     )
@@ -384,7 +334,7 @@ def test_gradients_with_nan_are_left_alone():
 def test_a_first_gradient_of_which_nothing_is_kept_is_freed(rule, freed):
     """Before the second one is made, so that both are never there together."""
     net, batch = mlp(), make_batches(1)[0]
-    first, calls = [], []
+    first, calls = Record(), Record()
 
     def loss():
         calls.append(all(gone() is None for gone in first))

@@ -6,7 +6,7 @@ from pathlib import Path
 import replicas
 import sharded
 import torch
-from modules import METHODS
+from modules import FIRST_ORDER, METHODS
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torchmetrics import MetricCollection
 
@@ -17,9 +17,6 @@ from lightning_gr.report.measurement import BY_LAYER
 RANKS = 2
 LOGGED = {"log_every_n_steps": 1, "limit_train_batches": 1, "max_epochs": 1}
 ALL = {"metrics": ["all", BY_LAYER]}
-SYNCED = ["forward GR", "central norm penalty", "exact GR", "SAM"]
-LOCAL = ["forward GR", "SAM"]
-SHARDED = ["forward GR", "central norm penalty"]
 FLOOD_LEVEL = 1.09  # between the losses of the two ranks
 CLIP = {"gradient_clip_val": 0.01}
 
@@ -45,8 +42,8 @@ def ddp_case(method, local=False, flooding=None):
 CASES = {
     "plain": ddp_case(None, flooding={}),
     "flooded": ddp_case(None, flooding={"level": FLOOD_LEVEL}),
-    **{f"synced {name}": ddp_case(name) for name in SYNCED},
-    **{f"local {name}": ddp_case(name, local=True) for name in LOCAL},
+    **{f"synced {name}": ddp_case(name) for name in METHODS},
+    **{f"local {name}": ddp_case(name, local=True) for name in METHODS},
 }
 
 
@@ -110,7 +107,7 @@ def own_batch(rank):
 def main(folder):
     results = {name: replicated(case, devices=RANKS, strategy=DDPStrategy()) for name, case in CASES.items()}
     if hasattr(torch.cpu.Stream, "record_event"):
-        for name in SHARDED:
+        for name in FIRST_ORDER:
             results[f"sharded {name}"] = spread(name, devices=RANKS, strategy=ModelParallelStrategy(RANKS, 1))
     results["torchmetrics"] = by_metrics()
     results["all-reduces"] = {(m, every): all_reduces(m, every) for m, every in (((), 1), ("all", 100), ("all", 2))}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gr import SAM, GradientRegularization, GRRule, SAMRule
+from lightning_gr import SAM, GradientRegularization, GradientRegularizationMixin, GRRule, SAMRule
 from lightning_gr.core.rules import SCHEMES
 
 FEATURES, CLASSES = 5, 3
@@ -84,6 +84,34 @@ class TinyModule(pl.LightningModule):
         return optimizer if self.scheduler is None else ([optimizer], [self.scheduler(optimizer)])
 
 
+class Manual(GradientRegularizationMixin, TinyModule):
+    """One step over the halves of a batch, by hand."""
+
+    parts, groups, before = 2, 1, False
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        halves = zip(*(t.chunk(self.parts) for t in batch), strict=True)
+        losses = [lambda half=half: cross_entropy(self.net, half) for half in halves]
+        for optimizer in optimizers if self.groups > 1 else [optimizers]:
+            if self.before:
+                optimizer.zero_grad()
+                self.manual_backward(cross_entropy(self.net, batch))
+                self.regularized_backward(losses, optimizer)
+                optimizer.step()
+            else:
+                self.regularized_step(optimizer, losses)
+
+    def configure_optimizers(self):
+        if self.groups == 1:
+            return super().configure_optimizers()
+        return [torch.optim.SGD(self.net[i].parameters(), lr=0.0) for i in (0, 2)]
+
+
 def make_trainer(*callbacks, max_epochs=1, **kwargs):
     """A Trainer on the CPU that prints and saves nothing."""
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -151,6 +179,9 @@ METHODS = {
     "ASAM with eta": Method(SAMRule(0.5, adaptive=True, eta=0.01), reference.asam, {"rho": 0.5, "eta": 0.01}),
     "unnormalized SAM": Method(GRRule(0.1, 0.1), reference.unnormalized_sam, {"rho": 0.1}),
 }
+MOVING = [name for name, method in METHODS.items() if method.rule.update().probes]
+FIRST_ORDER = [name for name, method in METHODS.items() if not method.rule.update().curvature]
 # one of each kind, where the code does not depend on the row any further
 SOME = ["forward GR", "central norm penalty", "exact GR", "ASAM with eta"]
+SOME_MOVING = [name for name in SOME if name in MOVING]
 OPTIMIZERS = {"SGD": (sgd, reference.SGD), "Adam": (adam, reference.Adam)}

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from modules import METHODS, make_data, mlp
+from modules import FIRST_ORDER, METHODS, make_data, mlp
 from pytorch_lightning.callbacks import OnExceptionCheckpoint
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
@@ -42,10 +42,9 @@ class Case(NamedTuple):
         return own if self.level is None else [*own, Flooding(self.level, sync=self.sync_flood)]
 
 
-ROWS = ["forward GR", "backward norm penalty", "central GR", "central norm penalty", "SAM", "ASAM with eta"]
 EXCLUDE = {"exclude": ["*.bias"]}
 CASES = {
-    **{f"{layout} {name}": Case(layout, name) for layout in ("fsdp", "tensor", "both") for name in ROWS},
+    **{f"{layout} {name}": Case(layout, name) for layout in ("fsdp", "tensor", "both") for name in FIRST_ORDER},
     "fsdp exclude": Case("fsdp", options=EXCLUDE),
     "tensor exclude": Case("tensor", options=EXCLUDE),
     "both exclude": Case("both", "SAM", options=EXCLUDE),

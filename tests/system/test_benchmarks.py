@@ -40,6 +40,7 @@ def gradients(sent, case):
     return float(row["number"]) - second, second, float(row["bytes_per_parameter"])
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("suffix", ["", " ×4", " bf16"])
 def test_gradients_sent_with_ddp(sent, suffix):
     """Synced ascent sends them twice, local ascent once and in its second pass; accumulation changes nothing."""
@@ -50,6 +51,7 @@ def test_gradients_sent_with_ddp(sent, suffix):
     assert gradients(sent, f"F-GR local{suffix}") == (0, buckets, once)
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("method", ["central", "SAM"])
 def test_other_methods_send_the_same(sent, method):
     """The central scheme, with three passes, too."""
@@ -57,6 +59,7 @@ def test_other_methods_send_the_same(sent, method):
         assert gradients(sent, f"{method} {mode}") == gradients(sent, f"F-GR {mode}")
 
 
+@pytest.mark.launch
 def test_numbers_besides_gradients(sent):
     """One for a flood level compared over ranks; none for an ascent with DDP."""
     assert [case for case, kind in sent if kind == "scalar" and "FSDP2" not in case] == ["flooding synced"]
@@ -64,6 +67,7 @@ def test_numbers_besides_gradients(sent):
     assert gradients(sent, "flooding synced") == gradients(sent, "plain")
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("suffix", [", FSDP2", " ×4, FSDP2"])
 def test_parts_sent_with_fsdp2(sent, suffix):
     """Twice what plain training gathers and scatters, and one number for a norm."""
@@ -103,6 +107,7 @@ def test_calculation_of_the_break_even(step_time):
     assert math.isclose(sent, 2 / 3 * samples * work.flop / (work.utilization * cluster.peak))
 
 
+@pytest.mark.launch
 def test_page_shows_what_the_command_calculates(tmp_path):
     page = {line.strip() for line in (ROOT / "docs/scaling.md").read_text(encoding="utf-8").splitlines()}
     shown = [line.strip() for line in communication(tmp_path, "--calculate").splitlines()]
@@ -115,6 +120,7 @@ def test_page_shows_what_the_command_calculates(tmp_path):
 DATA = [("step_cost", "step_cost.csv"), ("growth", "growth.csv"), ("cheaper", "cheaper.csv")]
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(("command", "data"), DATA)
 def test_performance_page_shows_its_data(command, data, tmp_path):
     read = ["env", "COLUMNS=80", *PYTHON, ROOT / f"benchmarks/{command}.py", "--read", ROOT / "docs/data" / data]
@@ -125,6 +131,7 @@ def test_performance_page_shows_its_data(command, data, tmp_path):
     assert [line for line in output.splitlines() if line.strip() not in page or len(line) > 80] == []
 
 
+@pytest.mark.launch
 def test_cost_of_a_step_in_short(tmp_path):
     flags = ["--quick", "--ways", "SAM", "double backward", "--csv", tmp_path / "cost.csv"]
     codes, output = finish(tmp_path / "log", [*PYTHON, ROOT / "benchmarks/step_cost.py", *flags], limit=LIMIT)

@@ -18,7 +18,7 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("torchdata")
 
 LIMIT = 120
-pytestmark = pytest.mark.timeout(3 * LIMIT)
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(3 * LIMIT)]
 NUMBERS = "NODES={nodes}\nPROCESSES_PER_NODE={processes}\nCPUS_PER_PROCESS=1\nTIME=00:10:00\nWARNING_SECONDS=90\n"
 OPTIONS = ["--trainer.max_epochs", "10", "--model.width", "32"]
 

@@ -9,7 +9,7 @@ from modules import METHODS, assert_near, cross_entropy, make_batches
 from replicas import CASES, EPOCHS, JOINT, OTHERS, OWN, RANKS, WINDOWS
 
 LIMIT = 150
-pytestmark = pytest.mark.timeout(LIMIT + 60)
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(LIMIT + 60)]
 
 
 @pytest.fixture(scope="module")

@@ -23,17 +23,20 @@ def run(name, *flags):
     return ended.stdout
 
 
+@pytest.mark.launch
 def test_quickstart():
     (accuracy,) = re.findall(r"validation accuracy: ([\d.]+)", run("quickstart.py"))
     assert float(accuracy) > 0.95
 
 
+@pytest.mark.launch
 def test_selection_of_the_demonstration_s_constants():
     out = run("select_demo_constants.py", "--epochs", "1", "--seeds", "100", "--methods", "plain", "SAM")
     assert len(re.findall(r"ρ=[\d.]+", out)) == 4
     assert out.count("*") >= 2
 
 
+@pytest.mark.launch
 def test_gan(tmp_path):
     """Samples come nearer to digits, and a picture is drawn."""
     out = run("gan.py", "--epochs", "8", "--picture", str(tmp_path / "samples.png"))
@@ -42,12 +45,14 @@ def test_gan(tmp_path):
     assert (tmp_path / "samples.png").stat().st_size > 10_000
 
 
+@pytest.mark.launch
 def test_gan_on_two_processes():
     """Both end with the same weights."""
     first, second = re.findall(r"sum up to ([\d.]+)", run("gan.py", "--epochs", "2", "--devices", "2"))
     assert first == second
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("name", ["plain_loop.py", "fabric_loop.py", "alternating_optimizers.py"])
 def test_loops(name):
     accuracies = re.findall(r"test accuracy ([\d.]+)", run(name, "--epochs", "15"))
@@ -75,6 +80,7 @@ def run_here(monkeypatch, capsys):
         logger.setLevel(level)
 
 
+@pytest.mark.slow
 def test_cli_by_yaml_and_flags(run_here, tmp_path):
     flags = ["fit", "--config=examples/cli.yaml", f"--trainer.default_root_dir={tmp_path}"]
     (accuracy,) = re.findall(r"validation accuracy ([\d.]+)", run_here("cli.py", *flags, "--trainer.max_epochs=10"))
@@ -84,6 +90,7 @@ def test_cli_by_yaml_and_flags(run_here, tmp_path):
     assert "warmup_steps: 100" in saved
 
 
+@pytest.mark.slow
 def test_language_model(run_here):
     """Learns; plain and regularized begin alike."""
     out = run_here("language_model.py", "--epochs", "1", "--characters", "20000")
@@ -95,6 +102,7 @@ def test_language_model(run_here):
     assert bits[1] != bits[3]
 
 
+@pytest.mark.slow
 def test_batchnorm_counts_each_batch_once(run_here):
     out = run_here("batchnorm_cnn.py", "--epochs", "6")
     found = re.findall(r"accuracy ([\d.]+)   steps (\d+)   batches counted (\d+)", out)
@@ -103,18 +111,21 @@ def test_batchnorm_counts_each_batch_once(run_here):
     assert float(found[0][0]) > 0.5
 
 
+@pytest.mark.slow
 def test_finetuning(run_here):
     found = re.findall(r"([\d.]+) ± [\d.]+", run_here("finetuning.py", "--epochs", "10"))
     assert len(found) == 3
     assert all(float(accuracy) > 0.5 for accuracy in found)
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager(run_here):
     out = run_here("compiled.py", "--epochs", "2", "--backend", "aot_eager")
     (difference,) = re.findall(r"relative difference of the weights (\S+)", out)
     assert float(difference) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # Optuna's own
 def test_optuna_search(run_here):
     pytest.importorskip("optuna_integration")

@@ -1,16 +1,14 @@
 """Whatever breaks off a second pass: the weights are the clean ones, in the module and in a checkpoint saved then."""
 
-import signal
-import sys
-
 import pytest
 import torch
+from interrupter import Interrupter, second_pass_of
 from modules import (
     METHODS,
+    MOVING,
+    SOME_MOVING,
     TinyModule,
     assert_same,
-    cross_entropy,
-    make_data,
     make_loader,
     make_trainer,
     mlp,
@@ -19,11 +17,8 @@ from modules import (
 from pytorch_lightning.callbacks import OnExceptionCheckpoint
 
 from lightning_gr import in_second_pass
-from lightning_gr.core.perturb import WeightCopy
-from lightning_gr.core.two_pass import add_second_pass_
-from lightning_gr.replay import isolation
+from lightning_gr.core.storage import WeightStorage
 
-MOVING = ["forward GR", "backward GR", "central norm penalty", "SAM", "ASAM with eta"]
 STOPS = {
     "error": RuntimeError("broken"),
     "Ctrl-C": KeyboardInterrupt(),
@@ -54,15 +49,7 @@ class Stops(TinyModule):
         raise self.stop
 
 
-@pytest.fixture
-def _sigint():
-    # Lightning turns Ctrl-C off when it has seen one
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
-@pytest.mark.usefixtures("_sigint")
+@pytest.mark.usefixtures("_ctrl_c")
 @pytest.mark.filterwarnings("ignore:.*ckpt_path:UserWarning")  # Lightning's own, about OnExceptionCheckpoint
 @pytest.mark.parametrize("at", ["forward", "backward"])
 @pytest.mark.parametrize("stop", STOPS)
@@ -81,54 +68,20 @@ def test_weights_are_restored(name, stop, at, tmp_path):
     assert "log" not in vars(module)
 
 
-def second_pass_of(name, net):
-    """Run the second pass of a method on ``net``, all of it but what Lightning adds."""
-    for param in net.parameters():
-        param.grad = torch.ones_like(param)
-    batch = make_data()
-    modules, before = isolation.StatefulModules(net), isolation.ModuleState(isolation.StatefulModules(net))
-
-    def replay(transform, last=True):
-        with isolation.second_pass(modules, before):
-            transform(cross_entropy(net, batch)).backward()
-
-    add_second_pass_(METHODS[name].rule.update(), list(net.parameters()), replay, WeightCopy())
-
-
-class Interrupter:
-    """Raises KeyboardInterrupt before the ``count``-th bytecode that the package executes."""
-
-    def __init__(self, count):
-        self.left = count
-
-    def __enter__(self):
-        sys.settrace(self.trace)
-
-    def __exit__(self, *exc):
-        sys.settrace(None)
-
-    def trace(self, frame, event, arg):
-        if not frame.f_globals.get("__name__", "").startswith("lightning_gr"):
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-        return self.trace
-
-
-@pytest.mark.parametrize("name", ["central norm penalty", "ASAM with eta"])
-def test_ctrl_c_before_any_bytecode(name):
+# not each one, to be quick; these are no periods of anything
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "stride"), [("lightning_gr.core", 7), ("lightning_gr", 199)])
+@pytest.mark.parametrize("name", SOME_MOVING)
+def test_ctrl_c_before_any_bytecode(name, part, stride):
     """Wherever in our code Ctrl-C comes, restoring included, the weights end as they were."""
     net = mlp()
     clean, count, interrupted = weights(net), 0, True
     while interrupted:
-        count += 7  # not each one, to be quick; 7 is no period of anything
-        interrupter = Interrupter(count)
+        count += stride
+        interrupter, second_pass = Interrupter(count, part), second_pass_of(name, net)
         try:
             with interrupter:
-                second_pass_of(name, net)
+                second_pass()
         except KeyboardInterrupt:
             pass
         interrupted = interrupter.left <= 0
@@ -137,96 +90,27 @@ def test_ctrl_c_before_any_bytecode(name):
     assert count > 500
 
 
-@pytest.mark.usefixtures("_sigint")
+@pytest.mark.usefixtures("_ctrl_c")
 @pytest.mark.parametrize("after", [0, 1])
 def test_ctrl_c_while_restoring(monkeypatch, after):
     """It comes before, or in the middle of, copying the weights back: a second attempt completes it."""
-    real, calls = WeightCopy.put_back, []
+    real, calls = WeightStorage.put_back, []
 
-    def put_back(self, params):
+    def put_back(self):
         calls.append(len(calls))
         if len(calls) == 3:
-            for param, value in list(zip(params, self.tensors, strict=True))[:after]:
+            for param, value in list(zip(self.copy.params, self.copy.copies, strict=True))[:after]:
                 param.copy_(value)
             raise KeyboardInterrupt
-        real(self, params)
+        real(self)
 
     class Clean(TinyModule):
         def on_train_batch_start(self, batch, batch_idx):
             self.clean = weights(self.net)
 
-    monkeypatch.setattr(WeightCopy, "put_back", put_back)
+    monkeypatch.setattr(WeightStorage, "put_back", put_back)
     module = Clean()
     with pytest.raises(SystemExit):
         make_trainer(METHODS["SAM"].callback()).fit(module, make_loader())
     assert len(calls) == 4
     assert_same(weights(module.net), module.clean)
-
-
-# --- signals
-
-
-@pytest.fixture
-def handled():
-    """Signals that a Python handler has seen, and whether weights could have been perturbed then."""
-    seen = []
-    numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda n, _: seen.append((n, inside))) for number in numbers}
-    inside = False
-
-    def enter(value):
-        nonlocal inside
-        inside = value
-
-    yield seen, enter
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def test_handlers_wait_and_are_called_in_order(handled):
-    seen, enter = handled
-    with isolation.deferred_signals():
-        enter(True)
-        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            signal.raise_signal(number)
-        assert seen == []
-        enter(False)
-    order = [signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
-    assert seen == [(number, False) for number in order]
-    signal.raise_signal(signal.SIGUSR1)
-    assert len(seen) == 5
-
-
-def test_no_signal_is_lost_if_a_handler_or_the_body_raises(handled):
-    seen, _ = handled
-
-    def refuse(number, frame):
-        raise SystemExit("first")
-
-    @isolation.deferred_signals()
-    def body():
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGUSR1)
-        raise ValueError("body")
-
-    signal.signal(signal.SIGTERM, refuse)
-    with pytest.raises(SystemExit, match="first"):
-        body()
-    assert [number for number, _ in seen] == [signal.SIGUSR1]
-    assert signal.getsignal(signal.SIGTERM) is refuse
-
-
-def test_a_handler_installed_meanwhile_stays(handled):
-    with isolation.deferred_signals():
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
-
-
-def test_ctrl_c_is_not_held_back():
-    @isolation.deferred_signals()
-    def body():
-        signal.raise_signal(signal.SIGINT)
-        pytest.fail("the body went on")
-
-    with pytest.raises(KeyboardInterrupt):
-        body()

@@ -10,7 +10,7 @@ from launching import HERE, PYTHON, finish, free_port
 from modules import assert_near, assert_same
 
 LIMIT = 90
-pytestmark = pytest.mark.timeout(LIMIT + 30)
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(LIMIT + 30)]
 SCRIPT = HERE / "launched.py"
 
 

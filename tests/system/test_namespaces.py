@@ -1,8 +1,10 @@
 """One set of classes for `pytorch_lightning` and `lightning.pytorch`, and what importing them costs."""
 
 import importlib
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +12,8 @@ from modules import TinyModule, assert_same, fit, make_loader, mlp, weights
 
 import lightning_gr
 from lightning_gr import SAM, Flooding, GradientRegularization
-from lightning_gr._compat import namespace_of
 
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 NAMESPACES = ["pytorch_lightning", "lightning.pytorch"]
 QUIET = {
     "accelerator": "cpu",
@@ -59,14 +61,6 @@ def test_is_a_callback_of_each(namespace):
     assert all(issubclass(kind, base) for kind in (GradientRegularization, SAM, Flooding))
 
 
-def test_the_namespace_of_a_class():
-    import lightning.pytorch
-    import pytorch_lightning
-
-    assert namespace_of() == namespace_of(pytorch_lightning.LightningModule, torch.nn.Module) == "pytorch_lightning"
-    assert namespace_of(type("Own", (lightning.pytorch.LightningModule,), {})) == "lightning.pytorch"
-
-
 WITHOUT_LIGHTNING = """
 import sys
 
@@ -101,6 +95,7 @@ print("steps", trainer.global_step, [name for name in sys.modules if name.split(
 """
 
 
+@pytest.mark.launch
 def test_works_where_only_pytorch_lightning_is_installed(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_LIGHTNING]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, cwd=tmp_path)
@@ -108,43 +103,51 @@ def test_works_where_only_pytorch_lightning_is_installed(tmp_path):
     assert ended.stdout.splitlines()[-1] == "steps 2 []"
 
 
-@pytest.mark.parametrize("program", [["-m", "lightning_gr"], ["lightning-gr"]])
-def test_help_and_version_do_not_import_torch(program, tmp_path):
-    if program == ["lightning-gr"]:  # as pip writes it
-        (tmp_path / "lightning-gr").write_text("import sys\nfrom lightning_gr.cli.main import main\nsys.exit(main())\n")
-        program = [str(tmp_path / "lightning-gr")]
-    for flag in ("--help", "--version"):
-        command = [sys.executable, "-X", "importtime", *program, flag]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
-        assert "lightning" in ended.stdout
-        imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
-        assert "lightning_gr.cli" in imported or "-m" in program
-        assert not imported & {"torch", "numpy", "pytorch_lightning", "lightning", "rich"}
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (["--help"], 0, "commands:"),
+        (["demo", "--help"], 0, "--seeds"),
+        (["--version"], 0, f"lightning-gr {lightning_gr.__version__}"),
+        (["demo", "--seeds=0"], 2, "expected a positive whole number but got '0'"),
+        (["nothing"], 2, "invalid choice: 'nothing'"),
+    ],
+)
+def test_the_command_s_help_version_and_errors_import_no_package(flags, code, said, tmp_path):
+    script = tmp_path / "lightning-gr"  # as pip writes it for an entry point
+    module, function = entry_point().split(":")
+    script.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+    command = [sys.executable, "-X", "importtime", str(script), *flags]
+    # in ASCII, as where no locale is set
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environment)
+    assert ended.returncode == code
+    assert said in ended.stdout + ended.stderr
+    imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
+    assert "lightning_gr_startup" in imported
+    assert not imported & {"torch", "numpy", "pytorch_lightning", "lightning", "rich", "lightning_gr"}
 
 
-LAZY = """
-import sys
-sys.argv = ["/some/where/lightning-gr.exe"]
-import lightning_gr
-assert "torch" not in sys.modules
+def entry_point():
+    (line,) = [line for line in PYPROJECT.read_text().splitlines() if line.startswith("lightning-gr = ")]
+    return line.split('"')[1]
+
+
+NAMES = """
 import pytorch_lightning
+import lightning_gr
 from lightning_gr import *
 from lightning_utilities.core import rank_zero
 # each namespace, when imported, takes all log lines; they stay with the one that the user imported
-assert "lightning.pytorch" in sys.modules
+assert "lightning.pytorch" in __import__("sys").modules
 assert rank_zero.log.name.startswith("pytorch_lightning."), rank_zero.log.name
-assert SAM is lightning_gr.callbacks.base.SAM
-try:
-    lightning_gr.nothing
-except AttributeError as error:
-    print(error)
 print(*(name for name in lightning_gr.__all__ if name in globals()))
 """
 
 
-def test_the_command_has_every_name_when_it_asks():
-    ended = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, timeout=100, check=False)
+@pytest.mark.launch
+def test_log_lines_stay_with_the_namespace_of_the_user():
+    ended = subprocess.run([sys.executable, "-c", NAMES], capture_output=True, text=True, timeout=100, check=False)
     assert ended.returncode == 0, ended.stderr[-2000:]
-    error, names = ended.stdout.splitlines()
-    assert error == "module 'lightning_gr' has no attribute 'nothing'"
-    assert names.split() == lightning_gr.__all__
+    assert ended.stdout.split() == lightning_gr.__all__

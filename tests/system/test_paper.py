@@ -64,6 +64,7 @@ def assert_drawn(folder, *names):
 # --- fast forms
 
 
+@pytest.mark.launch
 def test_diagonal(tmp_path):
     out = run("diagonal", tmp_path)
     assert_drawn(tmp_path, "diagonal")
@@ -73,6 +74,7 @@ def test_diagonal(tmp_path):
     assert "α_eff" in out
 
 
+@pytest.mark.launch
 def test_flooding_and_a_second_run(paper, tmp_path, monkeypatch, capsys):
     run("flooding", tmp_path)
     assert_drawn(tmp_path, "flooding")
@@ -84,6 +86,7 @@ def test_flooding_and_a_second_run(paper, tmp_path, monkeypatch, capsys):
     assert {file.name: file.read_bytes() for file in tmp_path.glob("*.csv")} == before
 
 
+@pytest.mark.launch
 def test_generalisation_and_sharpness(tmp_path):
     run("generalisation", tmp_path)
     assert_drawn(tmp_path, "generalisation", "generalisation_grid")
@@ -95,12 +98,14 @@ def test_generalisation_and_sharpness(tmp_path):
     assert all(value > 0 for value in numbers(tmp_path / "sharpness.csv", "eigenvalue"))
 
 
+@pytest.mark.launch
 def test_ablations(tmp_path):
     run("ablations", tmp_path)
     assert_drawn(tmp_path, "ablations")
     assert {row["m"] for row in rows(tmp_path / "ascent_sync.csv")} == {"1", "8"}
 
 
+@pytest.mark.launch
 def test_cost(tmp_path):
     run("cost", tmp_path)
     assert_drawn(tmp_path, "cost")
@@ -190,6 +195,7 @@ def test_field_of_the_package_is_the_closed_form(paper, gamma, epsilon):
     np.testing.assert_allclose(ours, by_hand, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_effective_scale_of_a_small_problem(paper):
     """√(w₊w₋) after a while is α·exp(−γ∫g∘g′dt)."""
     diagonal = paper("diagonal_flow")
@@ -242,6 +248,7 @@ def test_data_is_that_of_the_demonstration(paper):
             assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_mnist1d_is_made_and_leaves_numpy_s_random_numbers(paper):
     np.random.seed(5)
     before = np.random.get_state()[1].tolist()
@@ -253,6 +260,7 @@ def test_mnist1d_is_made_and_leaves_numpy_s_random_numbers(paper):
 # --- pages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["diagonal", "flooding", "cost", "generalisation", "sharpness", "ablations"])
 def test_page_shows_the_committed_numbers(paper, program, tmp_path, capsys, monkeypatch):
     """The figure and the table are made of the committed files, and the page has each line of the table."""

@@ -6,6 +6,7 @@ import pytest
 import reference
 import torch
 from modules import (
+    FIRST_ORDER,
     METHODS,
     TinyModule,
     assert_near,
@@ -22,11 +23,9 @@ from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 
 from lightning_gr import SAM, Flooding, GradientRegularization, in_second_pass, regularized_backward
-from lightning_gr.core.perturb import WeightCopy
+from lightning_gr.core.storage import WeightStorage
 from lightning_gr.core.two_pass import add_second_pass_
 
-FIRST_ORDER = [name for name in METHODS if "exact" not in name]
-SPREAD = ["forward GR", "backward norm penalty", "central GR", "exact norm penalty", "SAM", "ASAM with eta"]
 FP32 = torch.float32
 
 
@@ -95,7 +94,7 @@ def bf16():
     return torch.autocast("cpu", torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", SPREAD)
+@pytest.mark.parametrize("name", METHODS)
 def test_bf16_mixed(name):
     """The same, bit for bit, as a plain loop with autocast; both passes run under it."""
     seen = []
@@ -117,7 +116,7 @@ def test_bf16_mixed(name):
 # --- 16-mixed with a gradient scaler
 
 
-@pytest.mark.parametrize("name", SPREAD)
+@pytest.mark.parametrize("name", METHODS)
 def test_16_mixed(name):
     """Scales of 2⁶ and 2¹² give the same gradients, near those of float32: the step does not see the scale."""
     low, high = (train(name, plugins=[half(scale)]) for scale in (2.0**6, 2.0**12))
@@ -161,7 +160,7 @@ class Overflows(TinyModule):
 
 
 @pytest.mark.parametrize("at_second", [False, True])
-@pytest.mark.parametrize("name", SPREAD)
+@pytest.mark.parametrize("name", METHODS)
 def test_an_overflow_in_either_pass_skips_the_step(name, at_second):
     module, plugin = Overflows(mlp(dtype=FP32)), half(2.0**8)
     module.at_second = at_second
@@ -170,7 +169,7 @@ def test_an_overflow_in_either_pass_skips_the_step(name, at_second):
     assert plugin.scaler.get_scale() == 2.0**7
 
 
-@pytest.mark.parametrize("name", ["forward GR", "SAM"])
+@pytest.mark.parametrize("name", FIRST_ORDER)
 def test_accumulation_flooding_and_clipping_under_a_scaler(name):
     """All of them see unscaled values: the gradients are those of float32, but for rounding."""
     options = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05, "max_epochs": 2}
@@ -218,5 +217,5 @@ def test_nothing_is_read_from_the_device(name, loss_scale):
     scale = None if loss_scale is None else torch.tensor(loss_scale, device="meta")
     excluded = [net[0].bias]
     params = [p for p in net.parameters() if p is not net[0].bias]
-    add_second_pass_(METHODS[name].rule.update(), params, replay, WeightCopy(), excluded=excluded, loss_scale=scale)
+    add_second_pass_(METHODS[name].rule.update(), params, replay, WeightStorage(), excluded=excluded, loss_scale=scale)
     assert len(passes) == (2 if "central" in name else 1)

@@ -9,7 +9,7 @@ from launching import PYTHON, ROOT, finish
 
 pytest.importorskip("ray")
 LIMIT = 200
-pytestmark = pytest.mark.timeout(2 * LIMIT)
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(2 * LIMIT)]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from contextlib import suppress
 
 import pytest
@@ -35,10 +36,11 @@ def state_of(trainer):
     return [plain(state.state_dict()) for state in states], trainer.global_step
 
 
-class Passes:
-    """Notes the optimizer steps with a second pass."""
+class Passes(types.ModuleType):
+    """Notes the optimizer steps with a second pass, out of reach: what is noted within it would be undone."""
 
     def __init__(self):
+        super().__init__("passes")
         self.steps = set()
 
     def __call__(self, moment, step):
@@ -60,6 +62,7 @@ class Saves(pl.Callback):
 # --- killed
 
 
+@pytest.mark.launch
 @pytest.mark.timeout(LIMIT + 60)
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 @pytest.mark.parametrize("name", TRAININGS)
@@ -98,7 +101,8 @@ def test_schedules_follow_the_global_step(name, tmp_path):
     assert len(unbroken.steps) == {"GR": 5, "SAM": 12, "SAM by micro-batch": 12}[name]
     for batches in (2, 4, 7, 9, 11, 14, 18, 20):  # all at the end of a window: the last of an epoch is cut short
         checkpoint = torch.load(tmp_path / f"{batches}.ckpt", weights_only=True)
-        del checkpoint["lightning_gr"]
+        assert "lightning_gr" not in checkpoint
+        checkpoint["callbacks"] = {}
         torch.save(checkpoint, tmp_path / "without.ckpt")
         resumed = Passes()
         trainer = train(*callbacks(), module=Training(resumed), ckpt_path=tmp_path / "without.ckpt", **options)
@@ -220,6 +224,7 @@ def save_everywhere(path, *callbacks, accumulate, **options):
     return first.saved + last.saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("name", [*SOME, "SAM"])
 def test_a_checkpoint_is_that_of_plain_training(name, accumulate, tmp_path):
@@ -228,6 +233,4 @@ def test_a_checkpoint_is_that_of_plain_training(name, accumulate, tmp_path):
     without = save_everywhere(path, Raises(), accumulate=accumulate)
     with_it = save_everywhere(path, METHODS[name].callback(), Flooding(1.0), accumulate=accumulate)
     assert {"on_exception", "on_validation_end", "on_after_backward"} < {hook for hook, _ in without}
-    for _, checkpoint in with_it:
-        assert checkpoint.pop("lightning_gr")["format_version"] == 1
     assert plain(with_it) == plain(without)

@@ -24,6 +24,7 @@ def results(tmp_path_factory):
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("name", CASES)
 def test_equals_a_single_process(results, name):
     """In float64, on the joint batch; some ranks hold empty parts."""
@@ -37,6 +38,7 @@ def test_equals_a_single_process(results, name):
         assert_near(moved, {n: p - start[n] for n, p in whole(alone).items()}, 1e-12)
 
 
+@pytest.mark.launch
 def test_nothing_is_gathered_by_us(results):
     """Twice the collectives of plain training, and one number per norm."""
     counts = {method: results[1][0][f"communication {method}"] for method in (None, "forward GR", "SAM")}
@@ -48,6 +50,7 @@ def test_nothing_is_gathered_by_us(results):
         assert counts[method]["allreduce_"] == counts[None]["allreduce_"] + steps
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("full", [True, False])
 def test_checkpoints_are_clean(results, full):
     """Saved when the second pass failed, as one file and as one part per rank."""

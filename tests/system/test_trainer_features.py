@@ -7,8 +7,10 @@ import pytorch_lightning as pl
 import reference
 import torch
 from modules import (
+    FIRST_ORDER,
     METHODS,
     SOME,
+    SOME_MOVING,
     TinyModule,
     assert_near,
     assert_same,
@@ -21,6 +23,7 @@ from modules import (
     mlp,
     weights,
 )
+from outside import Record
 from pytorch_lightning import callbacks as lightning
 from pytorch_lightning.tuner import Tuner
 from torch import nn
@@ -102,11 +105,11 @@ def train_mixed(callback=None, compiler=None, part=None, lr=0.1, wrap=lambda fun
     return {**weights(net), "draw": torch.rand(4)}, dict(net.named_buffers())
 
 
-COMPILED = [(name, backend) for name in ("SAM", "central norm penalty") for backend in ("eager", "aot_eager")]
+AHEAD_OF_TIME = [pytest.param(name, "aot_eager", marks=pytest.mark.slow) for name in FIRST_ORDER]
 
 
 @pytest.mark.parametrize("part", ["module", "net"])
-@pytest.mark.parametrize(("name", "backend"), [*COMPILED, ("exact GR", "eager")])
+@pytest.mark.parametrize(("name", "backend"), [*((name, "eager") for name in SOME), *AHEAD_OF_TIME])
 def test_compiled_equals_uncompiled(name, backend, part):
     callback = METHODS[name].callback()
     for actual, expected in zip(train_mixed(callback, backend, part), train_mixed(callback), strict=True):
@@ -114,9 +117,9 @@ def test_compiled_equals_uncompiled(name, backend, part):
 
 
 @pytest.mark.parametrize("part", ["module", "net"])
-@pytest.mark.parametrize(("name", "passes"), [("SAM", 2), ("central norm penalty", 3)])
-def test_the_second_pass_runs_the_graph_of_the_first(name, passes, part):
-    graphs, runs = [], []
+@pytest.mark.parametrize("name", SOME_MOVING)
+def test_the_second_pass_runs_the_graph_of_the_first(name, part):
+    graphs, runs, passes = Record(), Record(), 1 + len(METHODS[name].rule.update().probes)
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -183,7 +186,7 @@ def test_the_private_flag_of_that_epoch_is_there():
 
 @both_orders
 def test_the_epoch_for_batch_statistics_of_averaged_weights_has_no_second_pass(order):
-    module, passes = TinyModule(nn.Sequential(mlp(), nn.BatchNorm1d(3).double())), []
+    module, passes = TinyModule(nn.Sequential(mlp(), nn.BatchNorm1d(3).double())), Record()
     module.loss = lambda net, batch: passes.append(in_second_pass()) or cross_entropy(net, batch)
     averaging = lightning.StochasticWeightAveraging(0.1, swa_epoch_start=1, annealing_epochs=1)
     fit(module, *[SAM(0.2), averaging][::order], max_epochs=2)
@@ -239,6 +242,7 @@ class Tunable(TinyModule):
         assert_near(weights(self.net), by_hand("SAM", windows, optimizer=reference.SGD(self.lr)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["lr", "batch_size"])
 def test_a_tuner_leaves_nothing_to_the_training_after_it(what, tmp_path):
     module, trainer = Tunable(), make_trainer(SAM(0.2), max_epochs=2, default_root_dir=tmp_path)
@@ -250,6 +254,7 @@ def test_a_tuner_leaves_nothing_to_the_training_after_it(what, tmp_path):
     module.assert_trained(what)
 
 
+@pytest.mark.slow
 @since_2_6
 @both_orders
 @pytest.mark.parametrize("what", ["lr", "batch_size"])
@@ -345,6 +350,8 @@ def test_a_profiler_counts_what_it_counted():
         profiler = pl.profilers.SimpleProfiler()
         fit(TinyModule(), *callbacks, profiler=profiler)
         counts.append({k: len(v) for k, v in profiler.recorded_durations.items() if "SAM" not in k})
+        second_pass = counts[-1].pop("[lightning_gr] second pass", 0)
+        assert second_pass == 3 * len(callbacks)
     assert counts[0]["[Strategy]SingleDeviceStrategy.training_step"] == 3
     assert counts[1] == counts[0]
 

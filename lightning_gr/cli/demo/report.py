@@ -3,11 +3,13 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
-from lightning_gr.cli.demo.task import METHODS, EpochRecord
-from lightning_gr.core.rules import GRRule, SAMRule
+from lightning_gr.callbacks.flooding import Flooding
+from lightning_gr.cli.demo.task import DEMO_METHODS, EpochRecord
+from lightning_gr.report.display import printable
 
 __all__ = ["draw", "make_table", "verdicts"]
 
@@ -17,18 +19,15 @@ _STYLES = {"plain": "-", "F-GR": "-", "B-GR": "--", "SAM": "-.", "flooding": ":"
 
 
 def constants(method: str) -> str:
-    """The constants of a method, as the table shows them."""
-    for callback in METHODS[method]():
-        rule = getattr(callback, "rule", None)
-        if isinstance(rule, GRRule):
-            return f"γ={rule.gamma:g} ε={rule.epsilon:g}"
-        if isinstance(rule, SAMRule):
-            return f"ρ={rule.rho:g}"
-        return f"b={getattr(callback, 'level', 0):g}"
-    return ""
+    """The constants of a method by the field's letters, as in ``"γ=1 ε=0.5"``; empty for plain training."""
+    values: dict[str, float] = {}
+    for callback in DEMO_METHODS[method]():
+        values |= {"b": callback.level} if isinstance(callback, Flooding) else callback.rule.constants
+    return " ".join(f"{letter}={value:g}" for letter, value in values.items())
 
 
 def _spread(values: Sequence[float]) -> float:
+    """The standard deviation over seeds; 0 for a single one, which has none."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
@@ -40,35 +39,53 @@ def _last(records: Sequence[EpochRecord], method: str) -> list[EpochRecord]:
 
 def make_table(records: Sequence[EpochRecord], costs: Mapping[str, float], title: str) -> Table:
     """One row for each method: means over seeds at the end of training."""
-    table = Table(title=title, caption="± is the standard deviation over seeds")
-    table.add_column("method")
-    table.add_column("constants")
+    several = len({record.seed for record in records}) > 1
+    caption = "± is the standard deviation over seeds" if several else "one seed: no spread is known"
+    table = Table(title=printable(title), caption=printable(caption))
+    table.add_column("method", overflow="fold")
+    table.add_column("constants", overflow="fold")
     for name in ("test accuracy", "train loss", "grad. norm", "step cost"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for method in dict.fromkeys(record.method for record in records):
         last = _last(records, method)
-        accuracy = [100 * record.accuracy for record in last]
-        table.add_row(
+        cells = (
             method,
             constants(method),
-            f"{statistics.mean(accuracy):.1f} ± {_spread(accuracy):.1f} %",
+            _accuracy([100 * record.accuracy for record in last]),
             f"{statistics.mean(record.train_loss for record in last):.3f}",
             f"{statistics.mean(record.gradient_norm for record in last):.3f}",
             f"{costs[method]:.2f}×" if method in costs else "–",
         )
+        table.add_row(*map(printable, cells))
     return table
 
 
+def _accuracy(percent: Sequence[float]) -> str:
+    spread = f" ± {_spread(percent):.1f}" if len(percent) > 1 else ""
+    return f"{statistics.mean(percent):.1f}{spread} %"
+
+
 def verdicts(records: Sequence[EpochRecord]) -> list[str]:
-    """A line for each method that did not help: whose gain over plain is within the spread over seeds."""
+    """A line for each method that did not help: that is worse than plain training, or not clearly better."""
     plain = [record.accuracy for record in _last(records, "plain")]
     lines = []
     for method in dict.fromkeys(record.method for record in records if plain and record.method != "plain"):
         accuracy = [record.accuracy for record in _last(records, method)]
         gain = statistics.mean(accuracy) - statistics.mean(plain)
-        if gain <= max(_spread(accuracy), _spread(plain)):
-            lines.append(f"{method} does not help here: {100 * gain:+.1f} points, within the spread over seeds.")
+        spread = max(_spread(accuracy), _spread(plain))
+        if gain <= spread:
+            lines.append(_verdict(method, gain, spread if min(len(accuracy), len(plain)) > 1 else None))
     return lines
+
+
+def _verdict(method: str, gain: float, spread: float | None) -> str:
+    """What is said of a method that gained no more than the spread over seeds, which is None for a single one."""
+    points = f"{100 * gain:+.1f} points"
+    if spread is None:
+        return f"{method} does not help here: {points}, with one seed, which tells nothing of the spread over seeds."
+    if gain < -spread:
+        return f"{method} is worse than plain training here: {points}, beyond the spread over seeds."
+    return f"{method} does not help here: {points}, within the spread over seeds."
 
 
 def draw(records: Sequence[EpochRecord], path: Path) -> None:
@@ -92,7 +109,7 @@ def draw(records: Sequence[EpochRecord], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _curve(axes: object, records: Sequence[EpochRecord], method: str, name: str, factor: float) -> None:
+def _curve(axes: Any, records: Sequence[EpochRecord], method: str, name: str, factor: float) -> None:
     epochs: dict[int, list[float]] = {}
     for record in records:
         if record.method == method:
@@ -105,5 +122,5 @@ def _curve(axes: object, records: Sequence[EpochRecord], method: str, name: str,
         low = [max(bound, m / 10) for bound, m in zip(low, mean, strict=True)]
     colour = _COLOURS.get(method)
     label = f"{method} {constants(method)}".strip()
-    axes.plot(x, mean, color=colour, linestyle=_STYLES.get(method, "-"), label=label)  # type: ignore[attr-defined]
-    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)  # type: ignore[attr-defined]
+    axes.plot(x, mean, color=colour, linestyle=_STYLES.get(method, "-"), label=label)
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)

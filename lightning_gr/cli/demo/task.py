@@ -16,15 +16,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from lightning_gr.callbacks.base import SAM, Flooding, GradientRegularization
+from lightning_gr.callbacks.base import TwoPassCallback
+from lightning_gr.callbacks.flooding import Flooding
+from lightning_gr.callbacks.regularization import SAM, GradientRegularization
 
-__all__ = ["METHODS", "Digits", "DigitsModule", "EpochRecord", "Interrupted", "measure_costs", "train", "write_csv"]
+__all__ = [
+    "DEMO_METHODS",
+    "Digits",
+    "DigitsModule",
+    "EpochRecord",
+    "Interrupted",
+    "measure_costs",
+    "train",
+    "write_csv",
+]
 
 TRAINING, NOISE, TEST = 500, 0.2, 897
 LEARNING_RATE, MOMENTUM, BATCH = 0.05, 0.9, 64
 
 # Chosen on the validation split by `python examples/select_demo_constants.py`, which prints the whole grid.
-METHODS: dict[str, Callable[[], list[pl.Callback]]] = {
+DEMO_METHODS: dict[str, Callable[[], list[TwoPassCallback | Flooding]]] = {
     "plain": list,
     "F-GR": lambda: [GradientRegularization(gamma=1.0, epsilon=0.5)],
     "B-GR": lambda: [GradientRegularization(gamma=0.5, epsilon=0.3, scheme="backward")],
@@ -34,7 +45,7 @@ METHODS: dict[str, Callable[[], list[pl.Callback]]] = {
 
 
 class Interrupted(Exception):  # noqa: N818, it is no error
-    """Ctrl-C. Lightning turns it into a SystemExit."""
+    """A run was stopped by Ctrl-C, which Lightning turns into a SystemExit."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,7 @@ class Digits:
 
     Args:
         train: 500 images drawn by the seed, 20 % of them with a label drawn at random.
-        validation: The 400 images left over, clean, for choosing constants.
+        validation: The remaining 400 images, clean, for choosing constants.
         test: 897 images, clean and the same for each seed.
     """
 
@@ -53,7 +64,7 @@ class Digits:
 
     @classmethod
     def load(cls, seed: int) -> "Digits":
-        """Read the package's copy; nothing is downloaded."""
+        """Split scikit-learn's own copy of the digits by ``seed``; nothing is downloaded."""
         from sklearn.datasets import load_digits
 
         pixels, labels = load_digits(return_X_y=True)
@@ -70,7 +81,7 @@ class Digits:
 
 
 class DigitsModule(pl.LightningModule):
-    """An MLP 64-512-512-10; knows nothing of regularization."""
+    """An MLP 64-512-512-10 without any code for regularization."""
 
     def __init__(self, epochs: int) -> None:
         super().__init__()
@@ -78,19 +89,19 @@ class DigitsModule(pl.LightningModule):
         self.net = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Cross entropy."""
+        """Return the cross entropy of the batch."""
         images, labels = batch
         return nn.functional.cross_entropy(self.net(images), labels)
 
     def configure_optimizers(self) -> Any:
-        """SGD with momentum, cosine schedule."""
+        """SGD with momentum, and a cosine schedule over all epochs."""
         optimizer = torch.optim.SGD(self.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)]
 
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """How one run stands after an epoch."""
+    """The measurements of one run after one of its epochs."""
 
     method: str
     seed: int
@@ -112,7 +123,7 @@ class _Curves(pl.Callback):
         self.interrupted = False
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure, without touching ``.grad``."""
+        """Measure by ``torch.autograd.grad``, which leaves ``.grad`` as it is."""
         net: nn.Module = pl_module.get_submodule("net")
         images, labels = self.data.train
         with torch.enable_grad():
@@ -127,27 +138,27 @@ class _Curves(pl.Callback):
         self.tick()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Remember Ctrl-C."""
+        """Note Ctrl-C, after which Lightning raises a SystemExit as after other signals."""
         self.interrupted = isinstance(exception, KeyboardInterrupt)
 
 
 class _StepTimes(pl.Callback):
-    """Times training steps, in seconds."""
+    """Collects the time of each training step, in seconds."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seconds: list[float] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
-        """Start the clock."""
+        """Note the time before all other callbacks."""
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Stop it."""
+        """Add the time since the start of the step."""
         self.seconds.append(time.perf_counter() - self._start)
 
 
-def _fit(seed: int, epochs: int, data: Digits, callbacks: list[pl.Callback]) -> None:
+def _fit(seed: int, epochs: int, data: Digits, callbacks: Sequence[pl.Callback]) -> None:
     """One quiet run; initialization and order of the batches follow from the seed alone."""
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
@@ -157,7 +168,7 @@ def _fit(seed: int, epochs: int, data: Digits, callbacks: list[pl.Callback]) -> 
         loader: DataLoader[Any] = DataLoader(dataset, sampler=BatchSampler(order, BATCH, False), batch_size=None)
         trainer = pl.Trainer(
             max_epochs=epochs,
-            callbacks=callbacks,
+            callbacks=list(callbacks),
             accelerator="cpu",
             logger=False,
             enable_checkpointing=False,
@@ -185,7 +196,7 @@ def _quiet() -> Iterator[None]:
 
 def train(
     method: str,
-    callbacks: list[pl.Callback],
+    callbacks: Sequence[pl.Callback],
     seed: int,
     epochs: int,
     *,
@@ -223,13 +234,14 @@ def measure_costs(methods: Sequence[str], rounds: int = 5, epochs: int = 4) -> d
     for _ in range(rounds):
         plain = _step_seconds([], data, epochs)
         for method in methods:
-            ratios[method].append(1.0 if method == "plain" else _step_seconds(METHODS[method](), data, epochs) / plain)
+            seconds = plain if method == "plain" else _step_seconds(DEMO_METHODS[method](), data, epochs)
+            ratios[method].append(seconds / plain)
     return {method: statistics.median(values) for method, values in ratios.items()}
 
 
-def _step_seconds(callbacks: list[pl.Callback], data: Digits, epochs: int) -> float:
+def _step_seconds(callbacks: Sequence[pl.Callback], data: Digits, epochs: int) -> float:
     times = _StepTimes()
-    # the first of the list starts its clock first; it ends last but for callbacks that only let go of memory
+    # first in the list, so that the hooks of the others at the start of a step count
     _fit(0, epochs, data, [times, *callbacks])
     return statistics.median(times.seconds)
 

@@ -1,0 +1,10 @@
+"""The short names of the callbacks, in flags (``--gr.gamma``) and in the environment (``LIGHTNING_GR="sam"``)."""
+
+from typing import Any
+
+from lightning_gr.callbacks.flooding import Flooding
+from lightning_gr.callbacks.regularization import SAM, GradientRegularization
+
+__all__ = ["CALLBACKS_BY_NAME"]
+
+CALLBACKS_BY_NAME: dict[str, type[Any]] = {"gr": GradientRegularization, "sam": SAM, "flooding": Flooding}

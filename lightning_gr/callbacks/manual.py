@@ -1,0 +1,236 @@
+"""What the mixin does in manual optimization: the passes of closures, for the parameters of one optimizer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_gr._compat import gradient_scaler, pre_backward, static_graph, unsynced
+from lightning_gr._validate import check_level
+from lightning_gr.callbacks.base import TwoPassCallback
+from lightning_gr.callbacks.flooding import Flooding
+from lightning_gr.callbacks.recorder import loss_scale, surroundings_of
+from lightning_gr.core.flooding import flood_gradient_
+from lightning_gr.core.gradients import StashedGradients
+from lightning_gr.core.rules import Rule, Update
+from lightning_gr.core.storage import WeightStorage
+from lightning_gr.core.tensors import scale_
+from lightning_gr.core.two_pass import Transform, add_second_pass_
+from lightning_gr.replay.closure import ClosurePasses
+from lightning_gr.report.measurement import Measurement
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
+__all__ = ["LevelChoice", "LossFn", "ManualRun", "RuleChoice"]
+
+RuleChoice = Rule | Literal["trainer"] | None
+LevelChoice = float | Literal["trainer"] | None
+LossFn = Callable[[], Any] | Sequence[Callable[[], Any]]
+_ATTRIBUTE = "_lightning_gr"
+
+
+class ManualRun:
+    """What the mixin needs between calls. It is not copied with its module, nor pickled."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, WeightStorage] = {}
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+    @classmethod
+    def of(cls, module: Any, method: str) -> "ManualRun":
+        """That of ``module``, ready to be used in the current step."""
+        if module.automatic_optimization:
+            raise MisconfigurationException(
+                f"`{method}` needs manual optimization: set `self.automatic_optimization = False` in `__init__`, or"
+                " return the loss from `training_step` and let the callback do all of it"
+            )
+        try:
+            trainer = module.trainer
+        except RuntimeError:
+            trainer = None
+        if trainer is None or not trainer.training:
+            raise MisconfigurationException(
+                f"`{method}` works in `training_step` during `Trainer.fit`; elsewhere use"
+                " `lightning_gr.regularized_backward`"
+            )
+        run: ManualRun = vars(module).setdefault(_ATTRIBUTE, cls())
+        run._prepare(module, trainer)
+        return run
+
+    def _prepare(self, module: Any, trainer: "Trainer") -> None:
+        if vars(self).get("trainer") is trainer:
+            return
+        self.module, self.trainer = module, trainer
+        self._surroundings = surroundings_of(trainer, module)
+        # DDP learns a static graph in its first backward pass, and does so only if it reduces there
+        self._knows_graph = not static_graph(trainer.strategy.model)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        self._two_pass = next((c for c in callbacks if isinstance(c, TwoPassCallback)), None)
+        self._flooding = next((c for c in callbacks if isinstance(c, Flooding)), None)
+
+    def _optimizers(self) -> list[Any]:
+        known = self.module.optimizers()
+        return known if isinstance(known, list) else [known]
+
+    def find(self, optimizer: Any) -> Any:
+        """The one of the module's optimizers that is meant, as Lightning wraps it."""
+        for wrapped in self._optimizers():
+            if optimizer is wrapped or optimizer is wrapped.optimizer:
+                return wrapped
+        raise MisconfigurationException(
+            f"Expected `optimizer` to be one of `self.optimizers()` but got {type(optimizer).__name__}: let"
+            " `configure_optimizers` return it"
+        )
+
+    def find_owner(self, params: Sequence[Tensor]) -> Any:
+        """The optimizer that has all of ``params``."""
+        ids = {id(param) for param in params}
+        for wrapped in self._optimizers():
+            if ids and ids <= {id(param) for param in _parameters(wrapped)}:
+                return wrapped
+        raise MisconfigurationException(
+            f"Expected the {len(params)} parameters given as `optimizer` to belong to one of `self.optimizers()`, all"
+            " of them: call `regularized_backward` for each optimizer by itself"
+        )
+
+    @contextmanager
+    def unscaled(self, optimizer: Any) -> Iterator[None]:
+        """Take a gradient scaler's factor out of the gradients; the precision plugin wants it back for its own."""
+        scale = loss_scale(self.trainer, self.module.device)
+        grads = [param.grad for param in _parameters(optimizer) if param.grad is not None]
+        if scale is None or not grads:
+            yield
+            return
+        scale_(grads, scale.reciprocal())
+        yield
+        scale_(grads, scale)
+
+    def backward(
+        self,
+        loss_fn: LossFn,
+        optimizer: Any,
+        rule: RuleChoice,
+        level: LevelChoice,
+        params: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Both passes, for ``params``, by default all that the optimizer has."""
+        own = _parameters(optimizer) if params is None else params
+        update = self._update(optimizer, rule)
+        callback, chosen = self._two_pass, {id(param) for param in own}
+        left_out: set[int] = set() if callback is None else callback.excluded(self.trainer, self.module)
+        targets = [param for param in own if id(param) not in left_out]
+        scale = loss_scale(self.trainer, self.module.device)
+        stashed = StashedGradients()
+        stashed.stash(own)
+        storage = self._storages.setdefault(id(optimizer.optimizer), WeightStorage(check_resolution=True))
+        passes = self._passes(loss_fn, level, storage, local=update is not None and self._is_local())
+        loss = passes.first(only=update is None)
+        self._knows_graph = True
+        regularized = False
+        if update is None:
+            if callback is not None:
+                callback.report.first_only(targets, scale, self._group(optimizer))
+        else:
+            observer = self._observer(optimizer, loss, len(passes.passes), bool(stashed))
+            regularized = add_second_pass_(
+                update,
+                targets,
+                passes.replay if observer is None else observer.watch(passes.replay),
+                storage,
+                stashed=stashed,
+                excluded=[p for p in self.module.parameters() if id(p) not in chosen or id(p) in left_out],
+                loss_scale=scale,
+                check_finite=not self._is_local(),
+                observer=observer,
+            )
+        if callback is not None:
+            callback.note_manual(optimizer.optimizer, regularized)
+        stashed.restore()
+        return loss
+
+    def _observer(self, optimizer: Any, loss: Tensor, unit: int, stashed: bool) -> Measurement | None:
+        if self._two_pass is None:
+            return None
+        return self._two_pass.report.measurement(
+            0, loss, float(unit), self._is_local(), separable=not stashed, group=self._group(optimizer)
+        )
+
+    def _group(self, optimizer: Any) -> str:
+        """What the keys of an optimizer's metrics begin with, if there are several."""
+        known = self.trainer.optimizers
+        return "" if len(known) == 1 else f"optimizer_{known.index(optimizer.optimizer)}/"
+
+    def _update(self, optimizer: Any, rule: RuleChoice) -> Update | None:
+        if rule == "trainer":
+            return None if self._two_pass is None else self._two_pass.update_of(optimizer.optimizer)
+        if rule is None:
+            return None
+        if isinstance(rule, str) or not hasattr(rule, "update"):
+            raise ValueError(f"Expected argument `rule` to be a GRRule, a SAMRule, None or 'trainer' but got {rule!r}")
+        update = rule.update()
+        return None if update.is_plain else update
+
+    def _is_local(self) -> bool:
+        return self._two_pass is not None and self._two_pass.is_local(self.trainer)
+
+    def _passes(self, loss_fn: LossFn, level: LevelChoice, storage: WeightStorage, local: bool) -> "_Micro":
+        functions = list(loss_fn) if isinstance(loss_fn, Sequence) else [loss_fn]
+        if not functions:
+            raise ValueError("Expected `loss_fn` to be a function or some of them but got an empty list")
+        share = 1.0 / len(functions)
+        passes = [
+            ClosurePasses(
+                function,
+                self._surroundings,
+                storage,
+                backward=lambda loss: self.module.manual_backward(loss if share == 1.0 else loss * share),
+                backward_again=lambda loss: self._backward_again(loss if share == 1.0 else loss * share),
+                flood=self._flood(level),
+                without_sync=lambda: unsynced(self.trainer),
+                # only the last micro-batch reduces the gradients
+                local=(local or position < len(functions) - 1) and self._knows_graph,
+            )
+            for position, function in enumerate(functions)
+        ]
+        return _Micro(passes)
+
+    def _flood(self, level: LevelChoice) -> Callable[[Tensor], object] | None:
+        if level == "trainer":
+            flooding, trainer = self._flooding, self.trainer
+            return None if flooding is None else lambda loss: flooding.flood_gradient_(trainer, loss)
+        if level is None:
+            return None
+        check_level(level)
+        return lambda loss: flood_gradient_(loss, float(level))
+
+    def _backward_again(self, loss: Tensor) -> None:
+        """``manual_backward`` without the hooks, which belong to the first pass."""
+        pre_backward(self.trainer, loss)
+        scaler = gradient_scaler(self.trainer)
+        loss = loss if scaler is None else scaler.scale(loss)
+        self.trainer.precision_plugin.backward(loss, self.module, None)
+
+
+def _parameters(optimizer: Any) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+class _Micro:
+    """Closures one after the other, as the micro-batches of one large batch."""
+
+    def __init__(self, passes: Sequence[ClosurePasses]) -> None:
+        self.passes = passes
+
+    def first(self, only: bool) -> Tensor:
+        losses = [each.first(only) for each in self.passes]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    def replay(self, transform: Transform, last: bool = True) -> None:
+        for position, each in enumerate(self.passes, start=1):
+            each.replay(transform, last and position == len(self.passes))

@@ -1,0 +1,110 @@
+"""What happens to ``.grad`` around a pass: set aside, hidden from a training step, or kept from changing."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from lightning_gr.core.sharding import is_distributed, local_parts
+
+__all__ = ["StashedGradients", "hidden_gradients", "unchanged_gradients"]
+
+
+class StashedGradients:
+    """Gradients of earlier backward passes, out of the way while a later pass gets its own."""
+
+    def __init__(self) -> None:
+        self._stashed: dict[int, tuple[Tensor, Tensor]] = {}
+        self._restored: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __bool__(self) -> bool:
+        """Whether gradients are stashed."""
+        return bool(self._stashed)
+
+    def stash(self, params: Sequence[Tensor]) -> None:
+        """Leave ``params`` without gradients. Nothing is copied, except for views that somebody else will write to."""
+        self._stashed = {id(param): (param, _own(param.grad)) for param in params if param.grad is not None}
+        for param, _ in self._stashed.values():
+            param.grad = None
+
+    @torch.no_grad()
+    def restore(self, params: Sequence[Tensor] | None = None, factor: float = 1.0) -> None:
+        """Add ``factor`` times what was stashed to ``.grad``, once.
+
+        Args:
+            params: Those to restore; all by default.
+            factor: A number.
+        """
+        chosen = self._stashed.keys() if params is None else self._stashed.keys() & {id(param) for param in params}
+        found = {key: self._stashed[key] for key in list(self._stashed) if key in chosen}
+        both = [(param.grad, grad) for param, grad in found.values() if param.grad is not None]
+        if both:
+            now, before = zip(*both, strict=True)
+            torch._foreach_add_(local_parts(now), local_parts(before), alpha=factor)
+        for param, grad in found.values():
+            if param.grad is None:
+                param.grad = grad if factor == 1.0 else grad * factor
+        self._restored |= found
+        self._stashed = {key: pair for key, pair in self._stashed.items() if key not in found}
+
+    def undo(self, params: Sequence[Tensor]) -> None:
+        """Count those of ``params`` as stashed again, whose ``.grad`` is about to be made again."""
+        for param in params:
+            if id(param) in self._restored:
+                self._stashed[id(param)] = self._restored.pop(id(param))
+
+    def clear(self) -> None:
+        """Drop what has been restored."""
+        self._restored = {}
+
+
+def _own(grad: Tensor) -> Tensor:
+    # a view of one of DDP's buckets (`gradient_as_bucket_view`), which the next backward pass writes to
+    part = local_parts([grad])[0]
+    is_view = part.layout == torch.strided and part.untyped_storage().nbytes() > part.nbytes
+    return grad.clone() if is_view else grad
+
+
+@contextmanager
+def hidden_gradients(params: Sequence[Tensor], added: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Run a training step that finds ``.grad`` empty, as at the very first step, and cannot touch what is in there.
+
+    Args:
+        params: Whose gradients are hidden.
+        added: Those of them whose gradient, if the step leaves one behind (by a ``backward()`` of its own), is added to
+            the hidden one. That of the others is dropped.
+    """
+    hidden = [param.grad for param in params]
+    for param in params:
+        param.grad = None
+    try:
+        yield
+    finally:
+        left = [(param, param.grad) for param in added if param.grad is not None]
+        for param, grad in zip(params, hidden, strict=True):
+            param.grad = grad
+        _add(left)
+
+
+@torch.no_grad()
+def _add(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for param, grad in pairs:
+        param.grad = grad if param.grad is None else param.grad.add_(grad)
+
+
+@contextmanager
+def unchanged_gradients(params: Sequence[Tensor]) -> Iterator[None]:
+    """Let nothing of what is back-propagated to ``params`` be kept.
+
+    It arrives as zero, so that DDP still sees it arrive. No hook sees what FSDP2 writes: there, the old gradient is put
+    back.
+    """
+    with ExitStack() as stack:
+        for param in params:
+            if is_distributed(param):
+                stack.callback(setattr, param, "grad", param.grad)
+                param.grad = None
+            elif param.requires_grad:
+                stack.callback(param.register_hook(torch.zeros_like).remove)  # type: ignore[no-untyped-call]
+        yield

@@ -1,0 +1,68 @@
+"""A number that tells whether the content of a tensor has changed, without a copy of it."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from lightning_gr.core.sharding import local_parts
+
+__all__ = ["digests"]
+
+_SLAB = 2**18  # entries at once: 2 MB of 64-bit numbers, which stay in a cache
+# of 32 bits at most: of 64-bit ones the highest bits, such as two signs, would cancel mod 2⁶⁴
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+
+
+@torch.no_grad()
+def digests(tensors: list[Tensor]) -> list[int]:
+    """One number for each tensor, of all its bits: Σ wᵢ xᵢ over its entries as integers, with odd weights, mod 2⁶⁴.
+
+    A change of one entry of 32 bits always changes it, any other with a probability of at least 1 − 2⁻³².
+    Reads each tensor once and waits for its device once for all of them.
+    """
+    found = [_digest(tensor) for tensor in tensors]
+    by_device: dict[torch.device, list[int]] = {}
+    for position, value in enumerate(found):
+        by_device.setdefault(value.device, []).append(position)
+    numbers = [0] * len(found)
+    for positions in by_device.values():
+        read = torch.stack([found[position] for position in positions]).tolist()
+        for position, number in zip(positions, read, strict=True):
+            numbers[position] = number
+    return numbers
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for part in _parts(local_parts([tensor.detach()])[0]):
+        for number, slab in enumerate(torch.split(_integers(part), _SLAB)):
+            slab_sum = (slab.long() * _weights(part.device)[: len(slab)]).sum()
+            total = total * 0x5851F42D4C957F2D + slab_sum * (2 * number + 1) + len(slab)
+    return total
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The dense tensors that a tensor of whatever layout is made of."""
+    if tensor.is_nested:
+        return [part for each in tensor.unbind() for part in _parts(each)]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
+
+
+def _integers(tensor: Tensor) -> Tensor:
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    if real.is_quantized:
+        real = real.int_repr()
+    return real.contiguous().reshape(-1).view(_INTEGERS[real.dtype.itemsize])
+
+
+@functools.lru_cache(maxsize=8)
+def _weights(device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randint(-(2**62), 2**62, (_SLAB,), generator=generator) * 2 + 1).to(device)

@@ -1,0 +1,161 @@
+"""One evaluation of a loss: what it started from, and how to make it again."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_gr.core.gradients import hidden_gradients
+from lightning_gr.replay.footprint import Fingerprint, Footprint, Marks, Snapshot, storages_of
+from lightning_gr.replay.isolation import RandomState, flagged, muted, noted_exceptions
+from lightning_gr.replay.places import is_lazy
+
+__all__ = ["Evaluation", "Surroundings"]
+
+Output = TypeVar("Output")
+# of tensors, copied in a second pass that is learned from, in addition to twice the size of the weights
+_SPARE_BYTES = 2**26
+
+Muted = Sequence[tuple[Any, Sequence[str]]]
+
+
+class Surroundings:
+    """What evaluations of the same loss share.
+
+    Args:
+        footprint: What they write to.
+        devices: Accelerators in use, see :class:`~lightning_gr.replay.isolation.RandomState`.
+        muted: Gives the objects and those of their methods that do nothing meanwhile.
+        trained: Gives the parameters to whose gradients a second pass adds, or which its caller protects.
+    """
+
+    def __init__(
+        self,
+        footprint: Footprint,
+        devices: Sequence[torch.device] = (),
+        muted: Callable[[], Muted] = tuple,
+        trained: Callable[[], Sequence[Tensor]] = tuple,
+    ) -> None:
+        self.footprint, self.devices, self.muted, self.trained = footprint, devices, muted, trained
+        self.learning = False
+        self.written_variables: set[str] = set()
+
+
+class Evaluation(Generic[Output]):
+    """Computes something once, and again as often as asked, from the same start and as if that had never happened.
+
+    Args:
+        compute: Computes the loss, or what contains it.
+        surroundings: What it may change.
+        own: What this evaluation alone can reach: a batch, or the variables of a closure.
+    """
+
+    def __init__(self, compute: Callable[[], Output], surroundings: Surroundings, own: Footprint | None = None) -> None:
+        self.compute, self.surroundings = compute, surroundings
+        self._footprints = [surroundings.footprint] if own is None else [surroundings.footprint, own]
+        self._looked: Fingerprint | None = None
+
+    def first(self) -> Output:
+        """Note random state and module state, and compute."""
+        footprint, *own = self._footprints
+        with flagged(second=False):
+            self.surroundings.learning = footprint.begin()
+            for each in own:
+                each.begin()
+            self._numbers = RandomState(self.surroundings.devices)
+            self._start = [Snapshot(each.protected) for each in self._footprints]
+            self._looked = footprint.unprotected(self._budget()) if self.surroundings.learning else None
+            before = [self._looked or footprint.marks(), *(each.marks() for each in own)]
+            output = self.compute()
+        for position, (each, looked) in enumerate(zip(self._footprints, before, strict=True)):
+            late = looked.changed()
+            each.note(late)
+            if position == 0 and self._looked is not None:
+                # the second pass starts from what they were, which is known on an evaluation to learn from
+                self._start.append(self._looked.without(late))
+        for each, start in zip(self._footprints, self._start, strict=False):
+            each.warn_about_opaque(start)
+        return output
+
+    def _budget(self) -> int:
+        return _SPARE_BYTES + 2 * sum(param.nbytes for param in self.surroundings.trained() if not is_lazy(param))
+
+    def learn(self) -> None:
+        """Evaluate once, without a trace, to find out what is written to. :meth:`again` starts from where this did."""
+        trained = self.surroundings.trained()
+        ids = {id(param) for param in trained}
+        for each in self._footprints:
+            each.begin()
+        with ExitStack() as stack:
+            stack.callback(RandomState(self.surroundings.devices).restore)
+            for each in self._footprints:
+                everything = Snapshot(place for place in each.places if id(place.owner) not in ids)
+                stack.callback(everything.restore)
+            stack.enter_context(_without_gradients(self._leaves(trained)))
+            stack.enter_context(muted(self.surroundings.muted()))
+            stack.enter_context(flagged())
+            with hidden_gradients(trained):
+                self.first()
+        self._looked = None
+        self._start = [Snapshot(each.protected) for each in self._footprints]
+
+    @contextmanager
+    def again(self, moved: Sequence[Tensor] = (), *, adding: bool = True, second: bool = True) -> Iterator[Output]:
+        """Compute once more, from the noted start; what the body does (a backward pass) leaves no trace either.
+
+        Args:
+            moved: Parameters that are displaced, whose values belong to whoever displaced them.
+            adding: Whether gradients of ``moved`` that the computation itself leaves behind count.
+            second: What :func:`~lightning_gr.in_second_pass` is to say meanwhile.
+        """
+        storages, trained = storages_of(moved), self.surroundings.trained()
+        footprint = self.surroundings.footprint
+        footprint.note_moved(moved)
+        with ExitStack() as stack:
+            stack.enter_context(noted_exceptions())
+            after = [Snapshot(each.protected) for each in self._footprints]
+            numbers = RandomState(self.surroundings.devices)
+            stack.callback(self._verify, self._looked or footprint.marks(), storages)
+            for snapshot in after:
+                stack.callback(snapshot.restore, storages)
+            stack.callback(numbers.restore)
+            stack.enter_context(_without_gradients(self._leaves(trained)))
+            for snapshot in self._start:
+                snapshot.restore(storages)
+            self._numbers.restore()
+            stack.enter_context(muted(self.surroundings.muted()))
+            stack.enter_context(flagged(second))
+            with hidden_gradients(trained, moved if adding else ()):
+                output = self.compute()
+            yield output
+
+    def _leaves(self, trained: Sequence[Tensor]) -> list[Tensor]:
+        ids = {id(param) for param in trained}
+        return [leaf for each in self._footprints for leaf in each.leaves if id(leaf) not in ids]
+
+    def _verify(self, before: Fingerprint | Marks, moved: frozenset[int]) -> None:
+        """Put back what a second pass has changed although the first one did not, as far as there is a copy.
+
+        The first pass may write the value that was there, as to a teacher that starts as a copy of its student.
+        """
+        self._looked = None
+        changed = before.changed(moved)
+        footprint = self.surroundings.footprint
+        footprint.note(changed)
+        for place in before.restore(changed):
+            footprint.warn_about(place, "was changed by a second pass and cannot be put back")
+
+
+@contextmanager
+def _without_gradients(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Keep the gradients of leaves that are not trained, such as a batch's, those of the first pass."""
+    gradients = [leaf.grad for leaf in leaves]
+    try:
+        for leaf in leaves:
+            leaf.grad = None
+        yield
+    finally:
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient

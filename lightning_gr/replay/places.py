@@ -1,0 +1,505 @@
+"""What a training step can write to, one class for each kind: saved, compared and put back without a trace."""
+
+import io
+import operator
+import random
+import types
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_gr.core.sharding import local_parts
+
+__all__ = [
+    "MOST_ENTRIES",
+    "ArrayPlace",
+    "AttributePlace",
+    "CellPlace",
+    "ClassPlace",
+    "EntryPlace",
+    "GeneratorPlace",
+    "ModuleEntryPlace",
+    "OpaquePlace",
+    "Place",
+    "SequencePlace",
+    "SlotPlace",
+    "TensorPlace",
+    "is_lazy",
+    "is_opaque",
+    "restore_tensors",
+    "sample",
+]
+
+
+# Larger containers are not entered, and are saved only if they have been seen to change: a replay memory, a data set.
+MOST_ENTRIES = 1024
+_MOST_BYTES = 2**16
+# Tensors as small as counters and running means are cheaper to copy than to think about.
+_FEW_BYTES = 2**12
+
+
+class Place:
+    """Something that can be written to.
+
+    Args:
+        owner: The object itself, which stays the same object.
+        path: Where it was found, for messages.
+    """
+
+    __slots__ = ("owner", "path")
+
+    def __init__(self, owner: Any, path: str) -> None:
+        self.owner, self.path = owner, path
+
+    def save(self) -> Any:
+        """Enough of the value to compare it and to put it back."""
+        raise NotImplementedError
+
+    def differs(self, saved: Any) -> bool:
+        """Whether the value is another one now."""
+        raise NotImplementedError
+
+    def restore(self, saved: Any) -> None:
+        """Put the value back."""
+        raise NotImplementedError
+
+    def children(self) -> Iterable[tuple[str, Any]]:
+        """What can be reached from here, each with its path."""
+        return ()
+
+    def values(self) -> Iterable[Any]:
+        """What it refers to."""
+        return ()
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether it is saved in each step, seen to change or not: what is small and may change at any step."""
+        return True
+
+
+class EntryPlace(Place):
+    """The entries of a dictionary.
+
+    Args:
+        owner: The dictionary.
+        path: Where it was found.
+        quiet: Whether they are not expected to change.
+    """
+
+    __slots__ = ("quiet",)
+
+    def __init__(self, owner: dict[Any, Any], path: str, quiet: bool = False) -> None:
+        super().__init__(owner, path)
+        self.quiet = quiet
+
+    @property
+    def is_watched(self) -> bool:
+        return not self.quiet and len(self.owner) <= MOST_ENTRIES
+
+    def _kind(self) -> Any:
+        # not the methods of a subclass, which may validate, count or forbid
+        return OrderedDict if isinstance(self.owner, OrderedDict) else dict
+
+    def save(self) -> dict[Any, Any]:
+        kind = self._kind()
+        return kind(kind.items(self.owner))  # type: ignore[no-any-return]
+
+    def differs(self, saved: dict[Any, Any]) -> bool:
+        kind, owner = self._kind(), self.owner
+        return (
+            len(owner) != len(saved)
+            or any(map(operator.is_not, kind.values(owner), saved.values()))
+            or any(map(operator.is_not, kind.keys(owner), saved.keys()))
+        )
+
+    def restore(self, saved: dict[Any, Any]) -> None:
+        kind = self._kind()
+        kind.clear(self.owner)
+        kind.update(self.owner, saved)
+
+    def values(self) -> Iterable[Any]:
+        return self._kind().values(self.owner)  # type: ignore[no-any-return]
+
+    def children(self) -> Iterator[tuple[str, Any]]:
+        for key, value in self._kind().items(self.owner):
+            yield f"{self.path}[{key!r}]", value
+
+
+class AttributePlace(Place):
+    """The attributes of an object, in its ``__dict__``.
+
+    Args:
+        owner: That dictionary.
+        path: Where the object was found.
+        hidden: Attributes that belong to the framework.
+        quiet: Whether they are not expected to change.
+    """
+
+    __slots__ = ("hidden", "quiet")
+
+    def __init__(
+        self, owner: dict[str, Any], path: str, hidden: frozenset[str] = frozenset(), quiet: bool = False
+    ) -> None:
+        super().__init__(owner, path)
+        self.hidden, self.quiet = hidden, quiet
+
+    @property
+    def is_watched(self) -> bool:
+        return not self.quiet
+
+    def save(self) -> dict[str, Any]:
+        if not self.hidden:
+            return dict(self.owner)
+        return {name: value for name, value in self.owner.items() if name not in self.hidden}
+
+    def differs(self, saved: dict[str, Any]) -> bool:
+        now = self.owner if not self.hidden else self.save()
+        return (
+            len(now) != len(saved)
+            or any(map(operator.is_not, now.values(), saved.values()))
+            or any(map(operator.is_not, now, saved))
+        )
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        hidden = {name: self.owner[name] for name in self.hidden if name in self.owner}
+        self.owner.clear()
+        self.owner.update(saved | hidden)
+
+    def values(self) -> Iterable[Any]:
+        return self.save().values()
+
+    def children(self) -> Iterator[tuple[str, Any]]:
+        for name, value in list(self.owner.items()):
+            if name in ("_parameters", "_buffers", "_modules"):
+                yield self.path, value  # whose entries are the attributes of a module
+            elif name not in self.hidden:
+                yield f"{self.path}.{name}", value
+
+
+class ModuleEntryPlace(EntryPlace):
+    """The parameters, buffers or children of a module, whose entries are named like attributes."""
+
+    __slots__ = ()
+
+    @property
+    def is_watched(self) -> bool:
+        return not self.quiet
+
+    def children(self) -> Iterator[tuple[str, Any]]:
+        for name, value in self.owner.items():
+            yield f"{self.path}.{name}", value
+
+
+_EMPTY = object()
+
+
+def _slot(owner: Any, name: str) -> Any:
+    try:
+        return object.__getattribute__(owner, name)
+    except AttributeError:
+        return _EMPTY
+
+
+class SlotPlace(Place):
+    """The attributes of an object that has ``__slots__``."""
+
+    __slots__ = ("names",)
+
+    def __init__(self, owner: Any, path: str, names: tuple[str, ...]) -> None:
+        super().__init__(owner, path)
+        self.names = names
+
+    def save(self) -> dict[str, Any]:
+        found = {name: _slot(self.owner, name) for name in self.names}
+        return {name: value for name, value in found.items() if value is not _EMPTY}
+
+    def differs(self, saved: dict[str, Any]) -> bool:
+        now = self.save()
+        return now.keys() != saved.keys() or any(now[name] is not saved[name] for name in now)
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        for name in self.save().keys() - saved.keys():
+            object.__delattr__(self.owner, name)
+        for name, value in saved.items():
+            object.__setattr__(self.owner, name, value)
+
+    def values(self) -> Iterable[Any]:
+        return self.save().values()
+
+    def children(self) -> Iterator[tuple[str, Any]]:
+        for name, value in self.save().items():
+            yield f"{self.path}.{name}", value
+
+
+class ClassPlace(Place):
+    """The plain values among the attributes of a class of the user's own."""
+
+    __slots__ = ()
+
+    def save(self) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in vars(self.owner).items()
+            if not (name.startswith("__") or callable(value) or hasattr(type(value), "__get__") or name == "_abc_impl")
+        }
+
+    def differs(self, saved: dict[str, Any]) -> bool:
+        now = self.save()
+        return now.keys() != saved.keys() or any(now[name] is not saved[name] for name in now)
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        now = self.save()
+        for name in now.keys() - saved.keys():
+            delattr(self.owner, name)
+        for name, value in saved.items():
+            if name not in now or now[name] is not value:
+                setattr(self.owner, name, value)
+
+    def values(self) -> Iterable[Any]:
+        return self.save().values()
+
+    def children(self) -> Iterator[tuple[str, Any]]:
+        for name, value in self.save().items():
+            yield f"{self.path}.{name}", value
+
+
+class CellPlace(Place):
+    """A variable that a closure has captured."""
+
+    __slots__ = ()
+
+    def save(self) -> Any:
+        try:
+            return self.owner.cell_contents
+        except ValueError:
+            return _EMPTY
+
+    def differs(self, saved: Any) -> bool:
+        return self.save() is not saved
+
+    def restore(self, saved: Any) -> None:
+        if saved is _EMPTY:
+            del self.owner.cell_contents
+        else:
+            self.owner.cell_contents = saved
+
+    def values(self) -> Iterable[Any]:
+        value = self.save()
+        return () if value is _EMPTY else (value,)
+
+    def children(self) -> Iterator[tuple[str, Any]]:
+        value = self.save()
+        if value is not _EMPTY:
+            yield self.path, value
+
+
+class SequencePlace(Place):
+    """The items of a list, deque, set, bytearray or array."""
+
+    __slots__ = ()
+
+    @property
+    def is_watched(self) -> bool:
+        return len(self.owner) <= MOST_ENTRIES
+
+    def save(self) -> list[Any]:
+        return list(self.owner)
+
+    def differs(self, saved: list[Any]) -> bool:
+        if len(self.owner) != len(saved):
+            return True
+        compare = operator.ne if isinstance(self.owner, (bytearray, array)) else operator.is_not
+        return any(map(compare, self.owner, saved))
+
+    def restore(self, saved: list[Any]) -> None:
+        owner = self.owner
+        if isinstance(owner, list):
+            list.__setitem__(owner, slice(None), saved)
+        elif isinstance(owner, bytearray):
+            owner[:] = bytes(saved)
+        elif isinstance(owner, array):
+            owner[:] = array(owner.typecode, saved)
+        else:
+            kind = deque if isinstance(owner, deque) else set
+            kind.clear(owner)
+            (deque.extend if kind is deque else set.update)(owner, saved)
+
+    def values(self) -> Iterable[Any]:
+        return () if isinstance(self.owner, (bytearray, array)) else self.owner
+
+    def children(self) -> Iterator[tuple[str, Any]]:
+        if not isinstance(self.owner, (bytearray, array)):
+            for position, value in enumerate(self.owner):
+                yield f"{self.path}[{position}]", value
+
+
+class GeneratorPlace(Place):
+    """A generator of random numbers: torch's, NumPy's two kinds or Python's."""
+
+    __slots__ = ()
+
+    KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
+
+    def save(self) -> Any:
+        owner = self.owner
+        if isinstance(owner, torch.Generator):
+            return owner.get_state()
+        if isinstance(owner, np.random.Generator):
+            return owner.bit_generator.state
+        if isinstance(owner, np.random.BitGenerator):
+            return owner.state
+        return owner.get_state() if isinstance(owner, np.random.RandomState) else owner.getstate()
+
+    def differs(self, saved: Any) -> bool:
+        return True  # putting it back is as cheap as looking
+
+    def restore(self, saved: Any) -> None:
+        owner = self.owner
+        if isinstance(owner, torch.Generator):
+            owner.set_state(saved)
+        elif isinstance(owner, np.random.Generator):
+            owner.bit_generator.state = saved
+        elif isinstance(owner, np.random.BitGenerator):
+            owner.state = saved
+        elif isinstance(owner, np.random.RandomState):
+            owner.set_state(saved)
+        else:
+            owner.setstate(saved)
+
+
+class OpaquePlace(Place):
+    """An iterator, a file, a socket: what nobody can rewind. It is compared as well as can be, and not put back."""
+
+    __slots__ = ()
+
+    def save(self) -> Any:
+        owner = self.owner
+        if isinstance(owner, types.GeneratorType):
+            frame = owner.gi_frame
+            return None if frame is None else (frame.f_lasti, [id(value) for value in frame.f_locals.values()])
+        if isinstance(owner, io.IOBase):
+            try:
+                return None if owner.closed else owner.tell()
+            except (OSError, ValueError):
+                return None
+        try:
+            own = object.__getattribute__(owner, "__dict__")
+            state: list[Any] = [(name, id(value)) for name, value in own.items()]
+        except AttributeError:
+            state = []
+        # of the iterators of itertools only the representation says where they are
+        text = repr(owner) if type(owner).__module__ == "itertools" else ""
+        return operator.length_hint(owner, -1) if hasattr(type(owner), "__length_hint__") else -1, state, text
+
+    def differs(self, saved: Any) -> bool:
+        return bool(self.save() != saved)
+
+    def restore(self, saved: Any) -> None:
+        """Nobody can."""
+
+
+def is_opaque(value: object) -> bool:
+    """Whether ``value`` is of a kind that cannot be rewound."""
+    return isinstance(value, io.IOBase) or hasattr(type(value), "__next__") or type(value).__name__ == "socket"
+
+
+class TensorPlace(Place):
+    """The content of a tensor. ``save`` copies it; :meth:`mark` and :func:`digest` are for those that are only read."""
+
+    __slots__ = ()
+
+    @property
+    def is_watched(self) -> bool:
+        tensor = self.owner
+        return not is_lazy(tensor) and tensor.layout == torch.strided and 0 < tensor.nbytes <= _FEW_BYTES
+
+    def mark(self) -> tuple[int, int]:
+        """Something that changes when the tensor is written to in place or resized, but not through ``.data``."""
+        tensor = self.owner
+        if tensor.is_inference() or tensor.layout != torch.strided or tensor.is_nested:
+            return 0 if tensor.is_inference() else tensor._version, 0
+        return tensor._version, 0 if is_lazy(tensor) else tensor.data_ptr()
+
+    @torch.no_grad()
+    def save(self) -> Tensor | None:
+        return None if is_lazy(self.owner) else self.owner.detach().clone()
+
+    def differs(self, saved: Any) -> bool:
+        return True
+
+    def restore(self, saved: Tensor | None) -> None:
+        if saved is not None:
+            restore_tensors([self.owner], [saved])
+
+
+class ArrayPlace(Place):
+    """The content of a NumPy array."""
+
+    __slots__ = ()
+
+    @property
+    def is_watched(self) -> bool:
+        return bool(self.owner.nbytes <= _MOST_BYTES)
+
+    def save(self) -> Any:
+        return self.owner.copy()
+
+    def differs(self, saved: Any) -> bool:
+        if self.owner.dtype.hasobject:
+            return any(map(operator.is_not, self.owner.flat, saved.flat))
+        # by bytes, in which NaN is equal to itself
+        return bool(self.owner.shape != saved.shape or self.owner.tobytes() != saved.tobytes())
+
+    def restore(self, saved: Any) -> None:
+        if self.owner.shape != saved.shape:
+            self.owner.resize(saved.shape, refcheck=False)
+        np.copyto(self.owner, saved, casting="no")
+
+    def children(self) -> Iterator[tuple[str, Any]]:
+        if self.owner.dtype.hasobject:
+            for position, value in enumerate(self.owner.flat):
+                yield f"{self.path}[{position}]", value
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether the tensor has no storage yet: of a lazy module, or on the meta device."""
+    return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)) or tensor.device.type == "meta"
+
+
+@torch.no_grad()
+def restore_tensors(tensors: list[Tensor], saved: list[Tensor]) -> None:
+    """Put contents back in place, whatever the layout and also after a change of shape."""
+    simple, values = [], []
+    for tensor, value in zip(tensors, saved, strict=True):
+        if tensor.is_inference():
+            with torch.inference_mode():
+                tensor.copy_(value)
+        elif tensor.layout != torch.strided or tensor.is_nested:
+            tensor.data = value.clone()
+        elif tensor.shape != value.shape:
+            # by observers of quantization, for one, which resize their buffers
+            tensor.resize_(value.shape).copy_(value)
+        else:
+            simple.append(tensor.data)
+            values.append(value)
+    if simple:
+        torch._foreach_copy_(local_parts(simple), local_parts(values))
+
+
+def sample(tensors: list[Tensor]) -> list[Any]:
+    """A few entries of each tensor: they tell of a write through ``.data``, which no version counter does."""
+    return [_few(tensor) for tensor in tensors]
+
+
+def _few(tensor: Tensor) -> Any:
+    flat = tensor.detach()
+    count = flat.numel()
+    if count == 0:
+        return ()
+    flat = flat.reshape(-1) if flat.is_contiguous() else flat.flatten()[:8]
+    return flat[:: max(1, count // 8)][:8].tolist()

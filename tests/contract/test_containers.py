@@ -1,0 +1,165 @@
+"""DESIGN §3, row "containers, NumPy arrays, helper objects, class attributes": plain attributes of every kind."""
+
+from collections import Counter, OrderedDict, defaultdict, deque
+
+import numpy as np
+import torch
+from contract import contract
+from situations import Factor
+
+
+class Number(Factor):
+    def prepare(self):
+        self.calls = 0
+
+    def factor(self, loss):
+        self.calls += 1
+        return self.calls
+
+
+class HParams(Factor):
+    """Annealing, as of a VAE's beta."""
+
+    def prepare(self):
+        self.hparams.beta = 1.0
+
+    def factor(self, loss):
+        self.hparams.beta *= 0.9
+        return self.hparams.beta
+
+
+class NestedLists(Factor):
+    def prepare(self):
+        self.history = [[], [[0.0]]]
+
+    def factor(self, loss):
+        before = len(self.history[0]) + sum(self.history[1][0])
+        self.history[0].append(loss)
+        self.history[1][0][0] += 1.0
+        return before
+
+
+class Counts(Factor):
+    def prepare(self):
+        self.counter = Counter(a=1)
+
+    def factor(self, loss):
+        self.counter["a"] += 1
+        self.counter.update(["b", loss])
+        return self.counter["a"]
+
+
+class Array(Factor):
+    def prepare(self):
+        self.array = np.zeros((2, 3))
+
+    def factor(self, loss):
+        before = self.array.sum()
+        self.array += 1.0
+        return before
+
+
+class ArrayViews(Factor):
+    """Two names of one memory, one of them a tensor."""
+
+    def prepare(self):
+        self.array = np.zeros(4)
+        self.tensor, self.half = torch.from_numpy(self.array), self.array[:2]
+
+    def factor(self, loss):
+        before = float(self.tensor.sum())
+        self.half += 1.0
+        return before
+
+
+class ObjectArray(Factor):
+    def prepare(self):
+        self.array = np.array([[1.0], {"n": 2.0}], dtype=object)
+
+    def factor(self, loss):
+        self.array[1]["n"] += 1.0
+        self.array[0].append(loss)
+        return self.array[1]["n"]
+
+
+class TensorsInDict(Factor):
+    def prepare(self):
+        self.stats = {"mean": torch.zeros(2), "deep": {"var": [torch.ones(2)]}}
+
+    def factor(self, loss):
+        before = self.stats["mean"].sum() + self.stats["deep"]["var"][0].sum()
+        self.stats["mean"].add_(0.5)
+        self.stats["deep"]["var"][0].data.mul_(0.9)
+        return before
+
+
+class TensorAttribute(Factor):
+    """A plain attribute that is written in place, past the version counter, and through a view."""
+
+    def prepare(self):
+        self.total, self.mean, self.flat = torch.zeros(2, 2), torch.zeros(2), torch.zeros(4)
+        self.matrix = self.flat.view(2, 2)
+
+    def factor(self, loss):
+        before = self.total.sum() + self.mean.sum() + self.flat.sum()
+        self.total += 1.0
+        self.mean.numpy()[:] += 1.0
+        self.matrix[0, 1] += 1.0
+        return before
+
+
+class Deques(Factor):
+    """A replay memory of a fixed length."""
+
+    def prepare(self):
+        self.memory, self.groups = deque([0.0] * 3, maxlen=3), defaultdict(list)
+
+    def factor(self, loss):
+        self.memory.append(len(self.groups["all"]))
+        self.groups["all"].append(loss)
+        self.groups[len(self.groups["all"])].append(1)
+        return sum(self.memory)
+
+
+class Order(Factor):
+    """What moves is the order of the entries."""
+
+    def prepare(self):
+        self.cache, self.names = OrderedDict(a=1.0, b=2.0, c=3.0), {"x": 1.0, "y": 2.0}
+
+    def factor(self, loss):
+        first = next(iter(self.cache))
+        self.cache.move_to_end(first)
+        self.names["x"] = self.names.pop("x")
+        return self.cache[first]
+
+
+class Sets(Factor):
+    """As of scvi-tools: the order in which a set gives its entries."""
+
+    has_oracle = False  # a deep copy has another order
+
+    def prepare(self):
+        self.seen = {f"gene {index}" for index in range(20)}
+
+    def factor(self, loss):
+        first = next(iter(self.seen))
+        self.seen.remove(first)
+        self.seen.add(f"{first}+")
+        return len(first)
+
+
+test_leaves_no_trace, test_gradient = contract(
+    Number,
+    HParams,
+    NestedLists,
+    Counts,
+    Array,
+    ArrayViews,
+    ObjectArray,
+    TensorsInDict,
+    TensorAttribute,
+    Deques,
+    Order,
+    Sets,
+)

@@ -1,0 +1,188 @@
+"""DESIGN §3, "signals, exceptions": whatever interrupts a step, the program's own handlers are back afterwards."""
+
+import signal
+import sys
+
+import pytest
+import torch
+from contract import Batches, Situation, make_trainer
+from oracle import sam
+from torch import nn
+
+from lightning_gr import GRRule, SAMRule, in_second_pass, regularized_backward
+
+NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt before the ``count``-th bytecode that the package executes, as Ctrl-C may."""
+
+    def __init__(self, count):
+        self.left = count
+
+    def __enter__(self):
+        sys.settrace(self.trace)
+
+    def __exit__(self, *exc):
+        sys.settrace(None)
+
+    def trace(self, frame, event, arg):
+        if not frame.f_globals.get("__name__", "").startswith("lightning_gr"):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self.trace
+
+
+@pytest.fixture
+def received():
+    """What the program's own handlers have got."""
+    seen = []
+
+    def note(number, frame):
+        seen.append(number)
+
+    before = {number: signal.signal(number, note) for number in NUMBERS}
+    yield seen, note
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def interrupted(rule, stride, loss_fn, check):
+    """Interrupt a step at every ``stride``-th bytecode, and look each time."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 1).double()
+    x, count, left = torch.randn(4, 3).double(), 3, 0
+    while left <= 0:
+        interrupter, hit = Interrupter(count), False
+        try:
+            with interrupter:
+                regularized_backward(lambda: loss_fn(net, x), net, rule)
+        except KeyboardInterrupt:
+            hit = True
+        torch.set_grad_enabled(True)  # torch.no_grad may be interrupted too
+        check(count, hit)
+        left, count = interrupter.left, count + stride
+    assert count > 300
+
+
+def loss_of(net, x):
+    return net(x).square().mean()
+
+
+@pytest.mark.parametrize("rule", [SAMRule(0.1), GRRule(0.1, 0.1, scheme="central")])
+def test_handlers_are_back_wherever_ctrl_c_comes(rule, received):
+    seen, note = received
+
+    def check(count, hit):
+        for number in NUMBERS:
+            assert signal.getsignal(number) is note, f"{number} after bytecode {count}"
+        signal.raise_signal(signal.SIGTERM)
+        assert seen.pop() == signal.SIGTERM
+        assert not in_second_pass()
+
+    interrupted(rule, 17, loss_of, check)
+
+
+def test_no_signal_is_lost_wherever_ctrl_c_comes(received):
+    """One that arrives in the second pass is delivered, once."""
+    seen, note = received
+    raised = []
+
+    def loss_fn(net, x):
+        if in_second_pass():
+            raised.append(1)
+            signal.raise_signal(signal.SIGUSR1)
+        return loss_of(net, x)
+
+    def check(count, hit):
+        assert signal.getsignal(signal.SIGUSR1) is note, f"after bytecode {count}"
+        assert len(seen) == len(raised), f"after bytecode {count}"
+        seen.clear()
+        raised.clear()
+
+    interrupted(SAMRule(0.1), 19, loss_fn, check)
+
+
+def test_a_handler_that_raises(received):
+    """A timeout of a test runner, say: what it raises does not swallow the others."""
+    seen, note = received
+
+    class TimedOutError(Exception):
+        pass
+
+    def raises(number, frame):
+        seen.append(number)
+        raise TimedOutError
+
+    signal.signal(signal.SIGUSR2, raises)
+    net = nn.Linear(3, 1)
+    x = torch.randn(4, 3)
+
+    def loss_fn():
+        if in_second_pass():
+            for number in (signal.SIGUSR2, signal.SIGTERM):
+                signal.raise_signal(number)
+        return loss_of(net, x)
+
+    weight = net.weight.detach().clone()
+    with pytest.raises(TimedOutError):
+        regularized_backward(loss_fn, net, SAMRule(0.1))
+    assert sorted(seen) == sorted([signal.SIGUSR2, signal.SIGTERM])
+    assert signal.getsignal(signal.SIGTERM) is note
+    assert signal.getsignal(signal.SIGUSR2) is raises
+    assert torch.equal(net.weight, weight)
+
+
+@pytest.fixture
+def _sigint():
+    # Lightning turns Ctrl-C off when it has seen one
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("_sigint")
+def test_ctrl_c_in_a_trainer(received):
+    _, note = received
+
+    class Stopped(Situation):
+        def step(self, batch):
+            if in_second_pass():
+                signal.raise_signal(signal.SIGINT)
+            return self.mse(batch)
+
+    module = Stopped()
+    with pytest.raises(SystemExit):
+        make_trainer(sam(0.1).callback()).fit(module, Batches(module.make_batches()))
+    assert signal.getsignal(signal.SIGUSR1) is note
+    assert signal.getsignal(signal.SIGTERM) is note
+
+
+def test_a_handler_installed_in_the_step_stays(received):
+    """As long as it does in plain training, at whose end Lightning puts back its own."""
+
+    def other(number, frame):
+        """Nothing."""
+
+    class Installs(Situation):
+        def prepare(self):
+            self.seen = []
+
+        def step(self, batch):
+            signal.signal(signal.SIGUSR1, other)
+            return self.mse(batch)
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.seen.append([signal.getsignal(number) for number in NUMBERS])
+
+    found = []
+    for callbacks in ([], [sam(0.1).callback()]):
+        module = Installs()
+        make_trainer(*callbacks).fit(module, Batches(module.make_batches()))
+        found.append((module.seen, [signal.getsignal(number) for number in NUMBERS]))
+    assert found[0][0][0][1] is other
+    assert found[1] == found[0]

@@ -1,0 +1,254 @@
+"""DESIGN §3, "nothing else changes": finding out what there is runs no code of the module, nor does an import."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from functools import cached_property
+
+import pytest
+import torch
+from contract import FORMS, LIGHTNING, Batches, Situation, as_dict, make_trainer, over, same, seed, train
+from fingerprints import fingerprint
+from oracle import HUGE
+from torch import nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import BinaryPrecision, BinaryRecall
+
+from lightning_gr import SAM, Flooding, GradientNormMonitor, GradientRegularization, SharpnessMonitor
+
+TOUCHED = []
+
+
+class Properties(Situation):
+    """Properties that do something, raise, or are computed once."""
+
+    @property
+    def counted(self):
+        TOUCHED.append("counted")
+        return torch.zeros(1)
+
+    @property
+    def broken(self):
+        TOUCHED.append("broken")
+        raise RuntimeError("not available before the data are")
+
+    @cached_property
+    def expensive(self):
+        TOUCHED.append("expensive")
+        return torch.zeros(10)
+
+    def step(self, batch):
+        return self.mse(batch)
+
+
+class Lazy:
+    """Makes whatever it is asked for, as a proxy or a mock does."""
+
+    def __init__(self):
+        self.made = {}
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        TOUCHED.append(name)
+        made = self.__dict__.setdefault("made", {})
+        return made.setdefault(name, Lazy())
+
+
+class Odd:
+    """Says something when it is compared, measured, shown or asked for its length."""
+
+    def __eq__(self, other):
+        TOUCHED.append("eq")
+        return True
+
+    __hash__ = None
+
+    def __len__(self):
+        TOUCHED.append("len")
+        return 3
+
+    def __bool__(self):
+        TOUCHED.append("bool")
+        return True
+
+    def __iter__(self):
+        TOUCHED.append("iter")
+        return iter([])
+
+    def __repr__(self):
+        TOUCHED.append("repr")
+        return "odd"
+
+
+class Proxies(Properties):
+    """In attributes, in a list and in a layer of torch.nn."""
+
+    def prepare(self):
+        self.lazy, self.odd = Lazy(), [Odd()]
+        self.layer = nn.Identity()
+        self.layer.odd = Odd()
+
+
+class Layer(nn.Module):
+    """A layer that notices whatever is not there."""
+
+    def __getattr__(self, name):
+        if name not in ("weight", "_forward_hooks"):
+            TOUCHED.append(name)
+        return super().__getattr__(name)
+
+    @property
+    def metric_state(self):
+        TOUCHED.append("metric_state")
+        return {}
+
+
+class Layers(Properties):
+    def prepare(self):
+        self.layer = Layer()
+
+    def on_train_start(self):
+        # what Lightning itself looks for
+        TOUCHED.clear()
+
+
+@over(Properties, Proxies, Layers)
+def test_no_code_of_the_module_runs(kind, form):
+    seen = []
+    for method in (None, HUGE):
+        TOUCHED.clear()
+        train(kind, form, method)
+        seen.append(sorted(set(TOUCHED)))
+    # the fingerprint at the end looks at what it may
+    assert seen[1] == seen[0]
+    assert not {"counted", "broken", "expensive", "metric_state"} & set(seen[1])
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        GradientRegularization(gamma=0.0),
+        SAM(start_step=100),
+        SAM(0.0, metrics="all"),
+        Flooding(0.0),
+        GradientNormMonitor(),
+        SharpnessMonitor(samples=2, max_iterations=2),
+    ],
+)
+def test_compute_groups_stay_shared(callback):
+    """A property of MetricCollection, which ``hasattr`` runs, unshares them: a recall became another one."""
+    values = []
+    for callbacks in ([], [callback]):
+        seed()
+        module = Recalls()
+        seed()
+        make_trainer(*callbacks, max_epochs=2).fit(module, Batches(module.make_batches()))
+        values.append((module.found, fingerprint(module.metrics)))
+    assert values[1][0] == values[0][0]
+    same("metrics", values[1][1], values[0][1])
+    assert len(values[0][0]) == 2
+
+
+class Recalls(Situation):
+    forms = LIGHTNING
+
+    def prepare(self):
+        self.metrics = MetricCollection([BinaryPrecision(), BinaryRecall()])
+        self.found = []
+
+    def step(self, batch):
+        self.metrics.update(self.net(batch[0])[:, 0].detach().float().sigmoid(), (batch[1][:, 0] > 0).long())
+        return self.mse(batch)
+
+    def on_train_epoch_end(self):
+        self.found.append({name: float(value) for name, value in self.metrics.compute().items()})
+        self.metrics.reset()
+
+
+@over(Recalls)
+def test_compute_groups_with_a_second_pass(kind, form):
+    plain, found = train(kind, form), train(kind, form, HUGE)
+    assert found.module.found == plain.module.found
+    same("what is left", found.state, plain.state)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_versions_of_what_is_only_read_stay(form):
+    """What nobody writes is not written by us either: a graph that was made from it lives on."""
+
+    class Reads(Situation):
+        def prepare(self):
+            self.register_buffer("table", torch.ones(3).double())
+            self.prior, self.frozen = torch.ones(3).double(), nn.Parameter(torch.ones(3).double(), False)
+
+        def step(self, batch):
+            return self.mse((batch[0] * self.table * self.prior * self.frozen, batch[1]))
+
+    module = train(Reads, form, HUGE).module
+    assert [t._version for t in (module.table, module.prior, module.frozen)] == [0, 0, 0]
+
+
+# --- importing
+
+LOOK = """
+import json, logging, os, random, signal, sys, warnings
+import numpy, torch
+def look():
+    from lightning_utilities.core import rank_zero
+    return {
+        "log": rank_zero.log.name,
+        "category": rank_zero.rank_zero_deprecation_category.__module__,
+        "level": logging.getLogger(NAME).level,
+        "handlers": [type(h).__name__ for h in logging.getLogger(NAME).handlers],
+        "root": [type(h).__name__ for h in logging.getLogger().handlers],
+        "torch": [str(torch.get_default_dtype()), torch.get_num_threads(), torch.is_grad_enabled()],
+        "numbers": [str(numpy.random.get_state()), str(random.getstate()), str(torch.get_rng_state().tolist())],
+        "signals": [str(signal.getsignal(n)) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)],
+        "hooks": [sys.excepthook.__name__, str(warnings.showwarning)],
+        "environment": dict(os.environ),
+    }
+"""
+ORDERS = {
+    "pytorch_lightning first": ("pytorch_lightning", "import pytorch_lightning", "import lightning_gr"),
+    "lightning first": ("lightning.pytorch", "import lightning.pytorch", "import lightning_gr"),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_importing_changes_nothing_global(name):
+    package, first, second = ORDERS[name]
+    program = "\n".join(
+        [f"NAME = {package!r}", LOOK, first, "before = look()", second, "print(json.dumps([before, look()]))"]
+    )
+    before, after = json.loads(run(program))
+    assert after == before
+
+
+def test_the_level_that_a_user_set_counts():
+    program = """
+    import logging
+    import lightning.pytorch as pl
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    import lightning_gr
+    pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    from lightning.pytorch.utilities.rank_zero import rank_zero_info
+    rank_zero_info("a line that nobody wants")
+    print("end")
+    """
+    assert run(textwrap.dedent(program), errors=True).strip() == "end"
+
+
+def run(program, errors=False):
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stderr + done.stdout if errors else done.stdout
+
+
+def test_a_fingerprint_of_ours_runs_no_code_either():
+    """Or the tests above would blame the package for it."""
+    TOUCHED.clear()
+    same("nothing", as_dict(TOUCHED), as_dict([]))
+    fingerprint(Properties())
+    assert TOUCHED == []

@@ -1,0 +1,256 @@
+"""DESIGN §3, "never silently something else": optimizers and callbacks that go past the second pass, and reports."""
+
+import warnings
+
+import pytest
+import torch
+from contract import (
+    Batches,
+    Situation,
+    as_dict,
+    build,
+    check_gradient,
+    check_no_trace,
+    make_trainer,
+    refused,
+    report,
+    same,
+    seed,
+    train,
+)
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from oracle import FGR, by_hand, forward, sam
+from pytorch_optimizer import AdaHessian, SophiaH
+from torch import nn
+
+from lightning_gr import SAM, GradientRegularization, SAMRule, regularized_backward
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Using backward.. with create_graph=True", "ignore:.torch.jit.script. is deprecated"
+)
+
+
+class Plain(Situation):
+    step = Situation.mse
+
+
+# --- the graph of the gradient
+
+
+class SecondOrder(Situation):
+    step = Situation.mse
+    optimizer = AdaHessian
+
+    def backward(self, loss):
+        loss.backward(create_graph=True)
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters(), lr=0.01)
+
+
+class Sophia(SecondOrder):
+    optimizer = SophiaH
+
+
+@pytest.mark.parametrize("callback", [SAM(0.1), GradientRegularization(), GradientRegularization(scheme="exact")])
+@pytest.mark.parametrize("kind", [SecondOrder, Sophia])
+def test_backward_with_create_graph_is_refused(kind, callback):
+    seed()
+    module = kind()
+    with refused("create_graph"):
+        make_trainer(callback).fit(module, Batches(module.make_batches()))
+
+
+@pytest.mark.parametrize("kind", [SecondOrder, Sophia])
+def test_backward_with_create_graph_works_where_nothing_is_due(kind):
+    seed()
+    module = kind()
+    make_trainer(SAM(0.1, start_step=100)).fit(module, Batches(module.make_batches()))
+    assert module.trainer.global_step == 9
+
+
+def test_backward_with_create_graph_is_refused_in_the_functional_form():
+    net = nn.Linear(3, 1)
+    x = torch.randn(4, 3)
+    with refused("create_graph"):
+        regularized_backward(
+            lambda: net(x).square().mean(), net, SAMRule(0.1), backward=lambda loss: loss.backward(create_graph=True)
+        )
+
+
+# --- optimizers in backward
+
+
+class InBackward(Situation):
+    """Each parameter is stepped as soon as its gradient is there, which is dropped then."""
+
+    step = Situation.mse
+
+    def prepare(self):
+        self.inner = {param: torch.optim.SGD([param], lr=0.1) for param in self.net.parameters()}
+
+    def hook(self):
+        for param in self.net.parameters():
+            param.register_post_accumulate_grad_hook(self.advance)
+
+    def advance(self, param):
+        self.inner[param].step()
+        self.inner[param].zero_grad()
+
+
+class ByTorch(Situation):
+    """torch's own helper."""
+
+    step = Situation.mse
+
+    def hook(self):
+        from torch.distributed.optim import _apply_optimizer_in_backward
+
+        _apply_optimizer_in_backward(torch.optim.SGD, self.net.parameters(), {"lr": 0.1})
+        for param in self.net.parameters():
+            param.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+
+@pytest.mark.parametrize("form", ["automatic", "accumulation", "mixin", "functional"])
+@pytest.mark.parametrize("kind", [InBackward, ByTorch])
+def test_an_optimizer_in_backward_is_refused(kind, form):
+    if kind is ByTorch and form != "automatic":
+        pytest.skip("the same as the other")
+    with refused("backward|hook"):
+        train(kind, form, sam(0.1))
+
+
+# --- what goes past the callback
+
+
+def is_one_line(error, word):
+    assert word in str(error)
+    assert "\n" not in str(error)
+
+
+class Forgets(SAM):
+    """Overrides a hook without ``super()``."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.started = True
+
+
+class ForgetsBatch(SAM):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batch_idx = batch_idx
+
+
+class ForgetsBackward(SAM):
+    def on_after_backward(self, trainer, pl_module):
+        self.seen = True
+
+
+@pytest.mark.parametrize("kind", [Forgets, ForgetsBatch, ForgetsBackward])
+def test_a_hook_overridden_without_super_is_right_or_refused(kind):
+    """Regularized all the same, an error, or a warning with a report that says so; never silently nothing."""
+    expected = by_hand(Plain, "automatic", sam(0.3), 0.05)
+    module = build(Plain, "automatic", 0.05)
+    seed()
+    batches = module.make_batches()
+    callback = kind(0.3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            make_trainer(callback).fit(module, Batches(batches))
+        except MisconfigurationException as error:
+            is_one_line(error, "super")
+            return
+    if any("super" in str(warning.message) for warning in caught):
+        assert report(callback)[0] == 0
+        return
+    same("weights", as_dict(dict(module.state_dict())), as_dict(dict(expected.module.state_dict())), 1e-9)
+
+
+class Outer(Plain):
+    """Trains another module in the middle of its own training."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 4:
+            inner = Plain(0.1)
+            callbacks = [c for c in self.trainer.callbacks if isinstance(c, SAM)]
+            make_trainer(*callbacks).fit(inner, Batches(inner.make_batches()))
+
+
+def test_the_same_callback_in_an_inner_trainer_is_right_or_refused():
+    found = []
+    for callbacks in ([sam(0.3).callback()], [sam(0.3).callback(), None]):
+        module = build(Outer, "automatic", 0.05)
+        seed()
+        batches = module.make_batches()
+        if None in callbacks:  # its own callback for the inner one
+            callbacks.remove(None)
+            module.on_train_batch_start = lambda batch, batch_idx: None
+        trainer = make_trainer(*callbacks)
+        try:
+            trainer.fit(module, Batches(batches))
+        except MisconfigurationException as error:
+            is_one_line(error, "Trainer")
+            return
+        found.append((as_dict(dict(module.state_dict())), report(callbacks[0])))
+    same("weights", found[0][0], found[1][0])
+    assert found[0][1] == found[1][1] == (9, 9)
+
+
+# --- optimizers and gradients of the module's own
+
+
+class Inner(Situation):
+    """vector-quantize-pytorch: an optimizer of its own that steps inside ``forward``."""
+
+    def prepare(self):
+        self.codes = nn.Parameter(torch.zeros(2).double(), requires_grad=False)
+        self.learned = torch.zeros(2).double().requires_grad_()
+        self.inner = torch.optim.Adam([self.learned], lr=0.1)
+
+    def step(self, batch):
+        features = self.net(batch[0])
+        with torch.enable_grad():
+            (features.detach() - self.learned).square().mean().backward()
+        self.inner.step()
+        self.inner.zero_grad()
+        return self.mse(batch) + (features - self.learned.detach()).square().mean()
+
+
+@pytest.mark.parametrize("form", Inner.forms)
+def test_an_optimizer_inside_the_step(form):
+    check_no_trace(Inner, form)
+    check_gradient(Inner, form, FGR)
+
+
+def test_gradients_cancelled_by_the_module_itself():
+    """lightly's DINO cancels those of its last layer in ``on_after_backward``: they are no part of the direction."""
+
+    class Cancels(Plain):
+        def prepare(self):
+            self.last = nn.Linear(2, 2).double()
+
+        def step(self, batch):
+            return (self.last(self.net(batch[0])) - batch[1]).square().mean()
+
+        def on_after_backward(self):
+            for param in self.last.parameters():
+                param.grad = None
+
+    found = train(Cancels, "automatic", forward(0.2, 0.5))
+    module, batches = build(Cancels, "automatic"), None
+    seed()
+    batches = module.make_batches()
+    weight, bias = module.net.weight, module.net.bias
+    for step, batch in enumerate(batches):
+        clean = torch.autograd.grad(module.step(batch), [weight, bias])
+        with torch.no_grad():
+            weight += 0.5 * clean[0]
+            bias += 0.5 * clean[1]
+        moved = torch.autograd.grad(module.step(batch), [weight, bias])
+        with torch.no_grad():
+            weight -= 0.5 * clean[0]
+            bias -= 0.5 * clean[1]
+        expected = [0.6 * a + 0.4 * b for a, b in zip(clean, moved, strict=True)]
+        torch.testing.assert_close(found.gradients[step]["net.weight"], expected[0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found.gradients[step]["net.bias"], expected[1], rtol=1e-9, atol=1e-12)
+        assert not [name for name in found.gradients[step] if name.startswith("last")]

@@ -1,0 +1,96 @@
+"""The oracle itself, against numbers from a piece of paper, and the comparison, which must see what it is for."""
+
+import copy
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from contract import FORMS, Situation, as_dict, train
+from fingerprints import differences, fingerprint
+from oracle import FGR, HUGE, Method, by_hand, forward, sam
+
+
+class Parabola(Situation):
+    """L = w²/2 at w = 2."""
+
+    def prepare(self):
+        self.net = torch.nn.Linear(1, 1, bias=False).double()
+        self.net.weight.data.fill_(2.0)
+
+    def step(self, batch):
+        return self.net.weight.square().sum() / 2
+
+
+class Inner(Parabola):
+    """With a backward pass of its own."""
+
+    def step(self, batch):
+        (5 * self.net.weight).sum().backward()
+        return super().step(batch)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_differences_and_sam(form):
+    method, share = forward(0.1, 1.0), 1.0
+    assert float(by_hand(Parabola, form, method, 0.0).gradients[0]["net.weight"]) == pytest.approx(2.2 * share)
+    assert float(by_hand(Parabola, form, sam(0.5), 0.0).gradients[0]["net.weight"]) == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize(("form", "value"), [("automatic", 2.2), ("accumulation", 13.2), ("functional", 7.7)])
+def test_a_backward_pass_of_the_step(form, value):
+    assert float(by_hand(Inner, form, forward(0.1, 1.0), 0.0).gradients[0]["net.weight"]) == pytest.approx(value)
+
+
+class Counts(Parabola):
+    def prepare(self):
+        super().prepare()
+        self.calls, self.seen = Counter(), []
+
+    def step(self, batch):
+        self.calls["step"] += 1
+        self.seen.append(torch.rand(()).item())
+        return super().step(batch) * self.seen[-1]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_by_hand_the_first_pass_is_that_of_lightning(form):
+    """A second pass of weight zero is plain training."""
+    zero = Method(1.0, ((0.1, 0.0),), True, None)
+    found, plain = by_hand(Counts, form, zero, 0.1), train(Counts, form, lr=0.1)
+    assert differences(found.state, plain.state) == []
+    assert differences(as_dict(found.gradients), as_dict(plain.gradients), 1e-12) == []
+    assert by_hand(Counts, form, HUGE, 0.0).state.keys() == plain.state.keys()
+    assert differences(by_hand(Counts, form, FGR, 0.1).state, plain.state) != []
+
+
+class Box:
+    """Something of everything."""
+
+    def __init__(self):
+        self.tensor, self.array, self.deep = torch.zeros(3), np.zeros(3), [[{"a": (1, [2])}]]
+        self.gen, self.rng = torch.Generator(), np.random.default_rng(0)
+        self.counter, self.other = Counter("ab"), self.tensor
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda box: box.tensor.data.add_(1),
+        lambda box: box.array.__setitem__(0, 1.0),
+        lambda box: box.deep[0][0]["a"][1].append(3),
+        lambda box: torch.rand((), generator=box.gen),
+        lambda box: box.rng.normal(),
+        lambda box: box.counter.update("a"),
+        lambda box: setattr(box, "other", box.tensor.clone()),
+        lambda box: setattr(box, "new", None),
+        lambda box: delattr(box, "counter"),
+        lambda box: setattr(box.tensor, "mark", 1),
+    ],
+)
+def test_the_comparison_sees(change):
+    box = Box()
+    before = fingerprint(box)
+    assert differences(fingerprint(copy.deepcopy(box)), before) == []
+    change(box)
+    assert differences(fingerprint(box), before) != []

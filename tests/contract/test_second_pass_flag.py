@@ -1,0 +1,227 @@
+"""DESIGN §3, last row, ``in_second_pass()``: right after nested calls, after errors and in several threads."""
+
+import threading
+
+import pytest
+import torch
+from contract import FORMS, Batches, Situation, make_trainer, over, seed, train
+from oracle import CENTRAL, sam
+from torch import nn
+
+from lightning_gr import (
+    SAM,
+    GRRule,
+    SAMRule,
+    SharpnessMonitor,
+    hessian_eigenvalue,
+    hessian_trace,
+    in_second_pass,
+    regularized_backward,
+)
+
+SEEN = []
+
+
+class Asks(Situation):
+    """Asks before and after something nested."""
+
+    def step(self, batch):
+        before = in_second_pass()
+        self.nest(batch)
+        SEEN.append((before, in_second_pass()))
+        return self.mse(batch)
+
+    def nest(self, batch):
+        """Nothing."""
+
+
+class Trace(Asks):
+    def nest(self, batch):
+        hessian_trace(lambda: self.mse(batch), self.net, max_samples=2, min_samples=2)
+
+
+class Eigenvalue(Asks):
+    def nest(self, batch):
+        hessian_eigenvalue(lambda: self.mse(batch), [self.net.weight], max_iterations=2)
+
+
+class Nested(Asks):
+    """A step of another network, as of a meta-learner."""
+
+    def nest(self, batch):
+        other, inside = nn.Linear(3, 2).double(), []
+
+        def loss_fn():
+            inside.append(in_second_pass())
+            return (other(batch[0]) - batch[1]).square().mean()
+
+        regularized_backward(loss_fn, other, GRRule(0.1, 0.1))
+        assert inside[1]
+        assert inside[0] == in_second_pass()  # its first pass is part of what runs around it
+
+
+class NestedPlain(Asks):
+    """A rule that has nothing to do."""
+
+    def nest(self, batch):
+        other = nn.Linear(3, 2).double()
+        regularized_backward(lambda: (other(batch[0]) - batch[1]).square().mean(), other, SAMRule(0.0))
+
+
+class NestedFails(Asks):
+    """The nested second pass ends with an error, which the step catches."""
+
+    def nest(self, batch):
+        other, calls = nn.Linear(3, 2).double(), []
+
+        def loss_fn():
+            calls.append(1)
+            if len(calls) == 2:
+                raise FloatingPointError
+            return other(batch[0]).square().mean()
+
+        with pytest.raises(FloatingPointError):
+            regularized_backward(loss_fn, other, SAMRule(0.1))
+
+
+class InHook(Asks):
+    """A tensor's hook runs in the backward pass."""
+
+    def step(self, batch):
+        loss = self.mse(batch)
+        before = in_second_pass()
+        loss.register_hook(lambda grad: SEEN.append((before, in_second_pass())))
+        return loss
+
+
+@over(Asks, Trace, Eigenvalue, Nested, NestedPlain, NestedFails, InHook)
+def test_it_is_what_it_was_after_something_nested(kind, form):
+    for method, probes in ((sam(0.5), 1), (CENTRAL, 2)):
+        SEEN.clear()
+        train(kind, form, method)
+        assert SEEN.count((False, False)) == 9
+        assert SEEN.count((True, True)) == 9 * probes
+        assert len(SEEN) == 9 * (1 + probes)
+        assert not in_second_pass()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_after_an_error_it_is_off(form):
+    class Fails(Situation):
+        def step(self, batch):
+            if in_second_pass():
+                raise FloatingPointError
+            return self.mse(batch)
+
+    with pytest.raises(FloatingPointError):
+        train(Fails, form, sam(0.5))
+    assert not in_second_pass()
+
+
+def test_a_monitor_and_its_loss():
+    """Measuring is a pass that leaves no trace: whatever it says meanwhile, it is off afterwards."""
+    seed()
+    module = Asks()
+    SEEN.clear()
+    make_trainer(SharpnessMonitor(samples=2), SAM(0.1), max_epochs=2).fit(module, Batches(module.make_batches()))
+    assert not in_second_pass()
+    assert all(before == after for before, after in SEEN)
+    assert SEEN.count((False, False)) == 18
+
+
+def test_threads():
+    """Each of two loops in two threads sees its own passes."""
+    wrong, barrier = [], threading.Barrier(2, timeout=60)
+
+    def loop():
+        torch.manual_seed(0)
+        net = nn.Linear(3, 1).double()
+        x = torch.randn(4, 3).double()
+        for _ in range(20):
+            calls = []
+
+            def loss_fn(calls=calls):
+                calls.append(1)
+                barrier.wait()
+                wrong.extend(1 for _ in range(4) if in_second_pass() != (len(calls) == 2))
+                barrier.wait()
+                return net(x).square().mean()
+
+            regularized_backward(loss_fn, net, SAMRule(0.1))
+            if in_second_pass():
+                wrong.append(1)
+
+    run_in_threads(loop, loop)
+    assert len(wrong) == 0
+
+
+def test_a_plain_loop_beside_a_regularized_one():
+    """One thread makes second passes, the other none."""
+    wrong, barrier = [], threading.Barrier(2, timeout=60)
+
+    def regularized():
+        net, x = nn.Linear(3, 1).double(), torch.randn(4, 3).double()
+
+        def loss_fn():
+            barrier.wait()
+            loss = net(x).square().mean()
+            barrier.wait()
+            return loss
+
+        for _ in range(10):
+            regularized_backward(loss_fn, net, SAMRule(0.1))
+
+    def plain():
+        for _ in range(20):
+            barrier.wait()
+            wrong.append(in_second_pass())
+            barrier.wait()
+
+    run_in_threads(regularized, plain)
+    assert wrong == [False] * 20
+
+
+def test_two_trainers_in_two_threads():
+    wrong, lock = [], threading.Lock()
+
+    class Checks(Situation):
+        steps = 40
+
+        def prepare(self):
+            self.calls = 0
+
+        def step(self, batch):
+            CALLS.value = getattr(CALLS, "value", 0) + 1
+            expected = CALLS.value % 2 == 0
+            loss = self.mse(batch)
+            if in_second_pass() != expected:
+                with lock:
+                    wrong.append(CALLS.value)
+            return loss
+
+    def fit():
+        module = Checks()
+        make_trainer(SAM(0.1)).fit(module, Batches(module.make_batches()))
+
+    run_in_threads(fit, fit)
+    assert wrong == []
+
+
+CALLS = threading.local()
+
+
+def run_in_threads(*functions):
+    errors = []
+
+    def guarded(function):
+        try:
+            function()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []

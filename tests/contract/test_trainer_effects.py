@@ -1,0 +1,299 @@
+"""DESIGN §3, row "logs, loggers, printing, save_checkpoint, should_stop, learning rates and schedulers"."""
+
+import pytest
+import torch
+from contract import LIGHTNING, Batches, Situation, check_no_trace, contract, make_trainer, over, same, train
+from oracle import FGR, HUGE
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers.logger import Logger
+
+from lightning_gr import GradientRegularizationMixin
+
+pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
+
+
+class InTrainer(Situation):
+    """Has effects on its Trainer, on the way to an ordinary loss."""
+
+    forms, has_oracle = LIGHTNING, False
+
+    def step(self, batch):
+        loss = self.mse(batch)
+        self.affect(loss)
+        return loss
+
+    def affect(self, loss):
+        raise NotImplementedError
+
+
+class Decays(InTrainer):
+    """A learning rate set by hand."""
+
+    def affect(self, loss):
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = 0.9 * group["lr"] + 1e-30
+            group["decay"] = group.get("decay", 1.0) * 0.9
+
+
+class DecaysByLoss(InTrainer):
+    """A rate that depends on the loss, through Lightning's wrapper."""
+
+    def affect(self, loss):
+        optimizer = self.optimizers()
+        optimizer.param_groups[0]["weight_decay"] = float(loss.detach()) * 1e-9
+
+
+class Scheduled(InTrainer):
+    """A scheduler stepped in the step."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)]
+
+    def affect(self, loss):
+        self.lr_schedulers().step()
+
+
+class Plateau(InTrainer):
+    """A scheduler of the module's own that looks at the loss."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        optimizer.param_groups[0]["lr"] = 1e-30
+        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, eps=0.0)
+        return optimizer
+
+    def affect(self, loss):
+        self.schedule.step(loss.detach())
+
+
+class OptimizerState(InTrainer):
+    """Writes the optimizer's state: momentum that is reset, a counter of its own."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+    def affect(self, loss):
+        state = self.trainer.optimizers[0].state[self.net.weight]
+        state["seen"] = state.get("seen", 0) + 1
+        STATES.append(state["seen"])
+        self.notes = [*getattr(self, "notes", []), state["seen"]]
+
+
+class Stops(InTrainer):
+    """Asks to stop where the loss is very large, which it is at the moved weights only."""
+
+    def affect(self, loss):
+        if loss > 100:
+            self.trainer.should_stop = True
+
+
+class Logs(InTrainer):
+    """In every way that ``self`` has."""
+
+    def affect(self, loss):
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log_dict({"a": loss.detach() * 2}, on_epoch=True)
+
+
+class CallbackMetrics(InTrainer):
+    """Written past ``self.log``."""
+
+    def affect(self, loss):
+        self.trainer.callback_metrics["mine"] = loss.detach()
+        self.trainer.callback_metrics["calls"] = self.trainer.callback_metrics.get("calls", torch.zeros(())) + 1
+
+
+STATES = []
+
+test_leaves_no_trace, _ = contract(
+    Decays, DecaysByLoss, Scheduled, Plateau, OptimizerState, Stops, Logs, CallbackMetrics
+)
+del _
+
+
+@over(OptimizerState)
+def test_the_state_of_the_optimizer(kind, form):
+    counts = []
+    for method in (None, HUGE):
+        STATES.clear()
+        found = train(kind, form, method)
+        counts.append(found.trainer.optimizers[0].state[found.module.net.weight]["seen"])
+    assert counts == [9, 9]
+
+
+# --- checkpoints
+
+
+class Saves(InTrainer):
+    """Over the good file, in each step."""
+
+    def affect(self, loss):
+        self.trainer.save_checkpoint(PLACE["path"] / f"{PLACE['name']}.ckpt")
+
+
+class SavesTheBest(InTrainer):
+    """Under the name of its loss: a checkpoint of the second pass would be another file."""
+
+    def affect(self, loss):
+        self.trainer.save_checkpoint(PLACE["path"] / f"{PLACE['name']} {float(loss.detach()):.6f}.ckpt", True)
+
+
+PLACE = {}
+
+
+@over(Saves, SavesTheBest)
+def test_checkpoints_hold_the_clean_weights(kind, form, tmp_path):
+    folders = []
+    for index, method in enumerate((None, HUGE)):
+        PLACE.update(path=tmp_path / str(index), name="good")
+        found = train(kind, form, method)
+        files = {path.name: path for path in sorted(PLACE["path"].iterdir())}
+        folders.append({name: torch.load(path, weights_only=False)["state_dict"] for name, path in files.items()})
+        for state in folders[-1].values():
+            assert torch.equal(state["net.weight"], found.module.net.weight)
+    assert folders[0].keys() == folders[1].keys()
+
+
+# --- loggers that are called directly
+
+
+class Recording(Logger):
+    """Keeps what it is given, as a service does."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.run = [], Run()
+
+    name = version = "recording"
+
+    @property
+    def experiment(self):
+        return self.run
+
+    def log_metrics(self, metrics, step=None):
+        ours = {k: v for k, v in metrics.items() if not k.startswith("gr/")}
+        if ours:
+            self.rows.append((ours, step))
+
+    def log_hyperparams(self, *args, **kwargs):
+        """Nothing of interest."""
+
+
+class Run:
+    """A client such as wandb's or a SummaryWriter; what it was sent is out of reach."""
+
+    def log(self, values):
+        SENT.append(values)
+
+    def add_scalar(self, name, value, step):
+        SENT.append((name, value, step))
+
+
+SENT = []
+
+
+class ByLogger(InTrainer):
+    def affect(self, loss):
+        self.logger.log_metrics({"direct": float(loss.detach())}, step=self.global_step)
+
+
+class ByExperiment(InTrainer):
+    def affect(self, loss):
+        self.logger.experiment.add_scalar("loss", float(loss.detach()), self.global_step)
+        self.logger.experiment.log({"loss": float(loss.detach())})
+
+
+class ByAllLoggers(InTrainer):
+    def affect(self, loss):
+        for logger in self.trainer.loggers:
+            logger.log_metrics({"direct": float(loss.detach())}, step=self.global_step)
+            logger.experiment.log({"loss": float(loss.detach())})
+
+
+class KeptExperiment(InTrainer):
+    """A reference that was taken before: ``self.writer``."""
+
+    def on_train_start(self):
+        self.writer = self.logger.experiment
+
+    def affect(self, loss):
+        self.writer.add_scalar("loss", float(loss.detach()), self.global_step)
+
+
+@over(ByLogger, ByExperiment, ByAllLoggers, KeptExperiment)
+def test_loggers_that_are_called_directly_get_one_row(kind, form):
+    seen = []
+    for method in (None, HUGE):
+        SENT.clear()
+        logger = Recording()
+        train(kind, form, method, logger=logger, log_every_n_steps=1)
+        seen.append((logger.rows, list(SENT)))
+    assert len(seen[0][0] + seen[0][1]) >= 9
+    assert seen[1] == seen[0]
+
+
+class ByCSV(InTrainer):
+    """A logger of Lightning's own, whose experiment has a state."""
+
+    def affect(self, loss):
+        self.logger.experiment.log_metrics({"direct": float(loss.detach())}, self.global_step)
+
+
+@over(ByCSV)
+def test_a_logger_of_lightning(kind, form, tmp_path):
+    texts = []
+    for index, method in enumerate((None, FGR)):
+        train(kind, form, method, logger=CSVLogger(tmp_path, version=index), log_every_n_steps=100)
+        lines = (tmp_path / "lightning_logs" / f"version_{index}" / "metrics.csv").read_text().splitlines()
+        texts.append(lines)
+    assert len(texts[0]) == len(texts[1]) >= 3
+    assert texts[0] == texts[1]
+
+
+def test_printing_is_muted(capsys):
+    class Prints(InTrainer):
+        def affect(self, loss):
+            self.print("a line")
+
+    outputs = []
+    for method in (None, HUGE):
+        capsys.readouterr()
+        train(Prints, "automatic", method)
+        outputs.append(capsys.readouterr().out.count("a line"))
+    assert outputs == [9, 9]
+
+
+def test_several_optimizers_of_a_mixin():
+    """The rate of the other one, and its scheduler."""
+
+    class Both(GradientRegularizationMixin, InTrainer):
+        def configure_optimizers(self):
+            first = torch.optim.SGD([self.net.weight], lr=0.0)
+            second = torch.optim.SGD([self.net.bias], lr=0.1)
+            return [first, second], [torch.optim.lr_scheduler.StepLR(second, 1, 0.5)]
+
+        def training_step(self, batch, batch_idx):
+            def loss_fn():
+                self.lr_schedulers().step()
+                self.optimizers()[0].param_groups[0]["seen"] = self.lr_schedulers().last_epoch
+                return self.mse(batch)
+
+            self.regularized_step(self.optimizers()[0], loss_fn)
+
+    module = Both()
+    module.automatic_optimization = False
+    trainer = make_trainer(HUGE.callback())
+    trainer.fit(module, Batches(module.make_batches()))
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 9
+    assert trainer.optimizers[1].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**9)
+    assert trainer.optimizers[0].param_groups[0]["seen"] == 9
+
+
+def test_the_comparison_of_trainers_sees_what_a_step_does():
+    """Or the tests above would show nothing."""
+    plain = train(Decays, "automatic")
+    assert plain.trainer.optimizers[0].param_groups[0]["decay"] == pytest.approx(0.9**9)
+    with pytest.raises(pytest.fail.Exception):
+        same("learning rates", {"lr": plain.trainer.optimizers[0].param_groups[0]["lr"]}, {"lr": 0.0})
+    check_no_trace(Logs, "automatic", FGR, log_every_n_steps=1)

@@ -1,0 +1,121 @@
+"""What happens to ``.grad`` around a pass: nothing is lost, nothing is counted twice."""
+
+from contextlib import suppress
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_gr.core.gradients import StashedGradients, hidden_gradients, unchanged_gradients
+
+
+def make_params(*values):
+    params = [nn.Parameter(torch.zeros(3)) for _ in values]
+    for param, value in zip(params, values, strict=True):
+        param.grad = None if value is None else torch.full((3,), float(value))
+    return params
+
+
+def grads(params):
+    return [None if p.grad is None else p.grad[0].item() for p in params]
+
+
+# --- stashed
+
+
+def test_a_stashed_gradient_is_added_once():
+    params, stashed = make_params(1, 2, None), StashedGradients()
+    kept = [p.grad for p in params]
+    assert not stashed
+    stashed.stash(params)
+    assert stashed
+    assert grads(params) == [None] * 3
+    params[1].grad, params[2].grad = torch.full((3,), 10.0), torch.full((3,), 20.0)
+    stashed.restore()
+    assert grads(params) == [1, 12, 20]
+    assert params[0].grad is kept[0]  # not copied
+    assert not stashed
+    stashed.restore()
+    assert grads(params) == [1, 12, 20]
+
+
+def test_of_some_parameters_and_times_a_factor():
+    params, stashed = make_params(1, 2, 3), StashedGradients()
+    stashed.stash(params)
+    params[1].grad = torch.ones(3)
+    stashed.restore(params[:2], 0.5)
+    assert grads(params) == [0.5, 2, None]
+    assert stashed
+    stashed.restore()
+    assert grads(params) == [0.5, 2, 3]
+
+
+def test_what_was_restored_can_be_undone_until_it_is_cleared():
+    params, stashed = make_params(1, 2), StashedGradients()
+    stashed.stash(params)
+    stashed.restore(params, 0.25)
+    for param in params:  # to be made again
+        param.grad = None
+    stashed.undo(params[:1])
+    stashed.restore()
+    assert grads(params) == [1, None]
+    stashed.clear()
+    stashed.undo(params)
+    assert not stashed
+
+
+def test_a_view_of_a_bucket_is_copied():
+    """The next backward pass writes to it."""
+    (param,), bucket, stashed = make_params(None), torch.full((6,), 5.0), StashedGradients()
+    param.grad = bucket[3:]
+    stashed.stash([param])
+    bucket.zero_()
+    stashed.restore()
+    assert grads([param]) == [5]
+
+
+# --- hidden
+
+
+def test_a_step_finds_no_gradient_and_cannot_touch_it():
+    params = make_params(1, 2, 3, None)
+    kept = [p.grad for p in params]
+    with suppress(KeyboardInterrupt), hidden_gradients(params, added=params[1:2]):
+        assert grads(params) == [None] * 4
+        for param in (params[0], params[1], params[3]):
+            param.grad = torch.full((3,), 10.0)
+        raise KeyboardInterrupt
+    assert grads(params) == [1, 12, 3, None]
+    assert all(p.grad is k for p, k in zip(params, kept, strict=True))
+
+
+def test_an_own_backward_of_a_parameter_without_gradient_counts():
+    params = make_params(None)
+    with hidden_gradients(params, added=params):
+        params[0].sum().backward()
+    assert grads(params) == [1]
+
+
+# --- unchanged
+
+
+@pytest.mark.parametrize("value", [None, 7])
+def test_what_arrives_is_zero(value):
+    """And it does arrive, as DDP wants."""
+    first, second = make_params(value, 1)
+    arrived = []
+    first.register_post_accumulate_grad_hook(lambda p: arrived.append(p))
+    with suppress(KeyboardInterrupt), unchanged_gradients([first]):
+        (first + second).sum().backward()
+        raise KeyboardInterrupt
+    assert arrived == [first]
+    assert grads([first, second]) == [value or 0, 2]
+    first.sum().backward()
+    assert grads([first]) == [(value or 0) + 1]
+
+
+def test_a_frozen_parameter_is_let_alone():
+    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    with unchanged_gradients([frozen]):
+        pass
+    assert frozen.grad is None

@@ -1,0 +1,38 @@
+"""Which parameters a pattern means."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_gr.core.selection import match_names
+
+
+def found(patterns, net):
+    return match_names(patterns, net.named_parameters(remove_duplicate=False))
+
+
+def test_patterns_are_over_whole_names_and_case_counts():
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    assert found(["*.bias"], net) == {id(net[0].bias), id(net[1].bias)}
+    assert found(["[01].weight", "1.bias"], net) == {id(net[0].weight), id(net[1].weight), id(net[1].bias)}
+    for pattern in ("bias", "0", "0.Weight", "*.BIAS", ""):
+        with pytest.raises(ValueError, match=r"matches none of 0\.weight, 0\.bias, 1\.weight, 1\.bias;"):
+            found(["*", pattern], net)
+
+
+def test_any_name_of_a_tied_parameter_will_do():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    for pattern in ("0.weight", "1.weight"):
+        assert found([pattern], net) == {id(net[0].weight)}
+
+
+def test_a_message_names_some_of_many():
+    many = [(f"layer_{i}", torch.ones(1)) for i in range(100)]
+    with pytest.raises(ValueError, match=r"'x' matches none of layer_0, layer_1, layer_2, layer_3, …;") as caught:
+        match_names(["layer_99", "x"], many)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_pattern_needs_no_parameter():
+    assert match_names([], iter([])) == set()

@@ -1,0 +1,99 @@
+"""Distributed tensors in one process; four ranks are in tests/system/test_sharded.py."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from lightning_gr.core.sharding import (
+    by_layout,
+    is_distributed,
+    local_parts,
+    mean_over_ranks,
+    norm_over_ranks,
+    settle_gradients,
+    sum_over_ranks,
+)
+
+
+@pytest.fixture
+def mesh():
+    """Of one rank, which needs no other process and no port."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def reduced(monkeypatch):
+    """Let each sum over ranks be that over three which have the same, and note over which group it goes."""
+    groups = []
+
+    def all_reduce(tensor, group=None):
+        groups.append(group)
+        tensor.mul_(3)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    return groups
+
+
+def test_plain_tensors_are_whole_and_reduce_nothing(reduced):
+    x = torch.ones(3)
+    assert not is_distributed(x)
+    assert local_parts([x])[0] is x
+    assert by_layout([x, x]) == {None: [x, x]}
+    assert norm_over_ranks(x, x) is x
+    assert sum_over_ranks(x, x) is x
+    assert reduced == []
+
+
+def test_local_parts_share_storage_and_layouts_are_told_apart(mesh):
+    data = torch.arange(6.0).view(3, 2)
+    layouts = [(Shard(0), Replicate()), (Shard(0), Replicate()), (Shard(1), Shard(0))]
+    spread = [DTensor.from_local(data, mesh, layout) for layout in layouts]
+    assert all(is_distributed(x) for x in spread)
+    (part, *_) = local_parts(spread)
+    part[0, 0] = 7.0
+    assert spread[0].to_local()[0, 0] == 7.0
+    groups = by_layout([spread[0], data, spread[1], spread[2]])
+    assert list(map(len, groups.values())) == [2, 1, 1]
+    assert groups[None][0] is data
+
+
+@pytest.mark.parametrize(
+    ("layout", "factor"), [((Shard(0), Replicate()), 3), ((Shard(0), Shard(0)), 9), ((Replicate(),) * 2, 1)]
+)
+def test_sums_go_over_the_ranks_that_hold_parts(mesh, reduced, layout, factor):
+    like, values = DTensor.from_local(torch.ones(3), mesh, layout), torch.tensor([1.0, 2.0])
+    assert torch.equal(sum_over_ranks(values, like), factor * values)
+    assert torch.equal(values, torch.tensor([1.0, 2.0]))
+    assert reduced == [mesh.get_group(i) for i, place in enumerate(layout) if place.is_shard()]
+    norm = norm_over_ranks(torch.tensor(2.0), like)
+    assert norm.item() == pytest.approx(2.0 * factor**0.5)
+    assert norm.dtype is torch.float32
+
+
+def test_a_large_norm_does_not_overflow(mesh, reduced):
+    like = DTensor.from_local(torch.ones(3), mesh, (Shard(0), Replicate()))
+    assert norm_over_ranks(torch.tensor(1e30), like).item() == pytest.approx(3**0.5 * 1e30)
+
+
+def test_the_mean_leaves_its_argument_alone(mesh, reduced):
+    value = torch.tensor(2.0, requires_grad=True)
+    assert mean_over_ranks(value).item() == 6.0  # the fake sum, over the one rank that there is
+    assert not mean_over_ranks(value).requires_grad
+    assert value.item() == 2.0
+
+
+def test_gradients_that_wait_for_a_sum_get_the_layout_of_their_parameter(mesh):
+    param = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, (Shard(0), Replicate())))
+    other = nn.Parameter(torch.ones(2))
+    param.grad = DTensor.from_local(torch.full((4,), 5.0), mesh, (Partial(), Replicate()))
+    other.grad = torch.ones(2)
+    whole = other.grad
+    settle_gradients([param, other, nn.Parameter(torch.ones(1))])
+    assert param.grad.placements == param.placements
+    assert torch.equal(param.grad.full_tensor(), torch.full((4,), 5.0))
+    assert other.grad is whole

@@ -1,0 +1,87 @@
+"""The arguments of a training step: containers are put back, written tensors refused."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_gr.replay.batch import Batch
+from lightning_gr.replay.footprint import Snapshot
+
+LOADER = SimpleNamespace()
+
+
+def make():
+    return {"x": torch.arange(100.0).view(4, 25), "inner": [torch.ones(2), {"y": torch.zeros(3)}], "name": "a"}
+
+
+def test_containers_are_put_back_and_tensors_are_the_same_ones():
+    value, other = make(), SimpleNamespace(x=torch.ones(1))
+    batch = Batch((value, 0), {"other": other}, nn.Module())
+    start, tensors = Snapshot(batch.protected), (value["x"], value["inner"][1]["y"], other.x)
+    value.pop("x")
+    value["inner"][1].clear()
+    value["inner"].append(3)
+    other.x = other.x * 2
+    start.restore()
+    assert value.keys() == make().keys()
+    assert len(value["inner"]) == 2
+    now = value["x"], value["inner"][1]["y"], other.x
+    assert all(a is b for a, b in zip(now, tensors, strict=True))
+    batch.note_after_first()
+    batch.check(LOADER)
+
+
+def writes(tensor):
+    return [
+        lambda: tensor.mul_(2), lambda: tensor.data.add_(1), lambda: setattr(tensor, "data", tensor + 1),
+        lambda: tensor.__setitem__(0, 7), lambda: tensor.resize_(0), lambda: tensor.detach().numpy().fill(9.0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", range(6))
+@pytest.mark.parametrize("find", [lambda v: v["x"], lambda v: v["inner"][0], lambda v: v["inner"][1]["y"]])
+def test_a_written_tensor_is_refused(find, way):
+    value = make()
+    batch = Batch((value,), {}, nn.Module())
+    writes(find(value))[way]()
+    batch.note_after_first()  # the first pass itself is not refused
+    with pytest.raises(RuntimeError, match="changed a tensor of its batch in place") as caught:
+        batch.check(LOADER)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("way", range(6))
+def test_a_loader_that_writes_into_earlier_batches_is_named(way):
+    value = make()
+    batch = Batch((value,), {}, nn.Module())
+    batch.note_after_first()
+    batch.check(LOADER)
+    writes(value["x"])[way]()
+    with pytest.raises(RuntimeError, match=r"^SimpleNamespace wrote new data"):
+        batch.check(LOADER)
+
+
+@pytest.mark.parametrize("make_iterator", [lambda: iter([1]), lambda: (i for i in range(3)), lambda: map(int, "12")])
+def test_an_iterator_is_refused_at_once(make_iterator):
+    with pytest.raises(RuntimeError, match=r"The batch holds a .*, which the second pass would find used up"):
+        Batch(({"x": [make_iterator()]},), {}, nn.Module())
+
+
+def test_the_module_is_not_entered_from_here():
+    module = nn.Linear(2, 2)
+    batch = Batch(([module],), {}, module)
+    with torch.no_grad():
+        module.weight += 1
+    batch.note_after_first()
+    batch.check(LOADER)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
+def test_what_is_no_plain_tensor_may_be_there():
+    value = [torch.eye(3).to_sparse(), torch.empty(3, device="meta"), np.arange(3), torch.zeros(0), None, "x", 1j]
+    batch = Batch(tuple(value), {}, nn.Module())
+    batch.note_after_first()
+    batch.check(LOADER)

@@ -1,0 +1,201 @@
+"""An evaluation again: from the same start, and as if it had never happened."""
+
+import random
+from collections import deque
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from modules import assert_same, cross_entropy, make_batches, mlp, weights
+from outside import Record
+from torch import nn
+
+from lightning_gr import in_second_pass
+from lightning_gr.replay.evaluation import Evaluation, Surroundings
+from lightning_gr.replay.footprint import Footprint
+
+
+class Busy(nn.Module):
+    """Writes wherever it can, and computes from what it finds there."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.register_buffer("running", torch.zeros(3, dtype=torch.float64))
+        self.count, self.items, self.last, self.table = 0, [], deque(maxlen=2), {"a": {"b": 0}}
+        self.array, self.tensor, self.generator = np.zeros(3), torch.zeros(2), random.Random(0)
+
+    def forward(self, x):
+        self.count += 1
+        self.items.append(self.count)
+        self.last.append(self.count)
+        self.table["a"]["b"] += 1
+        self.array += 1
+        self.tensor += 1
+        self.new = self.generator.random()
+        self.running = self.running * 0.5 + self.count
+        noise = torch.rand(()).double() + np.random.rand() + random.random()
+        return self.net(x) * (self.count + self.running.sum() + self.new + noise + self.array[0] + len(self.items))
+
+    def state(self):
+        return (
+            self.count, list(self.items), list(self.last), self.table["a"]["b"], self.array.tolist(),
+            self.tensor.tolist(), self.generator.getstate(), self.new, self.running.tolist(),
+            torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate(),
+        )  # fmt: skip
+
+
+def make(net, **options):
+    seen, batch = Record(), make_batches()[0]
+
+    def compute():
+        seen.append((in_second_pass(), net.count))
+        return cross_entropy(net, batch)
+
+    surroundings = Surroundings(
+        Footprint(lambda: {"self": net}), trained=lambda: list(net.parameters()), **options
+    )  # fmt: skip
+    return compute, surroundings, seen
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_from_the_same_start_and_without_a_trace(steps):
+    net = Busy()
+    compute, surroundings, seen = make(net)
+    for step in range(steps):
+        evaluation = Evaluation(compute, surroundings)
+        first = evaluation.first()
+        first.backward()
+        state, clean, grads = net.state(), weights(net), [p.grad.clone() for p in net.parameters()]
+        for _ in range(2):
+            with evaluation.again() as loss:
+                assert torch.equal(loss, first)
+                loss.backward()
+                assert not all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), grads, strict=True))
+                for p, g in zip(net.parameters(), grads, strict=True):
+                    p.grad = g.clone()
+            assert net.state() == state
+        assert_same(weights(net), clean)
+        assert list(seen)[-3:] == [(False, step), (True, step), (True, step)]
+    assert not in_second_pass()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("where", ["computation", "body"])
+def test_an_exception_leaves_no_trace_either(error, where):
+    net = Busy()
+    compute, surroundings, _ = make(net)
+
+    def fails():
+        loss = compute()
+        if in_second_pass() and where == "computation":
+            raise error
+        return loss
+
+    evaluation = Evaluation(fails, surroundings)
+    evaluation.first()
+    state = net.state()
+    with pytest.raises(error) as caught, evaluation.again():
+        raise error
+    assert net.state() == state
+    assert not in_second_pass()
+    notes = getattr(caught.value, "__notes__", [])
+    assert bool(notes) == (error is ValueError)
+
+
+def test_what_is_moved_stays_where_it_is():
+    """The weights are displaced by others, who put them back."""
+    net = Busy()
+    compute, surroundings, _ = make(net)
+    evaluation, moved = Evaluation(compute, surroundings), list(net.net.parameters())
+    evaluation.first()
+    with torch.no_grad():
+        for param in moved:
+            param += 1
+    displaced = weights(net)
+    with evaluation.again(moved):
+        assert_same(weights(net), displaced)
+    assert_same(weights(net), displaced)
+
+
+def test_muted_methods_do_nothing_in_the_second_pass():
+    said, net = Record(), Busy()
+    net.say = said.append
+    compute, surroundings, _ = make(net, muted=lambda: [(net, ("say",))])
+
+    def talks():
+        net.say(in_second_pass())
+        return compute()
+
+    evaluation = Evaluation(talks, surroundings)
+    evaluation.first()
+    with evaluation.again():
+        net.say("body")
+    assert list(said) == [False]
+
+
+def test_gradients_that_a_computation_leaves_behind():
+    """Those of moved parameters count if so asked; of others and of what is not trained they do not."""
+    net, extra = mlp(), torch.ones(2, requires_grad=True)
+    holder = nn.Module()
+    holder.net, holder.extra = net, [extra]
+    surroundings = Surroundings(Footprint(lambda: {"self": holder}), trained=lambda: list(net.parameters()))
+
+    def compute():
+        (sum(p.sum() for p in net.parameters()) + extra.sum()).backward()
+        return extra.sum()
+
+    first, *others = net.parameters()
+    evaluation = Evaluation(compute, surroundings)
+    evaluation.first()
+    for adding, expected in ((True, 2.0), (False, 2.0)):
+        with evaluation.again([first], adding=adding):
+            assert extra.grad is None or extra.grad.eq(1).all()
+        assert first.grad.eq(expected).all()
+        assert all(p.grad.eq(1).all() for p in others)
+        assert extra.grad.eq(1).all()
+
+
+def test_learning_leaves_no_trace_and_gives_the_start():
+    net = Busy()
+    net.new = 0.0
+    compute, surroundings, _ = make(net)
+    state, clean = net.state(), weights(net)
+    evaluation = Evaluation(compute, surroundings)
+    evaluation.learn()
+    assert net.state() == state
+    assert_same(weights(net), clean)
+    assert all(p.grad is None for p in net.parameters())
+    with evaluation.again() as first, evaluation.again() as second:
+        assert torch.equal(first, second)
+    assert net.state() == state
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_write_that_only_the_second_pass_does_is_put_back_or_named(learned):
+    net = Busy()
+    net.register_buffer("odd", torch.zeros(2**11))
+    compute, surroundings, _ = make(net)
+
+    def odd():
+        if in_second_pass():
+            net.odd += 1
+        return compute()
+
+    if not learned:  # the third evaluation is none to learn from
+        for _ in range(2):
+            Evaluation(compute, surroundings).first()
+    before = net.odd.clone()
+    evaluation = Evaluation(odd, surroundings)
+    evaluation.first()
+    named = nullcontext() if learned else pytest.warns(UserWarning, match="`self.odd` was changed by a second pass")
+    with named, evaluation.again():
+        pass
+    assert torch.equal(net.odd, before) == learned
+    before = net.odd.clone()
+    evaluation = Evaluation(odd, surroundings)
+    evaluation.first()
+    with evaluation.again():
+        pass
+    assert torch.equal(net.odd, before)  # it is protected from then on

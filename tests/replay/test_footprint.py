@@ -1,0 +1,277 @@
+"""What is found to be written to: at the first look, later by marks, and what is not looked at."""
+
+import functools
+import logging
+import types
+from collections import UserDict
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from lightning_gr.replay.footprint import Fingerprint, Footprint, Snapshot, storages_of, walk
+from lightning_gr.replay.places import MOST_ENTRIES, TensorPlace
+
+
+def owners(**roots):
+    return [place.owner for place in walk(roots)]
+
+
+def is_found(target, **roots):
+    return any(owner is target for owner in owners(**roots))
+
+
+# --- what can be reached
+
+
+@dataclass
+class Data:
+    inner: dict = field(default_factory=dict)
+
+
+class Slots:
+    __slots__ = ("inner",)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+
+class Object:
+    def __init__(self, inner):
+        self.inner = inner
+
+    def method(self):
+        return self.inner
+
+
+class Function(torch.autograd.Function):
+    pass
+
+
+def captured(target):
+    return lambda: target
+
+
+def by_default(target):
+    def function(x=target):
+        return x
+
+    return function
+
+
+def with_attribute(target):
+    def function():
+        return None
+
+    function.note = target
+    return function
+
+
+def with_hook(target):
+    layer = nn.Linear(1, 1)
+    layer.register_forward_hook(captured(target))
+    return layer
+
+
+WAYS = {
+    "list": lambda t: [t], "tuple": lambda t: (1, (t,)), "dict": lambda t: {"a": {"b": t}},
+    "UserDict": lambda t: UserDict(a=t),
+    "dataclass": lambda t: Data({"x": t}), "slots": Slots, "object": Object, "method": lambda t: Object(t).method,
+    "closure": captured, "closure of a closure": lambda t: captured(captured(t)), "default": by_default,
+    "attribute of a function": with_attribute, "partial": lambda t: functools.partial(print, t, x=1),
+    "keyword of a partial": lambda t: functools.partial(print, x=t), "hook": with_hook,
+    "class attribute": lambda t: type("Own", (), {"shared": t})(),
+    "array of objects": lambda t: np.array([t, None], dtype=object),
+    "namespace": lambda t: types.SimpleNamespace(x=t), "list subclass": lambda t: type("L", (list,), {})([t]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_is_reached_by(way):
+    target = {"a": 1}
+    assert is_found(target, self=WAYS[way](target))
+    module = nn.Module()
+    module.x = WAYS[way](target)
+    assert is_found(target, self=module)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        logging.getLogger, type("DataLoader", (Object,), {}),
+        type("MyTrainer", (type("Trainer", (Object,), {}),), {}),
+        lambda t: dict.fromkeys(range(MOST_ENTRIES + 1), t),
+    ],
+)  # fmt: skip
+def test_is_not_entered(wrap):
+    target = {"a": 1}
+    value = wrap("x") if wrap is logging.getLogger else wrap(target)
+    assert not is_found(target, self={"value": value})
+
+
+def test_a_module_object_is_out_of_reach_and_so_are_closed_objects():
+    target, record = [1], types.ModuleType("record")
+    record.items = target
+    assert not is_found(target, self=[record])
+    assert not any(place.owner is target for place in walk({"self": [target]}, closed=[target]))
+
+
+def test_no_property_runs_and_circles_end():
+    class Loud:
+        def __init__(self):
+            self.itself = self
+
+        @property
+        def bad(self):
+            raise AssertionError("a property was read")
+
+        def __getattr__(self, name):
+            raise AssertionError("an attribute was asked for")
+
+    assert len(owners(self=Loud())) > 0
+
+
+def test_leaves_are_those_with_a_gradient():
+    leaf, plain = torch.ones(2, requires_grad=True), torch.ones(2)
+    footprint = Footprint(lambda: {"self": [leaf, plain, leaf * 2]})
+    footprint.begin()
+    assert [id(found) for found in footprint.leaves] == [id(leaf)]
+    plain.requires_grad_()  # as a training step does that needs the gradient of its input
+    assert [id(found) for found in footprint.leaves] == [id(leaf), id(plain)]
+
+
+# --- what is learned
+
+
+# entries; smaller tensors are saved in each step
+SIZE = 2**11
+
+
+class Writes(nn.Module):
+    """Writes to what ``at`` says, if it is the time."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("running", torch.zeros(SIZE))
+        self.register_buffer("other", torch.zeros(SIZE))
+        self.large = np.zeros(2**14)
+
+
+def protected_paths(footprint):
+    content = [place for place in footprint.protected if type(place).__name__ in ("TensorPlace", "ArrayPlace")]
+    return {place.path for place in content if place.owner.nbytes > 2**12}
+
+
+def evaluate(footprint, write):
+    learning = footprint.begin()
+    before = footprint.unprotected(0) if learning else footprint.marks()
+    write()
+    footprint.note(before.changed())
+    return learning
+
+
+def test_looks_at_the_first_the_second_the_fourth_and_when_modules_come():
+    net = Writes()
+    footprint = Footprint(lambda: {"self": net})
+    assert [evaluate(footprint, int) for _ in range(9)] == [True, True, False, True, False, False, False, True, False]
+    net.new = nn.Linear(1, 1)
+    assert [evaluate(footprint, int) for _ in range(2)] == [True, False]
+
+
+@pytest.mark.parametrize("late", [0, 2])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda net: net.running.add_(1),
+        lambda net: net.running.data.add_(1),
+        lambda net: setattr(net.running, "data", torch.ones(SIZE)),
+    ],
+    ids=["in place", "through data", "data"],
+)
+def test_a_write_is_learned_also_if_it_comes_late(late, write):
+    net = Writes()
+    footprint = Footprint(lambda: {"self": net})
+    for _ in range(late):
+        evaluate(footprint, int)
+    assert protected_paths(footprint) == set()
+    assert evaluate(footprint, lambda: write(net)) == (late == 0)
+    assert protected_paths(footprint) == {"self.running"}
+    evaluate(footprint, int)
+    assert protected_paths(footprint) == {"self.running"}
+
+
+def test_a_large_array_is_seen_at_a_look():
+    net = Writes()
+    footprint = Footprint(lambda: {"self": net})
+    evaluate(footprint, lambda: net.large.__setitem__(7, 1.0))
+    assert protected_paths(footprint) == {"self.large"}
+
+
+def test_a_fingerprint_names_what_changed():
+    net = Writes()
+    places = walk({"self": net})
+    fingerprint = Fingerprint(places, 0)
+    assert fingerprint.changed() == []
+    net.running.data[1] += 1
+    net.layer.weight.data += 1
+    net.note = 1
+    assert {place.path for place in fingerprint.changed()} == {"self.running", "self.layer.weight", "self"}
+    moved = storages_of([net.layer.weight])
+    assert {place.path for place in fingerprint.changed(moved)} == {"self.running", "self"}
+
+
+def test_a_snapshot_restores_all_but_what_is_moved():
+    net = Writes()
+    snapshot = Snapshot(walk({"self": net}))
+    weight, running = net.layer.weight.detach().clone(), net.running
+    with torch.no_grad():
+        net.layer.weight += 1
+        net.layer.bias += 1
+        net.running += 1
+        net.large[3] = 1
+    net.note = 1
+    bias = net.layer.bias.detach() - 1
+    snapshot.restore(storages_of([net.layer.weight]))
+    assert torch.equal(net.layer.weight, weight + 1)
+    assert torch.allclose(net.layer.bias, bias)
+    assert net.running is running
+    assert not net.running.any()
+    assert not net.large.any()
+    assert not hasattr(net, "note")
+    assert [place for place in snapshot.changed() if not isinstance(place, TensorPlace)] == []
+
+
+def test_a_view_of_moved_weights_is_moved_with_them():
+    net = Writes()
+    net.view = net.layer.weight.data[0]
+    snapshot = Snapshot(walk({"self": net}))
+    with torch.no_grad():
+        net.layer.weight += 1
+    moved = net.layer.weight.detach().clone()
+    snapshot.restore(storages_of([net.layer.weight]))
+    assert torch.equal(net.layer.weight, moved)
+
+
+def test_what_cannot_be_put_back_is_named_once():
+    told, steps = [], iter(range(100))
+    footprint = Footprint(lambda: {"self": {"steps": steps}}, warn=told.append)
+    for _ in range(3):
+        footprint.begin()
+        start = Snapshot(footprint.protected)
+        next(steps)
+        footprint.warn_about_opaque(start)
+    assert len(told) == 1
+    assert told[0].startswith("`self['steps']` cannot be put back")
+    assert "`lightning_gr.in_second_pass()`" in told[0]
+
+
+def test_hidden_attributes_of_a_lightning_module():
+    module = pl.LightningModule()
+    module.mine, module.theirs = {"a": 1}, {"b": 1}
+    found = [place.owner for place in walk({"self": module}, frozenset({"theirs"}))]
+    assert any(owner is module.mine for owner in found)
+    assert not any(owner is module.theirs for owner in found)

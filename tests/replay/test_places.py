@@ -1,0 +1,280 @@
+"""Each kind of place: a save does not change it, a change is seen, and a restore leaves no trace."""
+
+import io
+import itertools
+import random
+from array import array
+from collections import OrderedDict, UserDict, defaultdict, deque
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_gr.replay import places
+from lightning_gr.replay.footprint import walk
+
+
+class Strict(dict):
+    """Allows nothing to be set."""
+
+    def __setitem__(self, key, value):
+        raise AssertionError("its methods are not to be called")
+
+    update = clear = items = values = keys = __setitem__
+
+
+class Slotted:
+    __slots__ = ("a", "b")
+
+    def __init__(self):
+        self.a = 1
+
+
+class Plain:
+    shared = 1
+
+    def __init__(self):
+        self.a = 1
+
+
+def cell_of(value):
+    return (lambda: value).__closure__[0]
+
+
+def empty_cell():
+    if False:
+        late = 1
+    return (lambda: late).__closure__[0]
+
+
+def change_dict(d):
+    dict.__setitem__(d, "new", 1)
+
+
+def reorder(d):
+    d["a"] = d.pop("a")
+
+
+def set_cell(cell):
+    cell.cell_contents = "other"
+
+
+def clear_cell(cell):
+    del cell.cell_contents
+
+
+CASES = {
+    "dict": (places.EntryPlace, lambda: {"a": 1, "b": 2}, change_dict),
+    "dict, other value": (places.EntryPlace, lambda: {"a": 1, "b": 2}, lambda d: d.update(a=3)),
+    "dict, other key": (places.EntryPlace, lambda: {"a": None, "b": 2}, lambda d: (d.pop("a"), d.update(c=None))),
+    "dict, order": (places.EntryPlace, lambda: {"a": 1, "b": 2}, reorder),
+    "ordered": (places.EntryPlace, lambda: OrderedDict(a=1, b=2), lambda d: d.move_to_end("a")),
+    "default": (places.EntryPlace, lambda: defaultdict(list), lambda d: d["x"].append(1)),
+    "strict dict": (places.EntryPlace, lambda: Strict(a=1), change_dict),
+    "list": (places.SequencePlace, lambda: [1, 2], lambda x: x.append(3)),
+    "list, item": (places.SequencePlace, lambda: [1, 2], lambda x: x.__setitem__(0, 3)),
+    "list, cleared": (places.SequencePlace, lambda: [1, 2], lambda x: x.clear()),
+    "deque": (places.SequencePlace, lambda: deque([1, 2], maxlen=2), lambda x: x.append(3)),
+    "set": (places.SequencePlace, lambda: {1, 2}, lambda x: x.add(3)),
+    "set, replaced": (places.SequencePlace, lambda: {1, 2}, lambda x: (x.remove(1), x.add(3))),
+    "bytearray": (places.SequencePlace, lambda: bytearray(b"ab"), lambda x: x.__setitem__(0, 200)),
+    "array": (places.SequencePlace, lambda: array("d", [1.0]), lambda x: x.append(1e300)),
+    "array, item": (places.SequencePlace, lambda: array("q", [10**10, 2]), lambda x: x.__setitem__(0, 10**11)),
+    "attributes": (places.AttributePlace, lambda: vars(Plain()), lambda d: d.update(a=2)),
+    "attributes, new": (places.AttributePlace, lambda: vars(Plain()), lambda d: d.update(b=2)),
+    "slots": (places.SlotPlace, Slotted, lambda x: setattr(x, "a", 2)),
+    "slots, new": (places.SlotPlace, Slotted, lambda x: setattr(x, "b", 2)),
+    "slots, deleted": (places.SlotPlace, Slotted, lambda x: delattr(x, "a")),
+    "class": (places.ClassPlace, lambda: type("Own", (), {"x": 1}), lambda c: setattr(c, "x", 2)),
+    "class, new": (places.ClassPlace, lambda: type("Own", (), {"x": 1}), lambda c: setattr(c, "y", 2)),
+    "class, deleted": (places.ClassPlace, lambda: type("Own", (), {"x": 1}), lambda c: delattr(c, "x")),
+    "cell": (places.CellPlace, lambda: cell_of("one"), set_cell),
+    "cell, emptied": (places.CellPlace, lambda: cell_of("one"), clear_cell),
+    "cell, filled": (places.CellPlace, empty_cell, set_cell),
+    "numpy": (places.ArrayPlace, lambda: np.arange(4.0), lambda a: a.__setitem__(1, 9)),
+    "numpy, resized": (places.ArrayPlace, lambda: np.arange(4.0), lambda a: a.resize((6,), refcheck=False)),
+    "numpy, objects": (places.ArrayPlace, lambda: np.array([None, "a"]), lambda a: a.__setitem__(0, "b")),
+    "numpy, structured": (
+        places.ArrayPlace, lambda: np.zeros(2, dtype=[("a", "f8"), ("b", "i4")]), lambda a: a["b"].fill(3),
+    ),
+}  # fmt: skip
+
+
+def make_place(name):
+    kind, make, change = CASES[name]
+    owner = make()
+    return (kind(owner, "x", ("a", "b")) if kind is places.SlotPlace else kind(owner, "x")), change
+
+
+def content(place):
+    """As far as ``repr`` and types tell."""
+    saved = place.save()
+    items = list(saved.items()) if isinstance(saved, dict) else saved
+    return type(place.owner), repr(items), repr(getattr(place.owner, "maxlen", None))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_saved_changed_and_restored(name):
+    place, change = make_place(name)
+    owner, before, saved = place.owner, content(place), place.save()
+    assert not place.differs(saved)
+    change(owner)
+    assert place.differs(saved)
+    assert content(place) != before
+    for _ in range(2):  # a second time, which finds nothing to do
+        place.restore(saved)
+        assert place.owner is owner
+        assert content(place) == before
+        assert not place.differs(saved)
+    change(owner)  # what was saved has not been given away
+    place.restore(saved)
+    assert content(place) == before
+
+
+def test_an_equal_value_is_not_the_same():
+    """It may be an array, whose comparison is none, or change later."""
+    items, one, other = [], [1], [1]
+    items.append(one)
+    place = places.SequencePlace(items, "x")
+    saved = place.save()
+    items[0] = other
+    assert place.differs(saved)
+    place.restore(saved)
+    assert items[0] is one
+
+
+def test_nan_in_an_array_is_equal_to_itself():
+    place = places.ArrayPlace(np.array([np.nan, 1.0]), "x")
+    assert not place.differs(place.save())
+
+
+def test_hidden_attributes_belong_to_others():
+    owner = {"mine": 1, "theirs": 1}
+    place = places.AttributePlace(owner, "x", frozenset({"theirs", "late"}))
+    saved = place.save()
+    owner["theirs"], owner["late"] = 2, 3
+    assert not place.differs(saved)
+    owner["mine"] = 2
+    place.restore(saved)
+    assert owner == {"mine": 1, "theirs": 2, "late": 3}
+    assert [path for path, _ in place.children()] == ["x.mine"]
+
+
+GENERATORS = [
+    (torch.Generator, lambda g: torch.rand(3, generator=g).tolist()),
+    (lambda: np.random.default_rng(0), lambda g: g.random(3).tolist()),
+    (lambda: np.random.RandomState(0), lambda g: g.randn(3).tolist()),
+    (lambda: np.random.PCG64(0), lambda g: g.random_raw(3).tolist()),
+    (lambda: random.Random(0), lambda g: [g.gauss(0, 1) for _ in range(3)]),
+]
+
+
+@pytest.mark.parametrize(("make", "draw"), GENERATORS)
+def test_generators_go_on_from_where_they_were(make, draw):
+    generator = make()
+    assert isinstance(generator, places.GeneratorPlace.KINDS)
+    place = places.GeneratorPlace(generator, "x")
+    draw(generator)
+    saved = place.save()
+    drawn = draw(generator)
+    place.restore(saved)
+    assert draw(generator) == drawn
+
+
+def counting():
+    count = 0
+    while True:
+        yield count
+        count += 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [counting, lambda: iter([1, 2, 3]), lambda: iter({1: 2, 3: 4}), lambda: itertools.count(), lambda: iter(range(9)),
+     lambda: itertools.cycle([1, 2]), lambda: io.BytesIO(b"a\nb\n"), lambda: io.StringIO("a\nb\n")],
+)  # fmt: skip
+def test_what_nobody_can_rewind_is_seen_to_move(make):
+    owner = make()
+    assert places.is_opaque(owner)
+    place = places.OpaquePlace(owner, "x")
+    next(owner)
+    saved = place.save()
+    assert not place.differs(saved)
+    if isinstance(owner, itertools.cycle):
+        return  # says nothing of where it is
+    next(owner)
+    assert place.differs(saved)
+
+
+def test_what_is_not_opaque():
+    assert not any(map(places.is_opaque, ([1], {}, "x", nn.Linear(1, 1), Plain(), UserDict())))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.arange(6.0).view(2, 3),
+        lambda: torch.arange(6.0).view(2, 3).T,
+        lambda: torch.arange(6),
+        lambda: torch.randn(3, dtype=torch.complex64),
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.eye(3).to_sparse_csr(),
+        lambda: nn.Parameter(torch.ones(3)),
+    ],
+)
+def test_tensors_are_put_back_in_place(make):
+    tensor = make()
+    dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach().clone()
+    place, mark = places.TensorPlace(tensor, "x"), places.TensorPlace(tensor, "x").mark()
+    saved = place.save()
+    with torch.no_grad():
+        if tensor.layout == torch.strided:
+            tensor.add_(1)
+            assert place.mark() != mark
+        else:
+            tensor.data = 2 * tensor
+    place.restore(saved)
+    assert torch.equal(tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach(), dense)
+    assert place.owner is tensor
+
+
+def test_a_tensor_that_was_resized_or_made_in_inference_mode_is_put_back():
+    tensor = torch.zeros(2)
+    saved = tensor.clone()
+    tensor.resize_(5).fill_(3.0)
+    places.restore_tensors([tensor], [saved])
+    assert tensor.tolist() == [0.0, 0.0]
+    with torch.inference_mode():
+        frozen = torch.zeros(2)
+        saved = frozen.clone()
+        frozen += 1
+    places.restore_tensors([frozen], [saved])
+    assert frozen.tolist() == [0.0, 0.0]
+
+
+def test_lazy_tensors_have_nothing_to_save():
+    for tensor in (nn.LazyLinear(2).weight, torch.empty(3, device="meta")):
+        place = places.TensorPlace(tensor, "x")
+        assert places.is_lazy(tensor)
+        assert place.save() is None
+        place.restore(None)
+
+
+def test_a_sample_sees_a_write_through_data():
+    tensors = [torch.zeros(0), torch.zeros(3), torch.zeros(1000), torch.zeros(4, 5).T]
+    before = places.sample(tensors)
+    assert places.sample(tensors) == before
+    for position, tensor in enumerate(tensors[1:], start=1):
+        tensor.data += 1
+        now = places.sample(tensors)
+        assert now[position] != before[position]
+        tensor.data -= 1
+
+
+def test_paths_read_like_code():
+    net = nn.Sequential(nn.Linear(1, 1))
+    net.extra = {"k": [Plain()]}
+    paths = [place.path for place in walk({"self": net})]
+    assert {"self.0.weight", "self.extra['k'][0]", "self.extra['k'][0].Plain"} <= set(paths)

@@ -1,0 +1,88 @@
+"""What each function of the compatibility layer relies on."""
+
+import pytorch_lightning as pl
+import torch
+from modules import TinyModule, fit
+from torch import nn
+
+from lightning_gr._compat import (
+    forget_logged,
+    gradients_are_scaled,
+    is_error_node,
+    lightning_attributes,
+    logged_results,
+    namespace_of,
+    storage_uses,
+    will_log,
+)
+
+
+def test_fused_optimizers_say_that_they_unscale_by_themselves():
+    """`_step_supports_amp_scaling` of torch's optimizers."""
+    weight = [nn.Parameter(torch.zeros(2))]
+    assert gradients_are_scaled(torch.optim.Adam(weight, fused=True))
+    assert not gradients_are_scaled(torch.optim.Adam(weight))
+
+
+def test_the_namespace_of_a_class():
+    import lightning.pytorch
+
+    assert namespace_of() == namespace_of(pl.LightningModule, torch.nn.Module) == "pytorch_lightning"
+    assert namespace_of(type("Own", (lightning.pytorch.LightningModule,), {})) == "lightning.pytorch"
+
+
+def test_an_alias_of_a_storage_counts_while_it_is_there():
+    """`torch._C._storage_Use_Count`."""
+    param = nn.Parameter(torch.zeros(3))
+    assert storage_uses(param) == 1
+    alias = param.data
+    assert storage_uses(param) == 2
+    del alias
+    assert storage_uses(param) == 1
+
+
+def test_the_node_that_raises_is_known_by_its_name():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad):
+            return grad * 2
+
+    x = torch.ones(1, requires_grad=True)
+    (g,) = torch.autograd.grad(Once.apply(x) * x, x, create_graph=True)
+    nodes, waiting = [], [g.grad_fn]
+    while waiting:
+        nodes.append(waiting.pop())
+        waiting += [node for node, _ in nodes[-1].next_functions if node is not None]
+    assert [is_error_node(node) for node in nodes].count(True) == 1
+
+
+def test_what_lightning_gives_a_module_is_not_the_user_s():
+    """Instance attributes of a new LightningModule and of torch's Module."""
+    own = vars(TinyModule()).keys() - lightning_attributes()
+    assert own == {"loss", "optimizer", "scheduler", "gradients"}
+
+
+def test_the_results_that_log_writes_to():
+    """`trainer._results`, whose entries say their key; and the trainer's own plan to log."""
+    found = []
+
+    class Looks(TinyModule):
+        def training_step(self, batch, batch_idx):
+            self.log("mine", 2.0 + batch_idx)
+            self.log("other", 1.0)
+            found.append((will_log(self.trainer), {r.meta.name for r in logged_results(self).values()}))
+            forget_logged(self.trainer, {"mine"})
+            found.append({r.meta.name: r.value.item() for r in logged_results(self).values()})
+            return super().training_step(batch, batch_idx)
+
+    fit(Looks(), log_every_n_steps=2)
+    assert [due for due, _ in found[::2]] == [False, True, False]
+    assert found[0][1] == {"mine", "other"}
+    assert {values["other"] for values in found[1::2]} == {1.0}
+    assert 2.0 not in {values["mine"] for values in found[1::2]}
+    assert logged_results(TinyModule()) is None
