@@ -177,12 +177,12 @@ def test_a_handler_installed_in_the_step_stays(received):
             return self.mse(batch)
 
         def on_train_batch_end(self, outputs, batch, batch_idx):
-            self.seen.append([signal.getsignal(number) for number in NUMBERS])
+            self.seen.append([signal.getsignal(number) for number in NUMBERS[1:]])
 
     found = []
     for callbacks in ([], [sam(0.1).callback()]):
         module = Installs()
         make_trainer(*callbacks).fit(module, Batches(module.make_batches()))
         found.append((module.seen, [signal.getsignal(number) for number in NUMBERS]))
-    assert found[0][0][0][1] is other
+    assert found[0][0][0][0] is other
     assert found[1] == found[0]
