@@ -3,7 +3,7 @@
 import random
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -121,6 +121,3 @@ def noted_exceptions() -> Iterator[None]:
                 " if it is about a value that is not finite, take a smaller `epsilon` or `rho`"
             )
         raise
-
-
-Methods = Mapping[str, Sequence[str]]
