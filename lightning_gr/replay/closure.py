@@ -1,5 +1,6 @@
 """The two passes of a closure: for a plain PyTorch loop, for Fabric and for manual optimization."""
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -73,6 +74,11 @@ class ClosurePasses:
             loss = extract_loss(output)
             if loss is None:
                 self._gave_up = True
+                warnings.warn(
+                    "The loss function returned None in a second pass, at displaced weights: that step keeps its clean"
+                    " gradient and counts as not regularized. If it happens often, take a smaller `epsilon` or `rho`",
+                    stacklevel=2,
+                )
                 raise NoLossError
             self.backward_again(transform(self._flooded(loss)))
 
