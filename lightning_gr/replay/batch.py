@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_gr.replay.contents import TensorPlace, is_lazy, sample
 from lightning_gr.replay.footprint import Footprint
-from lightning_gr.replay.places import OpaquePlace, Place, TensorPlace, is_lazy, sample
+from lightning_gr.replay.places import OpaquePlace, Place
 
 __all__ = ["Batch"]
 

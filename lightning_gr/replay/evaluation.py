@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_gr.core.gradients import hidden_gradients
+from lightning_gr.replay.contents import is_lazy
 from lightning_gr.replay.footprint import Fingerprint, Footprint, Marks, Snapshot, storages_of
 from lightning_gr.replay.isolation import RandomState, flagged, muted, noted_exceptions
-from lightning_gr.replay.places import is_lazy
 
 __all__ = ["Evaluation", "Surroundings"]
 

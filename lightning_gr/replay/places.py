@@ -1,46 +1,30 @@
-"""What a training step can write to, one class for each kind: saved, compared and put back without a trace."""
+"""What a training step can write to in Python's own objects, one class for each kind: saved, compared, put back."""
 
 import io
 import operator
-import random
 import types
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-from lightning_gr.core.sharding import local_parts
-
 __all__ = [
     "MOST_ENTRIES",
-    "ArrayPlace",
     "AttributePlace",
     "CellPlace",
     "ClassPlace",
     "EntryPlace",
-    "GeneratorPlace",
     "ModuleEntryPlace",
     "OpaquePlace",
     "Place",
     "SequencePlace",
     "SlotPlace",
-    "TensorPlace",
-    "is_lazy",
     "is_opaque",
-    "restore_tensors",
-    "sample",
 ]
 
 
 # Larger containers are not entered, and are saved only if they have been seen to change: a replay memory, a data set.
 MOST_ENTRIES = 1024
-_MOST_BYTES = 2**16
-# Tensors as small as counters and running means are cheaper to copy than to think about.
-_FEW_BYTES = 2**12
 
 
 class Place:
@@ -338,40 +322,6 @@ class SequencePlace(Place):
                 yield f"{self.path}[{position}]", value
 
 
-class GeneratorPlace(Place):
-    """A generator of random numbers: torch's, NumPy's two kinds or Python's."""
-
-    __slots__ = ()
-
-    KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
-
-    def save(self) -> Any:
-        owner = self.owner
-        if isinstance(owner, torch.Generator):
-            return owner.get_state()
-        if isinstance(owner, np.random.Generator):
-            return owner.bit_generator.state
-        if isinstance(owner, np.random.BitGenerator):
-            return owner.state
-        return owner.get_state() if isinstance(owner, np.random.RandomState) else owner.getstate()
-
-    def differs(self, saved: Any) -> bool:
-        return True  # putting it back is as cheap as looking
-
-    def restore(self, saved: Any) -> None:
-        owner = self.owner
-        if isinstance(owner, torch.Generator):
-            owner.set_state(saved)
-        elif isinstance(owner, np.random.Generator):
-            owner.bit_generator.state = saved
-        elif isinstance(owner, np.random.BitGenerator):
-            owner.state = saved
-        elif isinstance(owner, np.random.RandomState):
-            owner.set_state(saved)
-        else:
-            owner.setstate(saved)
-
-
 class OpaquePlace(Place):
     """An iterator, a file, a socket: what nobody can rewind. It is compared as well as can be, and not put back."""
 
@@ -406,100 +356,3 @@ class OpaquePlace(Place):
 def is_opaque(value: object) -> bool:
     """Whether ``value`` is of a kind that cannot be rewound."""
     return isinstance(value, io.IOBase) or hasattr(type(value), "__next__") or type(value).__name__ == "socket"
-
-
-class TensorPlace(Place):
-    """The content of a tensor. ``save`` copies it; :meth:`mark` and :func:`digest` are for those that are only read."""
-
-    __slots__ = ()
-
-    @property
-    def is_watched(self) -> bool:
-        tensor = self.owner
-        return not is_lazy(tensor) and tensor.layout == torch.strided and 0 < tensor.nbytes <= _FEW_BYTES
-
-    def mark(self) -> tuple[int, int]:
-        """Something that changes when the tensor is written to in place or resized, but not through ``.data``."""
-        tensor = self.owner
-        if tensor.is_inference() or tensor.layout != torch.strided or tensor.is_nested:
-            return 0 if tensor.is_inference() else tensor._version, 0
-        return tensor._version, 0 if is_lazy(tensor) else tensor.data_ptr()
-
-    @torch.no_grad()
-    def save(self) -> Tensor | None:
-        return None if is_lazy(self.owner) else self.owner.detach().clone()
-
-    def differs(self, saved: Any) -> bool:
-        return True
-
-    def restore(self, saved: Tensor | None) -> None:
-        if saved is not None:
-            restore_tensors([self.owner], [saved])
-
-
-class ArrayPlace(Place):
-    """The content of a NumPy array."""
-
-    __slots__ = ()
-
-    @property
-    def is_watched(self) -> bool:
-        return bool(self.owner.nbytes <= _MOST_BYTES)
-
-    def save(self) -> Any:
-        return self.owner.copy()
-
-    def differs(self, saved: Any) -> bool:
-        if self.owner.dtype.hasobject:
-            return any(map(operator.is_not, self.owner.flat, saved.flat))
-        # by bytes, in which NaN is equal to itself
-        return bool(self.owner.shape != saved.shape or self.owner.tobytes() != saved.tobytes())
-
-    def restore(self, saved: Any) -> None:
-        if self.owner.shape != saved.shape:
-            self.owner.resize(saved.shape, refcheck=False)
-        np.copyto(self.owner, saved, casting="no")
-
-    def children(self) -> Iterator[tuple[str, Any]]:
-        if self.owner.dtype.hasobject:
-            for position, value in enumerate(self.owner.flat):
-                yield f"{self.path}[{position}]", value
-
-
-def is_lazy(tensor: Tensor) -> bool:
-    """Whether the tensor has no storage yet: of a lazy module, or on the meta device."""
-    return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)) or tensor.device.type == "meta"
-
-
-@torch.no_grad()
-def restore_tensors(tensors: list[Tensor], saved: list[Tensor]) -> None:
-    """Put contents back in place, whatever the layout and also after a change of shape."""
-    simple, values = [], []
-    for tensor, value in zip(tensors, saved, strict=True):
-        if tensor.is_inference():
-            with torch.inference_mode():
-                tensor.copy_(value)
-        elif tensor.layout != torch.strided or tensor.is_nested:
-            tensor.data = value.clone()
-        elif tensor.shape != value.shape:
-            # by observers of quantization, for one, which resize their buffers
-            tensor.resize_(value.shape).copy_(value)
-        else:
-            simple.append(tensor.data)
-            values.append(value)
-    if simple:
-        torch._foreach_copy_(local_parts(simple), local_parts(values))
-
-
-def sample(tensors: list[Tensor]) -> list[Any]:
-    """A few entries of each tensor: they tell of a write through ``.data``, which no version counter does."""
-    return [_few(tensor) for tensor in tensors]
-
-
-def _few(tensor: Tensor) -> Any:
-    flat = tensor.detach()
-    count = flat.numel()
-    if count == 0:
-        return ()
-    flat = flat.reshape(-1) if flat.is_contiguous() else flat.flatten()[:8]
-    return flat[:: max(1, count // 8)][:8].tolist()

@@ -1,0 +1,126 @@
+"""Each kind of content: a save does not change it, a change is seen, and a restore leaves no trace."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_gr.replay import contents
+
+ARRAYS = {
+    "numpy": (lambda: np.arange(4.0), lambda a: a.__setitem__(1, 9)),
+    "numpy, resized": (lambda: np.arange(4.0), lambda a: a.resize((6,), refcheck=False)),
+    "numpy, objects": (lambda: np.array([None, "a"]), lambda a: a.__setitem__(0, "b")),
+    "numpy, structured": (
+        lambda: np.zeros(2, dtype=[("a", "f8"), ("b", "i4")]),
+        lambda a: a["b"].fill(3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_an_array_is_saved_changed_and_restored(name):
+    make, change = ARRAYS[name]
+    owner = make()
+    before, place = repr(owner), contents.ArrayPlace(owner, "x")
+    saved = place.save()
+    assert not place.differs(saved)
+    change(owner)
+    assert place.differs(saved)
+    for _ in range(2):
+        place.restore(saved)
+        assert repr(owner) == before
+        assert not place.differs(saved)
+    change(owner)  # what was saved has not been given away
+    place.restore(saved)
+    assert repr(owner) == before
+
+
+def test_nan_in_an_array_is_equal_to_itself():
+    place = contents.ArrayPlace(np.array([np.nan, 1.0]), "x")
+    assert not place.differs(place.save())
+
+
+GENERATORS = [
+    (torch.Generator, lambda g: torch.rand(3, generator=g).tolist()),
+    (lambda: np.random.default_rng(0), lambda g: g.random(3).tolist()),
+    (lambda: np.random.RandomState(0), lambda g: g.randn(3).tolist()),
+    (lambda: np.random.PCG64(0), lambda g: g.random_raw(3).tolist()),
+    (lambda: random.Random(0), lambda g: [g.gauss(0, 1) for _ in range(3)]),
+]
+
+
+@pytest.mark.parametrize(("make", "draw"), GENERATORS)
+def test_generators_go_on_from_where_they_were(make, draw):
+    generator = make()
+    assert isinstance(generator, contents.GeneratorPlace.KINDS)
+    place = contents.GeneratorPlace(generator, "x")
+    draw(generator)
+    saved = place.save()
+    drawn = draw(generator)
+    place.restore(saved)
+    assert draw(generator) == drawn
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.arange(6.0).view(2, 3),
+        lambda: torch.arange(6.0).view(2, 3).T,
+        lambda: torch.arange(6),
+        lambda: torch.randn(3, dtype=torch.complex64),
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.eye(3).to_sparse_csr(),
+        lambda: nn.Parameter(torch.ones(3)),
+    ],
+)
+def test_tensors_are_put_back_in_place(make):
+    tensor = make()
+    dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach().clone()
+    place, mark = contents.TensorPlace(tensor, "x"), contents.TensorPlace(tensor, "x").mark()
+    saved = place.save()
+    with torch.no_grad():
+        if tensor.layout == torch.strided:
+            tensor.add_(1)
+            assert place.mark() != mark
+        else:
+            tensor.data = 2 * tensor
+    place.restore(saved)
+    assert torch.equal(tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach(), dense)
+    assert place.owner is tensor
+
+
+def test_a_tensor_that_was_resized_or_made_in_inference_mode_is_put_back():
+    tensor = torch.zeros(2)
+    saved = tensor.clone()
+    tensor.resize_(5).fill_(3.0)
+    contents.restore_tensors([tensor], [saved])
+    assert tensor.tolist() == [0.0, 0.0]
+    with torch.inference_mode():
+        frozen = torch.zeros(2)
+        saved = frozen.clone()
+        frozen += 1
+    contents.restore_tensors([frozen], [saved])
+    assert frozen.tolist() == [0.0, 0.0]
+
+
+def test_lazy_tensors_have_nothing_to_save():
+    for tensor in (nn.LazyLinear(2).weight, torch.empty(3, device="meta")):
+        place = contents.TensorPlace(tensor, "x")
+        assert contents.is_lazy(tensor)
+        assert place.save() is None
+        place.restore(None)
+
+
+def test_a_sample_sees_a_write_through_data():
+    tensors = [torch.zeros(0), torch.zeros(3), torch.zeros(1000), torch.zeros(4, 5).T]
+    before = contents.sample(tensors)
+    assert contents.sample(tensors) == before
+    for position, tensor in enumerate(tensors[1:], start=1):
+        tensor.data += 1
+        now = contents.sample(tensors)
+        assert now[position] != before[position]
+        tensor.data -= 1
