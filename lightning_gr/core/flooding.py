@@ -1,4 +1,4 @@
-"""Flooding: keep the training loss at a level. The functional form, and the sign of the gradient that it implies."""
+"""Flooding keeps the training loss at a level: the loss itself, and the sign flip of its gradient."""
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ def flood(loss: Tensor, level: float) -> Tensor:
 
     Args:
         loss: L, a scalar.
-        level: b, in the unit of the loss.
+        level: b, in the units of the loss.
 
     Returns:
         A scalar, at least ``level``.
 
     Source: Ishida, Yamane, Sakai, Niu & Sugiyama (ICML 2020, arXiv 2002.08709), equation 2; Karakida et al.
-    (ICML 2023, arXiv 2210.02720) show that its ups and downs perform finite-difference GR implicitly.
+    (ICML 2023, arXiv 2210.02720) show that alternating descent and ascent performs finite-difference GR implicitly.
 
     Example::
 
@@ -31,15 +31,15 @@ def flood_gradient_(loss: Tensor, level: float | Tensor, value: Tensor | None = 
     """Make ``loss.backward()`` compute the gradient of the flooded loss, without changing the loss.
 
     The gradient of |L − b| + b is ∇L times the sign of L − b, so a hook on the loss flips the sign of the incoming
-    gradient where the loss is below the level. Nothing is read from the device.
+    gradient if the loss is below the level. This does not synchronize with the device.
 
     Args:
-        loss: A scalar that is not a leaf; it may carry a gradient scaler's scale if ``level`` carries it too.
-        level: The level b, in the unit of ``loss``.
-        value: What is compared with the level; ``loss`` by default.
+        loss: A non-leaf scalar. If a gradient scaler has scaled it, ``level`` must be scaled the same way.
+        level: The level b, in the units of ``loss``.
+        value: The value to compare with the level; ``loss`` by default.
 
     Returns:
-        Whether the loss is below the level, as a tensor.
+        A bool tensor: whether the loss is below the level.
     """
     below = (loss if value is None else value).detach() < level
     loss.register_hook(lambda grad: torch.where(below, -grad, grad))  # type: ignore[no-untyped-call]

@@ -1,8 +1,7 @@
-"""A displacement of the weights along a direction that is made of their gradients, and taken back bit for bit.
+"""Displaces the weights along a direction computed from their gradients, and restores them bit for bit.
 
-Besides one copy of the weights, or spare storage for the displaced ones, which is kept between steps because allocating
-it again costs more than filling it, nothing of the size of the parameters is allocated; ASAM needs one such set more,
-for |θ| + η, where it copies.
+The only parameter-sized allocation is a copy of the weights, or spare storage for the displaced ones. It is kept
+between steps, because reallocating costs more than filling it. ASAM needs a second one for |θ| + η if it copies.
 """
 
 from collections.abc import Sequence
@@ -22,14 +21,13 @@ __all__ = ["Perturbation", "direction_factor", "is_on_host"]
 def direction_factor(
     update: Update, grads: Sequence[Tensor], loss_scale: Tensor | None, norm: Tensor | None = None
 ) -> Tensor | None:
-    """What ``grads`` must be multiplied by to be the direction d; None stands for 1.
+    """Return the factor that turns ``grads`` into the direction d; None means 1.
 
     Args:
-        update: The row of the table.
-        grads: S · ∇L(θ); for the adaptive direction S · (|θ|+η) ⊙ ∇L(θ).
-        loss_scale: The scale S of a gradient scaler, as a tensor; None stands for 1. A normalized direction does not
-            depend on it.
-        norm: S · ‖∇L(θ)‖, if it is known already.
+        update: Defines the direction.
+        grads: S · ∇L(θ), or S · (|θ|+η) ⊙ ∇L(θ) for the adaptive direction.
+        loss_scale: The gradient scaler's scale S; None means 1. A normalized direction does not depend on it.
+        norm: S · ‖∇L(θ)‖, if already known.
     """
     if update.direction == "gradient":
         return None if loss_scale is None else loss_scale.to(wide_dtype(grads)).reciprocal()
@@ -37,25 +35,25 @@ def direction_factor(
 
 
 def is_on_host(tensors: Sequence[Tensor]) -> bool:
-    """Whether a factor may be looked at: all on the CPU, and none in 16 bit, whose numbers end too early for it."""
+    """Whether a factor may be read as a Python number: all on the CPU, and none 16-bit, whose range is too small."""
     return all(tensor.device.type == "cpu" and tensor.dtype not in HALVES for tensor in tensors)
 
 
-def _finite(number: float) -> float:
-    """Within float32, for the inverse of a norm that is as good as zero."""
+def _clamp(number: float) -> float:
+    """Clamp to the range of float32, which the inverse of a vanishing norm can exceed."""
     return max(-3e38, min(3e38, number))
 
 
 class Perturbation:
-    """A context in which weights may be displaced along a direction d, and after which they are what they were.
+    """A context manager in which weights can be displaced along a direction d; leaving it restores them.
 
-    The first :meth:`displace` needs no buffer for d: it takes ``.grad`` times a number, or where that number is on an
-    accelerator turns ``.grad`` into d, and says by which factor. Later displacements stretch or reflect the first one.
-    Leaving restores the weights, whatever happened in between.
+    The first :meth:`displace` needs no buffer for d. It moves along ``.grad`` times a number or, if that number is on
+    an accelerator, scales ``.grad`` to d in place and returns the factor. Later displacements stretch or reflect the
+    first one. The weights are restored even after an exception.
 
     Args:
-        params: The parameters to displace. Each has a gradient.
-        storage: Where the weights are kept meanwhile.
+        params: The parameters to displace. Each must have a gradient.
+        storage: Keeps the original weights in the meantime.
     """
 
     def __init__(self, params: Sequence[Tensor], storage: WeightStorage) -> None:
@@ -77,7 +75,7 @@ class Perturbation:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the weights back. Harmless to repeat, so that a caller can make sure after a Ctrl-C in here."""
+        """Restore the weights. It is safe to call again, for example after a Ctrl-C interrupted the first call."""
         if self._displaced:
             self.storage.put_back()
             self._displaced = False
@@ -88,16 +86,16 @@ class Perturbation:
     def displace(
         self, update: Update, distance: float, loss_scale: Tensor | None = None, norm: Tensor | None = None
     ) -> Tensor | None:
-        """Put the weights at θ + ``distance`` · d, with d made from ``.grad``.
+        """Move the weights to θ + ``distance`` · d, with d computed from ``.grad``.
 
         Args:
-            update: Says what d is. Of the adaptive direction, ``.grad`` is used up.
+            update: Defines d. The adaptive direction overwrites ``.grad``.
             distance: In units of d.
             loss_scale: See :func:`direction_factor`.
-            norm: As there.
+            norm: See :func:`direction_factor`.
 
         Returns:
-            The factor by which ``.grad`` was multiplied in place; None stands for 1.
+            The factor by which ``.grad`` was multiplied in place; None means 1.
         """
         self._displaced = True
         self._distance = distance
@@ -106,20 +104,20 @@ class Perturbation:
         grads = [param.grad for param in self.params if param.grad is not None]
         factor = direction_factor(update, grads, loss_scale, norm)
         if factor is not None and self._on_host:
-            distance, factor = _finite(distance * float(factor)), None
+            distance, factor = _clamp(distance * float(factor)), None
         if factor is not None:
             scale_(local_parts(grads), factor)
         self.storage.displace(distance)
-        # a cast of the old weights may be cached if the caller holds one autocast context around both passes
+        # If the caller runs both passes in one autocast context, casts of the old weights may be cached.
         torch.clear_autocast_cache()
         return factor
 
     @torch.no_grad()
     def move_to(self, distance: float) -> None:
-        """Put the weights at θ + ``distance`` · d, after a first displacement along d."""
+        """Move the weights to θ + ``distance`` · d, after a first displacement along d."""
         if self._distance is None:
-            raise RuntimeError("Perturbation.move_to needs a first displacement: call `displace` before")
-        # θ + s₂ d = θ + (s₂/s₁)(θ₁ − θ), with θ₁ where the weights are now
+            raise RuntimeError("Perturbation.move_to needs a first displacement: call `displace` first")
+        # θ + s₂ d = θ + (s₂/s₁)(θ₁ − θ), where θ₁ are the current weights
         self.storage.stretch(distance / self._distance)
         self._distance = distance
         torch.clear_autocast_cache()

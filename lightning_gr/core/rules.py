@@ -1,12 +1,12 @@
-"""The update family: every method is one step with other constants. Pure: no Lightning, no tensors.
+"""The update family: every method is the same step with different constants. Pure Python: no Lightning, no tensors.
 
-All methods of this package replace the gradient of the training loss by
+Every method in this package replaces the gradient of the training loss with
 
     g = keep · ∇L(θ) + Σₖ weightₖ · ∇L(θ + distanceₖ · d) + curvature · H d,      d = direction(∇L(θ))
 
-An :class:`Update` is one row of that table. A rule (:class:`GRRule`, :class:`SAMRule`) holds what a user sets and
-makes the row for a given strength of the penalty, and :class:`~lightning_gr.core.schedule.Schedule` says which steps
-get one.
+An :class:`Update` holds one set of these constants. A rule (:class:`GRRule`, :class:`SAMRule`) holds the user's
+settings and builds the update for a given penalty strength. :class:`~lightning_gr.core.schedule.Schedule` decides which
+steps get one.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ ACCUMULATIONS: tuple[Accumulation, ...] = ("window", "micro_batch")
 
 
 class Probe(NamedTuple):
-    """One further gradient: taken at θ + ``distance`` · d and added with ``weight``."""
+    """An additional gradient, evaluated at θ + ``distance`` · d and added with ``weight``."""
 
     distance: float
     weight: float
@@ -44,18 +44,19 @@ class Probe(NamedTuple):
 
 @dataclass(frozen=True)
 class Update:
-    """One row of the table: g = keep · ∇L(θ) + Σ weight · ∇L(θ + distance · d) + curvature · H d.
+    """The constants of one step: g = keep · ∇L(θ) + Σ weight · ∇L(θ + distance · d) + curvature · H d.
 
     Args:
-        direction: d, from the gradient g₀ = ∇L(θ): ``"gradient"`` is g₀, ``"normalized"`` is g₀/‖g₀‖, ``"adaptive"``
-            is (|θ|+η)² ⊙ g₀ / ‖(|θ|+η) ⊙ g₀‖.
+        direction: How d follows from the gradient g₀ = ∇L(θ): ``"gradient"`` is g₀, ``"normalized"`` is g₀/‖g₀‖,
+            ``"adaptive"`` is (|θ|+η)² ⊙ g₀ / ‖(|θ|+η) ⊙ g₀‖.
         keep: The coefficient of the clean gradient.
-        probes: The further gradients.
-        curvature: The coefficient of the Hessian-vector product H d by double backward.
+        probes: The additional gradients.
+        curvature: The coefficient of the Hessian-vector product H d, computed by double backward.
         eta: η of the adaptive direction.
 
     Raises:
-        ValueError: If an adaptive direction, which uses up the first gradient, is to keep a part of it.
+        ValueError: If the direction is adaptive and ``keep`` or ``curvature`` is not 0: the adaptive direction
+            overwrites the first gradient.
     """
 
     direction: Direction
@@ -70,31 +71,31 @@ class Update:
 
     @property
     def is_plain(self) -> bool:
-        """Whether this is g = ∇L(θ), so that no second pass is needed."""
+        """Whether the update reduces to g = ∇L(θ), so that no second pass is needed."""
         moves = any(probe.distance != 0.0 and probe.weight != 0.0 for probe in self.probes)
         return not moves and self.curvature == 0.0
 
 
 class Rule(Protocol):
-    """What a user sets. Anything with these members can be trained with."""
+    """A method's settings. Any object with these members can be used for training."""
 
     def update(self, strength: float = 1.0) -> Update:
-        """The row of the table, with the penalty (or the radius) multiplied by ``strength``."""
+        """Return the update with the penalty (or the radius) multiplied by ``strength``."""
         ...
 
     @property
     def name(self) -> str:
-        """What the field calls it, as in ``"F-GR"``."""
+        """The method's usual name, such as ``"F-GR"``."""
         ...
 
     @property
     def equation(self) -> str:
-        """The gradient that the optimizer sees, in one line."""
+        """The gradient passed to the optimizer, on one line."""
         ...
 
     @property
     def constants(self) -> dict[str, float]:
-        """The constants by the field's letters, as in ``{"ρ": 0.05}``."""
+        """The constants keyed by their usual symbols, such as ``{"ρ": 0.05}``."""
         ...
 
 
@@ -114,13 +115,13 @@ class GRRule:
     exact    1 + DB    ∇L(θ) + γ H d (double backward)
     ======== ========= ==============================================================
 
-    with d = ∇L(θ), or d = ∇L(θ)/‖∇L(θ)‖ if ``normalize``, which penalizes γ‖∇L(θ)‖ (Zhao et al. 2022).
+    where d = ∇L(θ), or d = ∇L(θ)/‖∇L(θ)‖ if ``normalize``, which penalizes γ‖∇L(θ)‖ (Zhao et al. 2022).
 
     Args:
-        gamma: The strength γ ≥ 0 of the penalty. 0 is plain training.
-        epsilon: The step ε > 0 of the finite difference; its unit is that of the parameters per unit of d.
+        gamma: The penalty strength γ ≥ 0. 0 is plain training.
+        epsilon: The finite-difference step ε > 0, in units of the parameters per unit of d.
         scheme: One of ``"forward"``, ``"backward"``, ``"central"``, ``"exact"``.
-        normalize: Penalize the norm of the gradient instead of half of its square.
+        normalize: Penalize the norm of the gradient instead of half its square.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -146,7 +147,7 @@ class GRRule:
         check_bool("normalize", self.normalize)
 
     def update(self, strength: float = 1.0) -> Update:
-        """The row of the table for the penalty ``strength`` · γ; ε is not scaled."""
+        """Return the update for the penalty ``strength`` · γ. ε is not scaled."""
         direction: Direction = "normalized" if self.normalize else "gradient"
         gamma, epsilon = strength * self.gamma, self.epsilon
         ratio = gamma / epsilon
@@ -160,17 +161,17 @@ class GRRule:
 
     @property
     def name(self) -> str:
-        """What the field calls the scheme, ``"F-GR"`` for example."""
+        """The scheme's usual name, such as ``"F-GR"``."""
         return _NAMES[self.scheme] + (", gradient-norm penalty" if self.normalize else "")
 
     @property
     def constants(self) -> dict[str, float]:
-        """γ, and ε where there is one."""
+        """γ and, unless the scheme is exact, ε."""
         return {"γ": self.gamma} if self.scheme == "exact" else {"γ": self.gamma, "ε": self.epsilon}
 
     @property
     def equation(self) -> str:
-        """The gradient that the optimizer sees, in one line."""
+        """The gradient passed to the optimizer, on one line."""
         d = "∇L(θ)/‖∇L(θ)‖" if self.normalize else "∇L(θ)"
         return {
             "forward": f"(1 − γ/ε) ∇L(θ) + (γ/ε) ∇L(θ + ε {d})",
@@ -185,9 +186,9 @@ class SAMRule:
     """Sharpness-aware minimization: g = ∇L(θ + ρ d), the gradient at the (first-order) worst point of a ball.
 
     Args:
-        rho: The radius ρ ≥ 0, in the unit of the parameters' norm (of the relative norm if ``adaptive``).
+        rho: The radius ρ ≥ 0, in the units of the parameters' norm (relative norm if ``adaptive``).
         adaptive: Use ASAM's scaled ball: d = (|θ|+η)² ⊙ ∇L / ‖(|θ|+η) ⊙ ∇L‖ instead of ∇L/‖∇L‖.
-        eta: η ≥ 0 of ASAM.
+        eta: ASAM's η ≥ 0.
 
     Raises:
         ValueError: If an argument is out of its range, or ``eta`` is given without ``adaptive``.
@@ -213,7 +214,7 @@ class SAMRule:
             raise ValueError(f"Expected argument `eta` to be 0 without `adaptive=True` but got {self.eta!r}")
 
     def update(self, strength: float = 1.0) -> Update:
-        """The row of the table for the radius ``strength`` · ρ."""
+        """Return the update for the radius ``strength`` · ρ."""
         direction: Direction = "adaptive" if self.adaptive else "normalized"
         return Update(direction, 0.0, (Probe(strength * self.rho, 1.0),), eta=self.eta)
 
@@ -224,10 +225,10 @@ class SAMRule:
 
     @property
     def constants(self) -> dict[str, float]:
-        """ρ, and ASAM's η."""
+        """ρ and, for ASAM, η."""
         return {"ρ": self.rho, "η": self.eta} if self.adaptive else {"ρ": self.rho}
 
     @property
     def equation(self) -> str:
-        """The gradient that the optimizer sees, in one line."""
+        """The gradient passed to the optimizer, on one line."""
         return "∇L(θ + ρ T²∇L/‖T∇L‖), T = |θ| + η" if self.adaptive else "∇L(θ + ρ ∇L(θ)/‖∇L(θ)‖)"

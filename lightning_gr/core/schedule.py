@@ -12,11 +12,11 @@ class Schedule:
     """Which optimizer steps are regularized, and how strongly.
 
     Args:
-        start_step: The first optimizer step (counted from 0) that is regularized.
-        interval: Every how many optimizer steps from there.
-        warmup_steps: Over how many optimizer steps from there the strength grows linearly from 0 to 1.
-        lazy: Whether the steps that are regularized stand for those between: the strength is ``interval`` times as
-            much (lazy regularization; Karras et al., CVPR 2020, arXiv 1912.04958, section 3.1).
+        start_step: The first optimizer step (counted from 0) to regularize.
+        interval: Regularize every ``interval``-th optimizer step from then on.
+        warmup_steps: The number of optimizer steps over which the strength grows linearly from 0 to 1.
+        lazy: Multiply the strength by ``interval`` to make up for the skipped steps (lazy regularization; Karras et
+            al., CVPR 2020, arXiv 1912.04958, section 3.1).
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -40,11 +40,11 @@ class Schedule:
         check_int("warmup_steps", self.warmup_steps, minimum=0)
 
     def due(self, step: int) -> bool:
-        """Whether optimizer step ``step`` is one of those to regularize."""
+        """Whether to regularize optimizer step ``step``."""
         return step >= self.start_step and (step - self.start_step) % self.interval == 0
 
     def strength(self, step: int) -> float:
-        """The factor of the penalty at optimizer step ``step``, from 0 to 1; to ``interval`` if ``lazy``."""
+        """The factor on the penalty at optimizer step ``step``: between 0 and 1, or 0 and ``interval`` if ``lazy``."""
         elapsed = max(0, step - self.start_step)
         ramp = min(1.0, elapsed / self.warmup_steps) if self.warmup_steps else 1.0
         return ramp * self.interval if self.lazy else ramp

@@ -1,4 +1,4 @@
-"""Which parameters a method leaves alone, by patterns over their names."""
+"""Selects the parameters that a method leaves alone, by name pattern."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -9,10 +9,10 @@ __all__ = ["match_names"]
 
 
 def match_names(patterns: Iterable[str], named: Iterable[tuple[str, Tensor]]) -> set[int]:
-    """The ids of the parameters whose name (any of its names, if tied) matches one of ``patterns``.
+    """Return the ids of the parameters with a name that matches one of ``patterns``; tied parameters have several.
 
     Args:
-        patterns: Shell-style, over whole names.
+        patterns: Shell-style patterns that must match the whole name.
         named: ``module.named_parameters(remove_duplicate=False)``.
 
     Raises:
@@ -26,14 +26,14 @@ def match_names(patterns: Iterable[str], named: Iterable[tuple[str, Tensor]]) ->
         True
     """
     named = list(named)
-    found: set[int] = set()
+    matched: set[int] = set()
     for pattern in patterns:
         ids = {id(param) for name, param in named if fnmatchcase(name, pattern)}
         if not ids:
             some = ", ".join(name for name, _ in named[:4]) + (", …" if len(named) > 4 else "")
             raise ValueError(
                 f"Expected each pattern in `exclude` to match a parameter but {pattern!r} matches none of {some};"
-                " patterns are shell-style over whole names, as in '*.bias' or 'encoder.*'"
+                " patterns are shell-style and must match the whole name, as in '*.bias' or 'encoder.*'"
             )
-        found |= ids
-    return found
+        matched |= ids
+    return matched

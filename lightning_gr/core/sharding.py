@@ -1,6 +1,6 @@
-"""Tensors of which each rank holds a part: the DTensors of FSDP2 (``fully_shard``) and of tensor parallelism.
+"""Sharded tensors: the DTensors of FSDP2 (``fully_shard``) and of tensor parallelism.
 
-All our vector work is done on the local parts, so that no parameter is ever gathered; of a norm one number is reduced.
+All vector operations run on the local shards, so no parameter is ever gathered. A norm reduces a single number.
 """
 
 from collections.abc import Hashable, Sequence
@@ -28,12 +28,12 @@ def is_distributed(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What of each tensor lies on this rank, sharing its storage; all of it where it is not distributed."""
+    """This rank's shard of each tensor, sharing its storage; the tensor itself if it is not distributed."""
     return [tensor.to_local() if is_distributed(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
 
 
 def by_layout(tensors: Sequence[Tensor]) -> dict[Hashable, list[Tensor]]:
-    """The tensors grouped by how they are spread over ranks; the key None stands for tensors that are not."""
+    """Group tensors by how they are distributed over ranks. The key for tensors that are not is None."""
     groups: dict[Hashable, list[Tensor]] = {}
     for tensor in tensors:
         layout = (tensor.device_mesh, tensor.placements) if is_distributed(tensor) else None  # type: ignore[attr-defined]
@@ -42,35 +42,35 @@ def by_layout(tensors: Sequence[Tensor]) -> dict[Hashable, list[Tensor]]:
 
 
 def norm_over_ranks(norm: Tensor, like: Tensor) -> Tensor:
-    """The norm of tensors that are spread as ``like`` is, from that of their local parts: one number is reduced."""
+    """Combine the norms of local shards into the norm of tensors distributed like ``like``. Reduces one number."""
     if not is_distributed(like):
         return norm
-    # in float64, since the square of a large norm must not overflow
+    # in float64, so that the square of a large norm does not overflow
     return sum_over_ranks(norm.double().square(), like).sqrt().to(norm.dtype)
 
 
 def sum_over_ranks(values: Tensor, like: Tensor) -> Tensor:
-    """The sums over the ranks that hold parts of ``like``; ``values`` themselves where there are none."""
+    """Sum ``values`` over the ranks that share ``like``; return them unchanged if it is not distributed."""
     if not is_distributed(like):
         return values
-    spread: Any = like
+    distributed: Any = like
     total = values.clone()
-    for dim, placement in enumerate(spread.placements):
+    for dim, placement in enumerate(distributed.placements):
         if not placement.is_replicate():
-            torch.distributed.all_reduce(total, group=spread.device_mesh.get_group(dim))
+            torch.distributed.all_reduce(total, group=distributed.device_mesh.get_group(dim))
     return total
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean over all ranks of a number that each of them has."""
-    # not strategy.reduce: it overwrites its argument, and sends a barrier besides
+    """Average ``value`` over all ranks, without changing it."""
+    # not strategy.reduce, which overwrites its argument and also sends a barrier
     total = value.detach().clone()
     torch.distributed.all_reduce(total)
     return total / torch.distributed.get_world_size()
 
 
 def settle_gradients(params: Sequence[Tensor]) -> None:
-    """Sum up gradients whose summands still lie on several ranks (sequence parallel layers leave such ones)."""
+    """Reduce partial gradients, which sequence-parallel layers leave spread over ranks as unreduced sums."""
     for param in params:
         grad: Any = param.grad
         if grad is not None and is_distributed(grad) and any(place.is_partial() for place in grad.placements):

@@ -1,11 +1,11 @@
-"""Where weights are kept while they are displaced: copied and moved in place, or pointed at other storage.
+"""Storage for the weights while they are displaced: copy them and move them in place, or swap in other storage.
 
-Copying costs four passes over the parameters: two to keep the weights and two to put them back. With a swap
-θ + s·d is written into spare storage at which the parameter then points, and restoring is pointing back. That is right
-only for a parameter whose storage nobody else reads, which :func:`can_swap` finds out.
+Copying costs four passes over the parameters: two to save the weights and two to restore them. Swapping writes θ + s·d
+into spare storage and points the parameter at it; restoring points it back. This is correct only if nothing else reads
+the parameter's storage, which :func:`can_swap` checks.
 
-Weights are written through ``.data``, which leaves their version counters alone: they end bit for bit as they were, so
-a graph that was made from them before stays valid.
+Weights are written through ``.data``, which does not bump their version counters. They end up bit for bit as they were,
+so graphs built from them earlier stay valid.
 """
 
 import warnings
@@ -21,23 +21,23 @@ from lightning_gr.core.tensors import HALVES
 
 __all__ = ["SMALLEST", "CopyStorage", "Storage", "SwapStorage", "WeightStorage", "can_swap"]
 
-# In bytes. For a smaller tensor the foreach operators, which copy, are faster than the calls that a swap takes.
+# In bytes. Below this, copying with foreach operators is faster than the individual calls that a swap takes.
 SMALLEST = 2**17
 
 
 class Storage(Protocol):
-    """Takes weights, displaces them and puts them back, bit for bit. What it allocates is kept from step to step."""
+    """Saves weights, displaces them and restores them bit for bit. Reuses its allocations from step to step."""
 
     def take(self, params: Sequence[Tensor]) -> None:
-        """Keep the values that ``params`` have now."""
+        """Save the current values of ``params``."""
         ...
 
     def scale_direction_(self, eta: float) -> None:
-        """Multiply ``.grad`` by T = |θ| + η, and keep T for :meth:`displace`."""
+        """Multiply ``.grad`` by T = |θ| + η, and keep T for the next :meth:`displace`."""
         ...
 
     def displace(self, distance: float) -> None:
-        """Put the weights at θ + ``distance`` · ``.grad``, times T if that was asked for."""
+        """Move the weights to θ + ``distance`` · ``.grad``, or · T ``.grad`` after :meth:`scale_direction_`."""
         ...
 
     def stretch(self, factor: float) -> None:
@@ -45,15 +45,15 @@ class Storage(Protocol):
         ...
 
     def put_back(self) -> None:
-        """Put the weights back; calling it again changes nothing."""
+        """Restore the weights. Calling it again has no effect."""
         ...
 
 
 class CopyStorage:
-    """An exact copy of some parameters (of their local parts), which are moved in place.
+    """Keeps exact copies of parameters (of their local shards) and moves the originals in place.
 
     Args:
-        check_resolution: Whether to look, at the first displacement and only then, if 16-bit weights move at all.
+        check_resolution: Warn at the first displacement if most 16-bit weights do not move.
     """
 
     def __init__(self, check_resolution: bool = False) -> None:
@@ -106,12 +106,12 @@ class CopyStorage:
             torch._foreach_copy_(self._weights, self.copies)
 
     def release(self) -> None:
-        """Drop the references to the parameters: who holds one of their storages counts as a user of it."""
+        """Drop the references to the parameters, since each counts as a user of the parameter's storage."""
         self.params, self._weights, self._scales = [], [], []
 
 
 def _warn_if_unmoved(weights: Sequence[Tensor], before: Sequence[Tensor], direction: Sequence[Tensor]) -> None:
-    """Warn if most 16-bit weights with a direction to go are still where they were. This reads from the device."""
+    """Warn if most 16-bit weights with a nonzero direction have not moved. This synchronizes with the device."""
     to_move = moved = 0
     for weight, old, d in zip(weights, before, direction, strict=True):
         if weight.dtype in HALVES:
@@ -120,18 +120,18 @@ def _warn_if_unmoved(weights: Sequence[Tensor], before: Sequence[Tensor], direct
     if moved < to_move / 2:
         warnings.warn(
             f"Only {moved / to_move:.1%} of the 16-bit weights move: the perturbation is below their resolution, so the"
-            " second gradient says little. Train with precision='bf16-mixed', or take a larger `epsilon` or `rho`",
+            " second gradient is unreliable. Train with precision='bf16-mixed', or use a larger `epsilon` or `rho`",
             stacklevel=2,
         )
 
 
 def can_swap(param: Tensor) -> bool:
-    """Whether ``param`` is plain, large and alone in its storage.
+    """Whether ``param`` is a plain, large tensor that has its storage to itself.
 
-    On the CPU only: a captured CUDA graph, and the weights that cuDNN's recurrent layers have flattened, are read where
-    they were. Views of a flat buffer, tied data, arrays that share memory and other aliases show in the number of users
-    of the storage; where torch does not tell that number, nothing is swapped. 16-bit weights are left to the copy, by
-    which it is seen if they move at all.
+    CPU only: captured CUDA graphs and cuDNN's recurrent layers with flattened weights read from the original addresses.
+    Views of a flat buffer, tied data, arrays that share memory and other aliases show up in the storage's use count; if
+    torch does not expose that count, nothing is swapped. 16-bit weights are copied, so that :class:`CopyStorage` can
+    check whether they move.
     """
     grad = param.grad
     return (
@@ -147,12 +147,12 @@ def can_swap(param: Tensor) -> bool:
 
 def _is_alone(tensor: Tensor) -> bool:
     storage = tensor.untyped_storage()
-    # another process may read shared memory
+    # shared memory may be read by another process
     return storage_uses(tensor) == 1 and storage.nbytes() == tensor.nbytes and not tensor.is_shared()  # type: ignore[no-untyped-call]
 
 
 class SwapStorage:
-    """Parameters that are pointed at spare storage, in which their displaced values are made."""
+    """Points parameters at spare storage that holds their displaced values."""
 
     def __init__(self) -> None:
         self._key: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...] = ()
@@ -173,7 +173,7 @@ class SwapStorage:
             param.grad.mul_(spare)  # type: ignore[union-attr]
 
     def displace(self, distance: float) -> None:
-        # not into the storage of gradients that need not be kept: allocating theirs again would cost more
+        # Gradients that are no longer needed could serve as spare storage, but reallocating them would cost more.
         for param, original, spare in zip(self.params, self.originals, self._spares(), strict=True):
             grad: Tensor = param.grad  # type: ignore[assignment]
             if self._is_scaled:
@@ -192,7 +192,7 @@ class SwapStorage:
             param.data = original
 
     def release(self) -> None:
-        """Drop the references to the parameters: who holds one of their storages counts as a user of it."""
+        """Drop the references to the parameters, since each counts as a user of the parameter's storage."""
         self.params, self.originals = [], []
 
     def _spares(self) -> list[Tensor]:
@@ -203,7 +203,7 @@ class SwapStorage:
 
 
 class WeightStorage:
-    """Both ways at once: a swap for each parameter that allows it, a copy for the others.
+    """Swaps each parameter that allows it and copies the rest.
 
     Args:
         check_resolution: See :class:`CopyStorage`.
@@ -214,7 +214,7 @@ class WeightStorage:
         self._both: tuple[CopyStorage | SwapStorage, ...] = (self.copy, self.swap)
 
     def take(self, params: Sequence[Tensor], *, may_swap: bool = True) -> None:
-        """Keep the values that ``params`` have now; ``may_swap``: whether pointing them elsewhere is allowed."""
+        """Save the current values of ``params``; with ``may_swap=False``, copy all of them."""
         self.release()
         swapped = [may_swap and can_swap(param) for param in params]
         self.copy.take([param for param, swap in zip(params, swapped, strict=True) if not swap])
@@ -222,7 +222,7 @@ class WeightStorage:
 
     @property
     def params(self) -> list[Tensor]:
-        """The parameters that are taken, until they are released."""
+        """The saved parameters, until they are released."""
         return [param for storage in self._both for param in storage.params]
 
     def scale_direction_(self, eta: float) -> None:

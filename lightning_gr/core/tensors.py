@@ -1,7 +1,7 @@
-"""Lists of tensors taken as one vector: norms, inner products, scaling and random vectors.
+"""Vector operations on lists of tensors: norms, inner products, scaling and random vectors.
 
-Everything works in place, on the device (foreach operators, no host synchronization) and on this rank's parts of
-distributed tensors; only a norm is reduced over ranks.
+Everything runs on the device (foreach operators, no host synchronization). Distributed tensors are handled through
+their local shards; only norms are reduced over ranks.
 """
 
 from collections.abc import Sequence
@@ -35,26 +35,26 @@ def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
 
 
 def scale_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
-    """Multiply all tensors in place by a number, or by a 0-dimensional tensor that may be on another device."""
+    """Multiply all tensors in place by a number, or by a 0-dimensional tensor on any device."""
     for device, group in _by_device(tensors).items():
         if isinstance(factor, Tensor):
             torch._foreach_mul_(group, factor.to(device, non_blocking=True))
         else:
-            # on the CPU a number would be turned into a tensor again for each of the tensors
+            # on the CPU, foreach would convert a Python number to a tensor once per tensor
             torch._foreach_mul_(group, torch.tensor(factor, dtype=torch.float64) if device.type == "cpu" else factor)
 
 
 def wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """Float64 if one of the tensors has it, else float32."""
+    """Float64 if any of the tensors is double precision, else float32."""
     wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
     return torch.float64 if wide else torch.float32
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all tensors taken as one vector, as a 0-dimensional tensor on the first one's device.
+    """The Euclidean norm of all tensors as one vector, as a 0-dimensional tensor on the first tensor's device.
 
-    It is accumulated in float32 at least (bfloat16 keeps 8 bits and float16 ends at 65,504), in float64 if one of the
-    tensors is. Of distributed tensors it is the norm of the whole, equal on all ranks.
+    It is accumulated in at least float32 (bfloat16 has 8 bits of precision and float16 overflows at 65,504), or in
+    float64 if any tensor is. For distributed tensors it is the norm of the full tensors, equal on all ranks.
     """
     dtype = wide_dtype(tensors)
     groups = by_layout(tensors).values()
@@ -62,40 +62,40 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _norm(norms: Sequence[Tensor]) -> Tensor:
-    """The norm of all from the norms of each."""
+    """Combine the norms of several vectors into the norm of their concatenation."""
     if len(norms) == 1:
         return norms[0]
-    together = torch.stack([norm.to(norms[0].device, non_blocking=True) for norm in norms])
-    return torch.linalg.vector_norm(together)  # type: ignore[no-any-return]
+    stacked = torch.stack([norm.to(norms[0].device, non_blocking=True) for norm in norms])
+    return torch.linalg.vector_norm(stacked)  # type: ignore[no-any-return]
 
 
 def tensor_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The Euclidean norm of each tensor, on its device, accumulated in ``dtype``."""
-    # complex norms are real; the operator wants a dtype of the same kind as its input
+    # the operator requires a complex dtype for complex input, but the norm is real
     real = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
     groups = _by_device(real).values()
     norms = [norm for group in groups for norm in torch._foreach_norm(group, 2.0, dtype=dtype)]
-    if len(groups) > 1:  # back into the order of the tensors
+    if len(groups) > 1:  # restore the original order
         position = {id(tensor): i for i, tensor in enumerate(tensor for group in groups for tensor in group)}
         norms = [norms[position[id(tensor)]] for tensor in real]
     return norms
 
 
 def inverse(norm: Tensor) -> Tensor:
-    """1/norm, and a large finite number at 0, so that a zero gradient gives a zero direction and never NaN."""
+    """1/norm, or a large finite number if ``norm`` is 0, so that a zero gradient gives a zero direction, never NaN."""
     return norm.clamp_min(torch.finfo(norm.dtype).tiny).reciprocal()
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """``tensor`` in float32 at least."""
+    """Upcast 16-bit tensors to float32; return others unchanged."""
     return tensor.float() if tensor.dtype in HALVES else tensor
 
 
 def inner_product(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    """⟨x, y⟩ as a 0-dimensional tensor on the first one's device, accumulated in float32 at least.
+    """⟨x, y⟩ as a 0-dimensional tensor on the first tensor's device, accumulated in at least float32.
 
-    Needs room for the product of one pair of tensors; there is no foreach operator for it. Complex tensors count as
-    pairs of real ones.
+    Allocates the product of one pair of tensors at a time, since torch has no foreach operator for it. Complex tensors
+    are treated as pairs of real ones.
 
     Example::
 
@@ -103,18 +103,18 @@ def inner_product(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
         tensor(8.)
     """
     products = [(wide(x) * wide(y).conj()).sum().real for x, y in zip(xs, ys, strict=True)]
-    home = products[0].device
-    return torch.stack([product.to(home, non_blocking=True) for product in products]).sum()
+    device = products[0].device
+    return torch.stack([product.to(device, non_blocking=True) for product in products]).sum()
 
 
 def random_signs(like: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """A vector of independent +1 and −1 (Rademacher) of the shapes of ``like``."""
+    """Draw a Rademacher vector (independent signs ±1) with the shapes of ``like``."""
     drawn = [torch.randint(2, x.shape, generator=generator, device=generator.device) for x in like]
     return [(2 * d - 1).to(x.device, wide(x).dtype) for d, x in zip(drawn, like, strict=True)]
 
 
 def random_unit(like: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """A vector of length 1 in a uniformly random direction, of the shapes of ``like``."""
+    """Draw a vector of norm 1 in a uniformly random direction, with the shapes of ``like``."""
     drawn = [torch.randn(x.shape, generator=generator, device=generator.device, dtype=torch.float32) for x in like]
     vector = [d.to(x.device, wide(x).dtype) for d, x in zip(drawn, like, strict=True)]
     torch._foreach_mul_(vector, 1.0 / float(inner_product(vector, vector)) ** 0.5)
