@@ -1,1 +1,1 @@
-"""What the steps tell: measured, logged, printed and drawn."""
+"""Measures training steps, logs the values, prints summaries and plots runs."""

@@ -1,7 +1,7 @@
-"""What is printed around training: a panel at its start and a table at its end, in a terminal of 80 columns or a file.
+"""Prints a panel before training and a table after it, laid out for an 80-column terminal or a file.
 
-Nothing that is printed stops a training: where standard output cannot encode the field's letters it gets their names,
-and an output that is closed or full is reported by a warning.
+Printing never stops training. If standard output cannot encode Greek letters and math symbols, their names are printed
+instead. If it is closed or the disk is full, a warning is issued.
 """
 
 import io
@@ -46,12 +46,12 @@ _IN_ASCII = str.maketrans(
 
 @dataclass(frozen=True)
 class Summary:
-    """What a callback says of itself before training.
+    """A callback's description of itself, printed before training.
 
     Args:
         title: The method's usual name.
-        lines: What it will do: a text for each label, in the order in which they are shown.
-        verbose: Whether it is to be shown at all.
+        lines: The rows of the panel: label to text, in display order.
+        verbose: Whether to print it.
     """
 
     title: str
@@ -60,20 +60,20 @@ class Summary:
 
 
 def shows(trainer: "Trainer") -> bool:
-    """Whether Lightning shows something itself, on this rank: a progress bar or a summary of the model."""
+    """Whether Lightning itself prints on this rank: a progress bar or a model summary."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    loud = any(has_base_named(callback, "ProgressBar", "ModelSummary") for callback in callbacks)
-    return loud and trainer.is_global_zero and not trainer.barebones
+    prints = any(has_base_named(callback, "ProgressBar", "ModelSummary") for callback in callbacks)
+    return prints and trainer.is_global_zero and not trainer.barebones
 
 
 def show_start(summary: Summary, trainer: "Trainer") -> None:
-    """Print the panel, which must come before the first progress bar."""
+    """Print the panel. Call this before the first progress bar starts."""
     if summary.verbose and shows(trainer):
         show(make_panel(summary))
 
 
 def make_panel(summary: Summary) -> Panel:
-    """The panel at the start of training: one row for each line of the summary."""
+    """Build the panel at the start of training, with one row per line of the summary."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column()
@@ -83,14 +83,14 @@ def make_panel(summary: Summary) -> Panel:
 
 
 def show_end(report: "StepReport", title: str, trainer: "Trainer", *, verbose: bool) -> None:
-    """Print the table, below progress bars that are stopped for it."""
+    """Stop the progress bars and print the table below them."""
     if verbose and shows(trainer):
         stop_progress_bars(trainer)
         show(make_table(report, title))
 
 
 def make_table(report: "StepReport", title: str) -> Group:
-    """The table at the end of training: the range of each metric. It reads from the device."""
+    """Build the table at the end of training, with the range of each metric. This synchronizes with the device."""
     table = Table(title=Text(printable(f"{title}, logged steps"), style="table.title"), title_justify="left")
     table.add_column("metric", overflow="fold")
     for name in ("first", "last", "min", "max"):
@@ -103,22 +103,22 @@ def make_table(report: "StepReport", title: str) -> Group:
 
 
 def show(content: Any, **options: Any) -> None:
-    """Print to where standard output goes now, which may have been redirected since the last time.
+    """Print to the current standard output, which may have been redirected since the last call.
 
     Args:
-        content: A text or anything else that rich prints.
-        options: Those of rich's ``Console.print``.
+        content: Text, or anything else that rich can print.
+        options: Passed to rich's ``Console.print``.
     """
     make_console().print(content, **options)
 
 
 def make_console() -> Console:
-    """A console of rich that writes to standard output, with frames in ASCII where the encoding asks for them."""
+    """Create a rich console for standard output; rich draws ASCII boxes if the encoding requires it."""
     return Console(file=cast(IO[str], _Output()), highlight=False)
 
 
 def printable(text: str) -> str:
-    """The text as standard output can encode it: ``gamma`` for γ where it must, before columns are aligned."""
+    """Replace characters that standard output cannot encode, such as γ by ``gamma``. Call before aligning columns."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
@@ -128,10 +128,10 @@ def printable(text: str) -> str:
 
 
 class _Output:
-    """Standard output, except that writing to it raises nothing."""
+    """A wrapper around standard output whose writes never raise."""
 
     def __init__(self) -> None:
-        # behind rich's proxy, which would print into a live progress bar; None where the program began without one
+        # bypass rich's proxy, which would print into a live progress bar; stdout is None if the program has none
         self.stream: Any = getattr(sys.stdout, "rich_proxied_file", sys.stdout) or io.StringIO()
 
     def __getattr__(self, name: str) -> Any:
@@ -143,16 +143,16 @@ class _Output:
                 self.stream.write(text)
             except UnicodeEncodeError:
                 self.stream.write(printable(text))
-        except (OSError, ValueError) as error:  # ValueError: it is closed
-            _report(error)
+        except (OSError, ValueError) as error:  # ValueError: the file is closed
+            _warn(error)
         return len(text)
 
     def flush(self) -> None:
         try:
             self.stream.flush()
         except (OSError, ValueError) as error:
-            _report(error)
+            _warn(error)
 
 
-def _report(error: Exception) -> None:
+def _warn(error: Exception) -> None:
     warnings.warn(f"lightning_gr could not print to standard output: {error}", stacklevel=2)

@@ -1,4 +1,4 @@
-"""What the two passes of a step tell about the loss: norms, losses and curvature, on the device and only if asked."""
+"""Measures norms, losses and curvature from the two passes of a step, on the device and only the requested ones."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -26,53 +26,53 @@ __all__ = [
 METRICS = ("grad_norm", "grad_norm_perturbed", "penalty", "loss_perturbed", "sharpness", "alignment", "curvature")
 DEFAULT_METRICS = ("grad_norm", "sharpness", "penalty")
 BY_LAYER = "grad_norm_by_layer"
-# those that need the gradient of the second pass by itself
+# the metrics that need the second gradient separately
 OF_SECOND_GRADIENT = frozenset({"grad_norm_perturbed", "alignment", "curvature"})
 
 
 def check_metrics(
     metrics: object, known: Sequence[str], default: Sequence[str], undefined: Mapping[str, str] | None = None
 ) -> tuple[str, ...]:
-    """The names that ``metrics`` stands for.
+    """Validate ``metrics`` and expand it to metric names.
 
     Args:
-        metrics: A name, ``"default"``, ``"all"`` (without the norms by layer), or a sequence of these.
-        known: All names.
-        default: Those of ``"default"``.
-        undefined: Names that mean nothing here, with the reason; ``"default"`` and ``"all"`` leave them out.
+        metrics: A name, ``"default"``, ``"all"`` (everything except the norms by layer), or a sequence of these.
+        known: All valid names.
+        default: The names that ``"default"`` expands to.
+        undefined: Names that are undefined for this method, with the reason; ``"default"`` and ``"all"`` omit them.
 
     Raises:
         ValueError: If a name is unknown or undefined.
     """
     undefined = undefined or {}
     groups = {"default": default, "all": [name for name in known if name != BY_LAYER]}
-    several = isinstance(metrics, Iterable) and not isinstance(metrics, str)
-    given: list[Any] = [*metrics] if several else [metrics]  # type: ignore[misc]
-    for name in given:
+    is_sequence = isinstance(metrics, Iterable) and not isinstance(metrics, str)
+    requested: list[Any] = [*metrics] if is_sequence else [metrics]  # type: ignore[misc]
+    for name in requested:
         if name not in groups and name not in known:
             choices = ", ".join(repr(choice) for choice in ("default", "all", *known))
-            raise ValueError(f"Expected argument `metrics` to hold some of {choices} but got {name!r}")
+            raise ValueError(f"Expected argument `metrics` to contain only {choices} but got {name!r}")
         if name in undefined:
-            raise ValueError(f"Expected argument `metrics` to be without {name!r} here, because {undefined[name]}")
-    names = [name for one in given for name in groups.get(one, [one]) if name not in undefined]
+            raise ValueError(f"Expected argument `metrics` not to contain {name!r} here, because {undefined[name]}")
+    names = [name for entry in requested for name in groups.get(entry, [entry]) if name not in undefined]
     return tuple(dict.fromkeys(names))
 
 
 def undefined_metrics(rule: Rule) -> dict[str, str]:
-    """The metrics that mean nothing for a rule, with the reason."""
+    """The metrics that are undefined for a rule, with the reason."""
     update, reasons = rule.update(), {}
     if update.direction == "adaptive":
         reasons = dict.fromkeys(("penalty", "curvature"), "ASAM's direction is not along the gradient")
     if len(update.probes) != 1:
-        why = "this scheme has no perturbed gradient by itself"
+        why = "this scheme has no single perturbed gradient"
         reasons |= dict.fromkeys(("grad_norm_perturbed", "alignment"), why)
     if not update.probes:
-        reasons |= dict.fromkeys(("loss_perturbed", "sharpness"), "this scheme perturbs nothing")
+        reasons |= dict.fromkeys(("loss_perturbed", "sharpness"), "this scheme does not perturb the weights")
     return reasons
 
 
 def layers_of(module: nn.Module) -> dict[str, list[Tensor]]:
-    """The trainable parameters by layer, the module that owns them; a parameter of ``module`` itself is one alone."""
+    """Group the trainable parameters by the submodule that owns them; a parameter of ``module`` itself is its own."""
     layers: dict[str, list[Tensor]] = {}
     for name, param in module.named_parameters():
         if param.requires_grad:
@@ -81,37 +81,37 @@ def layers_of(module: nn.Module) -> dict[str, list[Tensor]]:
 
 
 def layer_norms(layers: Mapping[str, Sequence[Tensor]], scale: Tensor | None = None) -> dict[str, Tensor]:
-    """The norm of the gradient of each layer, divided by ``scale``; zero without a gradient."""
+    """The gradient norm of each layer, divided by ``scale``; zero if the layer has no gradient."""
     owner = {id(param.grad): name for name, params in layers.items() for param in params if param.grad is not None}
     grads = [param.grad for params in layers.values() for param in params if param.grad is not None]
     squares: dict[str, list[Tensor]] = {}
     for group in by_layout(grads).values():
         norms = tensor_norms(local_parts(group), wide_dtype(group))
-        together = sum_over_ranks(
+        totals = sum_over_ranks(
             torch.stack([n.to(norms[0].device, non_blocking=True) for n in norms]).square(), group[0]
         )
-        for grad, square in zip(group, together, strict=True):
+        for grad, square in zip(group, totals, strict=True):
             squares.setdefault(owner[id(grad)], []).append(square)
     zero = torch.zeros((), device=grads[0].device) if grads else torch.zeros(())
-    norms_of = {name: torch.stack(squares.get(name, [zero])).sum().sqrt() for name in layers}
-    return norms_of if scale is None else {name: norm / scale for name, norm in norms_of.items()}
+    by_layer = {name: torch.stack(squares.get(name, [zero])).sum().sqrt() for name in layers}
+    return by_layer if scale is None else {name: norm / scale for name, norm in by_layer.items()}
 
 
 class Measurement:
-    """Observes while :func:`~lightning_gr.core.two_pass.add_second_pass_` works.
+    """An observer for :func:`~lightning_gr.core.two_pass.add_second_pass_`.
 
-    With g₀ the first gradient, and g = a·g₀ + Σ bₖ·∇L(θ + sₖ d) what the second pass makes of it, all that is known of
-    the second gradient is in h = g − (a + Σ bₖ)·g₀, for which g₀ must be kept: that is one set of the size of the
-    gradients, on measured steps and only if a metric asks for it. It could be had from the displacement of the weights
-    without that, but only as far as the weights resolve a displacement.
+    Let g₀ be the first gradient and g = a·g₀ + Σ bₖ·∇L(θ + sₖ d) the final one. Then h = g − (a + Σ bₖ)·g₀ contains
+    everything about the second gradient. Computing h requires a copy of g₀, the size of all gradients, which is made
+    only on measured steps and only if a metric needs it. The displacement of the weights would yield g₀ without a copy,
+    but only to the weights' resolution.
 
     Args:
-        names: What to measure.
+        names: The metrics to measure.
         loss: The clean loss.
-        unit: What the losses of the second pass are multiplied by.
+        unit: The factor on the losses of the second pass.
         separable: Whether ``.grad`` holds a·g₀ and the second gradient of the same samples, and nothing else.
         layers: The parameters by layer, for the norms by layer.
-        local: Whether the first gradient is this rank's own.
+        local: Whether the first gradient is this rank's own rather than the mean over ranks.
     """
 
     def __init__(
@@ -125,32 +125,32 @@ class Measurement:
     ) -> None:
         self.names = frozenset(names) if separable else frozenset(names) - OF_SECOND_GRADIENT
         self.loss, self.unit, self.layers = loss, unit, layers or {}
-        self.values: dict[str, Tensor] = {}  # those that are asked for, and others
+        self.values: dict[str, Tensor] = {}  # the requested ones, and others
         self._losses: list[Tensor] = []
         self._clean: list[Tensor] = []
-        of_rank = ("loss_perturbed", "sharpness", *(("grad_norm", "penalty") if local else ()))
-        # the same on all ranks, whatever has happened on one of them
-        self.own = [name for name in of_rank if name in self.names]
-        self.own += [f"grad_norm/{name}" for name in self.layers] if local else []
+        differs = ("loss_perturbed", "sharpness", *(("grad_norm", "penalty") if local else ()))
+        # the values that differ between ranks; the list itself is the same on all ranks, even if one measures nothing
+        self.per_rank = [name for name in differs if name in self.names]
+        self.per_rank += [f"grad_norm/{name}" for name in self.layers] if local else []
 
     def watch(self, replay: Replay) -> Replay:
-        """``replay``, whose losses are noted the first time that it is called: those at θ + s₁ d."""
+        """Wrap ``replay`` to record the losses of its first call, which are those at θ + s₁ d."""
 
         def watched(transform: Transform, last: bool = True) -> None:
             if self._losses:
                 replay(transform, last)
             else:
-                replay(lambda loss: transform(self._note(loss)), last)
+                replay(lambda loss: transform(self._record(loss)), last)
 
         return watched
 
-    def _note(self, loss: Tensor) -> Tensor:
+    def _record(self, loss: Tensor) -> Tensor:
         self._losses.append(loss.detach())
         return loss
 
     @torch.no_grad()
     def first(self, update: Update, params: Sequence[Tensor], norm: Tensor, loss_scale: Tensor | None) -> None:
-        """Take in g₀, whose norm (times ``loss_scale``) is known."""
+        """Measure g₀, given its norm (times ``loss_scale``)."""
         self._update, self._scale = update, loss_scale
         self._norm = norm if loss_scale is None else norm / loss_scale
         self.values["grad_norm"] = self._norm
@@ -167,7 +167,7 @@ class Measurement:
 
     @torch.no_grad()
     def second(self, params: Sequence[Tensor]) -> None:
-        """Take in g."""
+        """Measure the final gradient g and the losses of the second pass."""
         if self._losses and self._update.probes and self.loss is not None:
             losses = torch.stack([loss.to(self._norm.device) for loss in self._losses]).sum()
             self.values["loss_perturbed"] = losses / self.unit
@@ -178,12 +178,12 @@ class Measurement:
         self._clean = []
 
     def results(self) -> dict[str, Tensor]:
-        """The values by name, as 0-dimensional tensors on the device; NaN where the rank's own is missing."""
+        """The values by name, as 0-dimensional tensors on the device; NaN if a per-rank value is missing here."""
         if not self.values:
             return {}
-        found = {**dict.fromkeys(self.own, torch.full_like(self._norm, torch.nan)), **self.values}
-        asked = [name for name in METRICS if name in self.names] + [name for name in found if "/" in name]
-        return {name: found[name] for name in asked if name in found}
+        values = {**dict.fromkeys(self.per_rank, torch.full_like(self._norm, torch.nan)), **self.values}
+        requested = [name for name in METRICS if name in self.names] + [name for name in values if "/" in name]
+        return {name: values[name] for name in requested if name in values}
 
     def _compare(self, grads: Sequence[Tensor]) -> None:
         update, norm = self._update, self._norm
@@ -193,7 +193,7 @@ class Measurement:
         with_g, with_h = _products(grads, self._clean)
         if self._scale is not None:
             with_g, with_h = with_g / self._scale.square(), with_h / self._scale.square()
-        # total ⟨g₀, h⟩ = ⟨g − h, h⟩ loses no digits, as ⟨g₀, g⟩ − total ‖g₀‖² would
+        # total ⟨g₀, h⟩ = ⟨g − h, h⟩ avoids the cancellation in ⟨g₀, g⟩ − total ‖g₀‖²
         along = (with_g - with_h) / total
         square = norm.square()
         if len(update.probes) == 1:
@@ -209,7 +209,7 @@ class Measurement:
 
 
 def _products(grads: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """⟨g, h⟩ and ⟨h, h⟩ of the whole, from local parts h."""
+    """⟨g, h⟩ and ⟨h, h⟩ over all ranks, where h is given by its local shards."""
     other_of = {id(grad): other for grad, other in zip(grads, others, strict=True)}
     totals = []
     for group in by_layout(grads).values():

@@ -1,4 +1,4 @@
-"""Pictures of runs: loss, gradient norm, sharpness and accuracy from what Lightning's loggers wrote."""
+"""Plots loss, gradient norm, sharpness and accuracy of runs from the files that Lightning's loggers wrote."""
 
 import csv
 import math
@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COLOURS", "STYLES", "PlotError", "Run", "draw_runs", "new_figure", "read_run", "run_plot", "save"]
+__all__ = ["COLORS", "STYLES", "PlotError", "Run", "draw_runs", "new_figure", "read_run", "run_plot", "save"]
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale on white
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+# Okabe and Ito's color-blind-safe palette, without its yellow, which is too pale on white
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.", (0, (1, 1)), (0, (5, 1, 1, 1)))
 
 NEEDS_MATPLOTLIB = "plots need matplotlib: pip install 'lightning_gr[plot]'"
@@ -20,7 +20,7 @@ Curve = tuple[list[float], list[float]]
 
 
 class PlotError(Exception):
-    """A request that cannot be drawn; its message is one line that says what to do."""
+    """A request that cannot be drawn. Its message is one line that says what to do."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Run:
     """The logged values of one run.
 
     Args:
-        name: What the legend calls it.
-        curves: For each key the steps and the values.
+        name: Its name in the legend.
+        curves: The steps and values for each key.
     """
 
     name: str
@@ -40,23 +40,25 @@ class Run:
 
 
 def read_run(path: Path | str) -> Run:
-    """Read what a CSVLogger or TensorBoardLogger wrote.
+    """Read the output of a CSVLogger or TensorBoardLogger.
 
     Args:
-        path: A ``metrics.csv``, the folder of a version that holds one or TensorBoard's event files, or a folder above
-            it: of several versions the newest is taken.
+        path: A ``metrics.csv`` file, a version folder that contains one or TensorBoard event files, or a parent folder,
+            of which the newest version is read.
 
     Raises:
-        PlotError: If there is nothing of that kind, or TensorBoard is needed and not installed.
+        PlotError: If no such file is found, or TensorBoard is required but not installed.
     """
     path = Path(path)
     if not path.exists():
-        raise PlotError(f"there is no {path}: name a CSVLogger or TensorBoard folder, as in lightning_logs/version_0")
+        raise PlotError(
+            f"{path} does not exist: give a CSVLogger or TensorBoard folder such as lightning_logs/version_0"
+        )
     if path.is_file():
         return Run(str(path), _read_events(path) if "tfevents" in path.name else _read_csv(path))
     files = [*path.rglob("metrics.csv"), *path.rglob("*tfevents*")]
     if not files:
-        raise PlotError(f"{path} holds neither a metrics.csv nor TensorBoard's event files: train with a logger")
+        raise PlotError(f"{path} contains neither a metrics.csv nor TensorBoard event files: train with a logger")
     folder = max(files, key=lambda file: file.stat().st_mtime).parent
     table = folder / "metrics.csv"
     return Run(str(path), _read_csv(table) if table.exists() else _read_events(folder))
@@ -87,7 +89,7 @@ def _read_events(path: Path) -> dict[str, Curve]:
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError as error:
-        raise PlotError("reading TensorBoard's files needs tensorboard: pip install 'lightning_gr[plot]'") from error
+        raise PlotError("reading TensorBoard files needs tensorboard: pip install 'lightning_gr[plot]'") from error
     events = EventAccumulator(str(path), size_guidance={"scalars": 0})
     events.Reload()
     curves = {}
@@ -99,7 +101,7 @@ def _read_events(path: Path) -> dict[str, Curve]:
 
 
 def _label(runs: Sequence[Run]) -> list[Run]:
-    """The runs named by what is different in their paths."""
+    """Shorten the names of the runs to the part of their paths that differs."""
     parts = [Path(run.name).parts for run in runs]
     if len(runs) == 1 or len(set(parts)) < len(runs):
         return list(runs)
@@ -109,23 +111,23 @@ def _label(runs: Sequence[Run]) -> list[Run]:
     return [Run("/".join(p[start : len(p) - end]), run.curves) for run, p in zip(runs, parts, strict=True)]
 
 
-# --- which key belongs to which picture
+# --- assigning keys to panels
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a figure, and the keys that it draws.
+    """One panel of a figure.
 
     Args:
-        title: What it shows.
+        title: Its title.
         unit: The label of its y axis.
-        holds: Whether a key belongs to it.
-        logarithmic: Whether positive values get a logarithmic axis.
+        accepts: Whether a key is drawn in it.
+        logarithmic: Whether to use a logarithmic y axis if all values are positive.
     """
 
     title: str
     unit: str
-    holds: Callable[[str], bool]
+    accepts: Callable[[str], bool]
     logarithmic: bool = False
 
 
@@ -139,7 +141,7 @@ PANELS = (
     Panel("Sharpness", "L(θ + s d) − L(θ) (loss)", lambda key: _last(key) == "sharpness"),
     Panel("Curvature", "eigenvalue of H (loss per unit of θ²)", lambda key: _last(key) in ("eigenvalue", "curvature")),
     Panel("Trace of the Hessian", "tr H (loss per unit of θ²)", lambda key: _last(key) == "trace"),
-    Panel("Accuracy", "accuracy (share)", lambda key: "acc" in _last(key)),
+    Panel("Accuracy", "accuracy (fraction)", lambda key: "acc" in _last(key)),
 )
 
 
@@ -148,21 +150,21 @@ def _panels(runs: Sequence[Run], keys: Sequence[str]) -> list[tuple[Panel, list[
     if keys:
         missing = [key for key in keys if key not in present]
         if missing:
-            raise PlotError(f"no run has {', '.join(missing)}: there are {', '.join(sorted(present)) or 'no keys'}")
+            raise PlotError(f"no run has {', '.join(missing)}: choose from {', '.join(sorted(present)) or 'no keys'}")
         return [(Panel(key, key, key.__eq__), [key]) for key in keys]
-    chosen = [(panel, [key for key in present if panel.holds(key)]) for panel in PANELS]
-    chosen = [(panel, own) for panel, own in chosen if own]
-    if not chosen:
-        found = ", ".join(sorted(present)) or "nothing"
-        raise PlotError(f"found neither loss, gradient norm, sharpness nor accuracy but {found}: choose with --keys")
-    return chosen
+    panels = [(panel, [key for key in present if panel.accepts(key)]) for panel in PANELS]
+    panels = [(panel, matches) for panel, matches in panels if matches]
+    if not panels:
+        others = ", ".join(sorted(present)) or "nothing"
+        raise PlotError(f"found no loss, gradient norm, sharpness or accuracy, only {others}: choose with --keys")
+    return panels
 
 
 # --- drawing
 
 
 def new_figure(count: int) -> tuple[Any, list[Any]]:
-    """A figure with ``count`` pictures, up to three in a row; it needs no display."""
+    """Create a figure with ``count`` panels, at most three per row. No display is needed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -179,26 +181,26 @@ def new_figure(count: int) -> tuple[Any, list[Any]]:
 
 
 def draw_runs(runs: Sequence[Run], keys: Sequence[str] = (), smooth: int = 1) -> Any:
-    """Draw runs side by side, each in a colour and each key in a line style of its own; returns the figure.
+    """Draw several runs for comparison, with one color per run and one line style per key; return the figure.
 
     Args:
-        runs: What :func:`read_run` returned.
-        keys: One picture for each of these, instead of the usual ones.
-        smooth: Draw the mean over this many logged values around each, and the values themselves faintly behind it.
+        runs: Runs from :func:`read_run`.
+        keys: Draw one panel for each of these keys instead of the default panels.
+        smooth: Draw a centered moving average over this many logged values, with the raw values faintly behind it.
 
     Raises:
         PlotError: If there is nothing to draw.
     """
     panels = _panels(runs, keys)
-    figure, pictures = new_figure(len(panels))
-    for (panel, own), axes in zip(panels, pictures, strict=True):
+    figure, all_axes = new_figure(len(panels))
+    for (panel, panel_keys), axes in zip(panels, all_axes, strict=True):
         for i, run in enumerate(runs):
-            for j, key in enumerate(key for key in own if key in run.curves):
-                name = f"{run.name} {key}" if len(own) > 1 else run.name
-                look = COLOURS[(i if len(runs) > 1 else j) % len(COLOURS)], STYLES[j % len(STYLES)]
-                _draw_curve(axes, run.curves[key], smooth, key if len(runs) == 1 else name, *look)
+            for j, key in enumerate(key for key in panel_keys if key in run.curves):
+                name = f"{run.name} {key}" if len(panel_keys) > 1 else run.name
+                style = COLORS[(i if len(runs) > 1 else j) % len(COLORS)], STYLES[j % len(STYLES)]
+                _draw_curve(axes, run.curves[key], smooth, key if len(runs) == 1 else name, *style)
         axes.set(title=panel.title, xlabel="step", ylabel=panel.unit)
-        values = [value for run in runs for key in own for value in run.curves.get(key, ([], []))[1]]
+        values = [value for run in runs for key in panel_keys for value in run.curves.get(key, ([], []))[1]]
         if panel.logarithmic and min(values) > 0 and max(values) > 10 * min(values):
             _set_logarithmic(axes, max(values) / min(values))
         axes.grid(alpha=0.3)
@@ -210,31 +212,31 @@ def _set_logarithmic(axes: Any, ratio: float) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_yscale("log")
-    # plain numbers, and enough of them where there are few decades
+    # plain numbers, and more ticks if the axis spans only a few decades
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 1e3 else (1,)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _draw_curve(axes: Any, curve: Curve, smooth: int, label: str, colour: str, style: Any) -> None:
+def _draw_curve(axes: Any, curve: Curve, smooth: int, label: str, color: str, style: Any) -> None:
     steps, values = curve
     if smooth > 1:
-        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        left, right = (smooth - 1) // 2, smooth // 2 + 1  # centered, so that nothing lags behind
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        left, right = (smooth - 1) // 2, smooth // 2 + 1  # centered, so that the curve does not lag
         values = [statistics.mean(values[max(0, i - left) : i + right]) for i in range(len(values))]
     marker = "o" if len(values) < 3 else None
-    axes.plot(steps, values, label=label, color=colour, linestyle=style, marker=marker, markersize=4)
+    axes.plot(steps, values, label=label, color=color, linestyle=style, marker=marker, markersize=4)
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a figure in the format of the suffix.
+    """Write a figure in the format given by the file's suffix.
 
     Raises:
-        PlotError: If there is no such format, or the file cannot be written.
+        PlotError: If the format is unknown or the file cannot be written.
     """
     known = figure.canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
-        raise PlotError(f"cannot write {path.name}: give a suffix that is one of {', '.join(sorted(known))}")
+        raise PlotError(f"cannot write {path.name}: use one of the suffixes {', '.join(sorted(known))}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
@@ -245,20 +247,20 @@ def save(figure: Any, path: Path) -> None:
 def run_plot(
     paths: Sequence[Path], output: Path, keys: Sequence[str] = (), names: Sequence[str] = (), smooth: int = 1
 ) -> None:
-    """Read runs, draw them and write the picture.
+    """Read runs and draw them to a file.
 
     Args:
         paths: See :func:`read_run`.
-        output: The file, PNG or SVG or whatever else matplotlib writes, by its suffix.
+        output: The image file; its suffix sets the format (PNG, SVG or any other that matplotlib supports).
         keys: See :func:`draw_runs`.
-        names: What the legend calls the runs.
+        names: The names of the runs in the legend.
         smooth: See :func:`draw_runs`.
 
     Raises:
-        PlotError: If something cannot be read, drawn or written.
+        PlotError: If a run cannot be read, drawn or written.
     """
     if names and len(names) != len(paths):
-        raise PlotError(f"expected a name for each of the {len(paths)} runs but got {len(names)}")
+        raise PlotError(f"expected as many names as runs ({len(paths)}) but got {len(names)}")
     runs = _label([read_run(path) for path in paths])
     if names:
         runs = [Run(name, run.curves) for name, run in zip(names, runs, strict=True)]

@@ -1,4 +1,4 @@
-"""Logs values through Lightning, and keeps the first, last, smallest and largest of each."""
+"""Logs values through Lightning and keeps the first, last, smallest and largest of each."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,7 +16,7 @@ __all__ = ["Range", "StepLog"]
 
 
 class Range(NamedTuple):
-    """What a value went through, on the device."""
+    """The first, last, smallest and largest value of a metric, as tensors on the device."""
 
     first: Tensor
     last: Tensor
@@ -28,11 +28,11 @@ class StepLog:
     """Logs values through ``self.log`` and keeps their ranges.
 
     Args:
-        prefix: What all keys begin with.
-        in_bar: Names that go to the progress bar, too.
+        prefix: The prefix of all keys.
+        in_bar: Names that are also shown in the progress bar.
 
     Raises:
-        ValueError: If ``prefix`` is no string.
+        ValueError: If ``prefix`` is not a string.
     """
 
     def __init__(self, prefix: str, in_bar: Sequence[str] = ()) -> None:
@@ -44,17 +44,21 @@ class StepLog:
 
     @torch.no_grad()
     def log(
-        self, trainer: "Trainer", pl_module: "LightningModule", values: Mapping[str, Tensor], own: Iterable[str] = ()
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        values: Mapping[str, Tensor],
+        per_rank: Iterable[str] = (),
     ) -> None:
-        """Log 0-dimensional tensors; those named in ``own`` are first averaged over the ranks, all in one all-reduce.
+        """Log 0-dimensional tensors, after averaging those named in ``per_rank`` over ranks in a single all-reduce.
 
-        Each rank must have the same names.
+        All ranks must pass the same names.
         """
         values = dict(values)
-        together = [name for name in own if name in values]
-        if together and trainer.world_size > 1:
-            mean = mean_over_ranks(torch.stack([values[name] for name in together]))
-            values |= dict(zip(together, mean, strict=True))
+        names = [name for name in per_rank if name in values]
+        if names and trainer.world_size > 1:
+            mean = mean_over_ranks(torch.stack([values[name] for name in names]))
+            values |= dict(zip(names, mean, strict=True))
         for name, value in values.items():
             first, _, low, high = self.ranges.get(name, (value,) * 4)
             self.ranges[name] = Range(first, value, torch.fmin(low, value), torch.fmax(high, value))

@@ -1,4 +1,4 @@
-"""What a callback with a second pass tells of its steps, on the steps that Lightning logs."""
+"""Collects and logs the metrics of a two-pass callback, on the steps that Lightning logs."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -18,17 +18,17 @@ __all__ = ["StepReport"]
 
 
 class StepReport:
-    """What a callback with a second pass measures in its steps.
+    """Collects what a two-pass callback measures during a step and logs it at the end.
 
     Args:
-        names: The metrics.
-        prefix: What their keys begin with.
-        prog_bar: Whether the gradient norm goes to the progress bar.
+        names: The metrics to log.
+        prefix: The prefix of their keys.
+        prog_bar: Whether to show the gradient norm in the progress bar.
     """
 
     def __init__(self, names: Sequence[str], prefix: str, prog_bar: bool) -> None:
         if prog_bar and "grad_norm" not in names:
-            raise ValueError("Expected argument `metrics` to hold 'grad_norm' with `prog_bar=True`, which shows it")
+            raise ValueError("Expected argument `metrics` to contain 'grad_norm', which `prog_bar=True` shows")
         self.names = tuple(names)
         self.log = StepLog(prefix, ("grad_norm",) if prog_bar else ())
 
@@ -43,21 +43,21 @@ class StepReport:
         self._plain: dict[str, dict[str, Tensor]] = {}
 
     def open(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """A window of micro-batches begins."""
+        """Start a window of micro-batches, and decide whether to measure it."""
         self.due = will_log(trainer)
         if self.due:
             self._forget()
             self._layers = layers_of(pl_module) if BY_LAYER in self.names else {}
 
     def note_loss(self, batch_idx: int, loss: Tensor) -> None:
-        """The loss of a micro-batch, divided and scaled as it is back-propagated."""
+        """Record the loss of a micro-batch, divided and scaled as it is back-propagated."""
         if self.due:
             self._losses[batch_idx] = loss.detach()
 
     def of_window(self, batch_idx: int | None, scale: Tensor | None, local: bool, stashed: bool) -> Measurement | None:
-        """An observer for the second pass of a window (``batch_idx`` is None) or of one of its micro-batches.
+        """Create an observer for the second pass of a window (``batch_idx`` is None) or of one of its micro-batches.
 
-        ``stashed``: whether gradients of earlier steps will be added to its gradient.
+        ``stashed`` says whether gradients from earlier steps will be added to its gradient.
         """
         if not self.due or not self.names:
             return None
@@ -72,16 +72,16 @@ class StepReport:
     def measurement(
         self, position: int, loss: Tensor, unit: Tensor | float, local: bool, separable: bool, group: str = ""
     ) -> Measurement | None:
-        """An observer for one second pass, if this step is measured. Over ``position`` the mean is taken."""
+        """Create an observer for one second pass, if this step is measured. Logged values are means over positions."""
         if not self.due or not self.names:
             return None
-        found = Measurement(self.names, loss, unit, separable and not local, self._layers, local)
-        self._measured.setdefault(group, {})[position] = found
-        return found
+        observer = Measurement(self.names, loss, unit, separable and not local, self._layers, local)
+        self._measured.setdefault(group, {})[position] = observer
+        return observer
 
     @torch.no_grad()
     def first_only(self, params: Sequence[Tensor], scale: Tensor | None, group: str = "") -> None:
-        """Measure a gradient that gets no second pass."""
+        """Measure a gradient that does not get a second pass."""
         grads = [p.grad for p in params if p.grad is not None]
         if self.due and self.names and grads:
             norm = global_norm(grads)
@@ -89,28 +89,28 @@ class StepReport:
             self._plain[group] = values | {f"grad_norm/{n}": v for n, v in layer_norms(self._layers, scale).items()}
 
     def count(self, regularized: bool) -> None:
-        """An optimizer step has been made."""
+        """Count an optimizer step."""
         self.steps += 1
         self.regularized += regularized
 
     def close(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """The step is over: log it."""
+        """Log the values of the step at its end."""
         if not self.due:
             return
         values: dict[str, Tensor] = {}
-        own: list[str] = []
-        for group, found in self._measured.items():
-            mean = _mean([each.results() for each in found.values()])
+        per_rank: list[str] = []
+        for group, observers in self._measured.items():
+            mean = _mean([observer.results() for observer in observers.values()])
             values |= {group + name: value for name, value in mean.items()}
-            own += [group + name for name in next(iter(found.values())).own]
+            per_rank += [group + name for name in next(iter(observers.values())).per_rank]
         for group, plain in self._plain.items():
             values |= {group + name: value for name, value in plain.items()}
         if self.names:
-            self.log.log(trainer, pl_module, values, own)
+            self.log.log(trainer, pl_module, values, per_rank)
         self._forget()
 
 
 def _mean(results: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean over micro-batches of what all of them have."""
+    """The mean over micro-batches of the values that all of them have."""
     names = [name for name in results[0] if all(name in result for result in results)]
     return {name: torch.stack([result[name] for result in results]).mean() for name in names}

@@ -1,1 +1,1 @@
-"""The Hessian of a loss: its largest eigenvalue, its trace, and slices through the loss."""
+"""Measures of sharpness: the Hessian's largest eigenvalue and trace, and one-dimensional slices of the loss."""

@@ -1,4 +1,4 @@
-"""Sharpness of a minimum: the largest eigenvalue and the trace of the Hessian of a loss, without Lightning."""
+"""Estimates the largest eigenvalue and the trace of a loss's Hessian, without Lightning."""
 
 import math
 import statistics
@@ -21,14 +21,14 @@ Params = nn.Module | Iterable[Tensor]
 
 @dataclass(frozen=True)
 class HessianEigenvalue:
-    """The largest eigenvalue of a Hessian; ``float(...)`` is its value.
+    """The largest eigenvalue of a Hessian. ``float(result)`` is its value.
 
     Args:
-        value: λ, NaN if a product was not finite.
-        residual: ‖H u − λ u‖ for the unit vector u that belongs to it: an eigenvalue lies within that of λ.
-        iterations: The number of products H v that were taken.
+        value: λ, or NaN if a product was not finite.
+        residual: ‖H u − λ u‖ for the corresponding unit vector u. An eigenvalue lies within this distance of λ.
+        iterations: The number of products H v computed.
         converged: Whether ``residual`` ≤ tolerance · |λ|.
-        method: How they were taken: ``"double_backward"`` or ``"finite_difference"``.
+        method: How the products were computed: ``"double_backward"`` or ``"finite_difference"``.
     """
 
     value: float
@@ -43,14 +43,14 @@ class HessianEigenvalue:
 
 @dataclass(frozen=True)
 class HessianTrace:
-    """The trace of a Hessian; ``float(...)`` is its value.
+    """The trace of a Hessian. ``float(result)`` is its value.
 
     Args:
-        value: The mean over samples, NaN if a product was not finite.
-        standard_error: Of that mean; infinite for one sample.
-        samples: The number of products H v that were taken.
+        value: The mean over samples, or NaN if a product was not finite.
+        standard_error: The standard error of the mean; infinite for a single sample.
+        samples: The number of products H v computed.
         converged: Whether ``standard_error`` ≤ tolerance · |value|.
-        method: How they were taken: ``"double_backward"`` or ``"finite_difference"``.
+        method: How the products were computed: ``"double_backward"`` or ``"finite_difference"``.
     """
 
     value: float
@@ -72,25 +72,23 @@ def hessian_eigenvalue(
     method: HessianMethod = "auto",
     generator: torch.Generator | None = None,
 ) -> HessianEigenvalue:
-    """The largest (most positive) eigenvalue λ of the Hessian of a loss, by Lanczos iteration on products H v.
+    """Compute the largest (most positive) eigenvalue λ of a loss's Hessian by Lanczos iteration on products H v.
 
-    It leaves no trace: weights, ``.grad``, buffers and random state are what they were, bit for bit. Each product costs
-    about two passes (four by finite differences). Besides the graph of the gradient it needs room for four vectors of
-    the size of the parameters.
+    Weights, ``.grad``, buffers and random state are left unchanged, bit for bit. Each product costs about two passes
+    (four with finite differences). Memory: the graph of the gradient plus four parameter-sized vectors.
 
     Args:
-        loss_fn: Computes the loss, a scalar (or a mapping with ``"loss"``), at the current weights.
-        params: The module, of which the trainable parameters are taken, or parameters alone (then no buffers are
-            protected).
-        max_iterations: The most products H v.
+        loss_fn: Computes the loss at the current weights: a scalar, or a mapping with the key ``"loss"``.
+        params: A module, whose trainable parameters are used, or the parameters alone, without protection of buffers.
+        max_iterations: The maximum number of products H v.
         tolerance: Stop when the residual ‖H u − λ u‖ is at most ``tolerance`` · |λ|.
-        method: ``"double_backward"``, ``"finite_difference"``, or ``"auto"``: the first, and the second where an
-            operator has no second derivative. See :class:`~lightning_gr.sharpness.hessian.HessianProducts`.
-        generator: Draws the starting vector; by default one of its own with seed 0.
+        method: ``"double_backward"``, ``"finite_difference"``, or ``"auto"``, which falls back to finite differences
+            if an operator has no second derivative. See :class:`~lightning_gr.sharpness.hessian.HessianProducts`.
+        generator: Draws the starting vector. Defaults to a new generator with seed 0.
 
     Raises:
-        ValueError: If an argument is out of its range, there are no trainable parameters, or ``loss_fn`` returns no
-            loss with a graph.
+        ValueError: If an argument is out of range, if there are no trainable parameters, or if ``loss_fn`` does not
+            return a loss with a graph.
 
     Source: Lanczos (1950), with Paige's bound for the residual; Pearlmutter (1994) for H v.
 
@@ -115,21 +113,21 @@ def hessian_trace(
     method: HessianMethod = "auto",
     generator: torch.Generator | None = None,
 ) -> HessianTrace:
-    """The trace of the Hessian of a loss by Hutchinson's estimator: the mean of vᵀH v over vectors v of random signs.
+    """Estimate the trace of a loss's Hessian with Hutchinson's estimator: the mean of vᵀH v over random sign vectors v.
 
-    It leaves no trace: weights, ``.grad``, buffers and random state are what they were, bit for bit.
+    Weights, ``.grad``, buffers and random state are left unchanged, bit for bit.
 
     Args:
         loss_fn: As in :func:`hessian_eigenvalue`.
-        params: As there.
-        max_samples: The most products H v.
-        min_samples: The fewest, so that the standard error means something.
+        params: As in :func:`hessian_eigenvalue`.
+        max_samples: The maximum number of products H v.
+        min_samples: The minimum number, so that the standard error is meaningful.
         tolerance: Stop when the standard error is at most ``tolerance`` · |trace|.
-        method: As there.
-        generator: Draws the vectors; by default one of its own with seed 0.
+        method: As in :func:`hessian_eigenvalue`.
+        generator: Draws the vectors. Defaults to a new generator with seed 0.
 
     Raises:
-        ValueError: As there.
+        ValueError: As in :func:`hessian_eigenvalue`.
 
     Source: Hutchinson (1989); the variance with random signs is 2 Σ_{i≠j} H_ij².
 
@@ -152,41 +150,41 @@ def lanczos(
     tolerance: float = 1e-3,
     generator: torch.Generator | None = None,
 ) -> HessianEigenvalue:
-    """What :func:`hessian_eigenvalue` does, with products that have been entered.
+    """Compute the largest eigenvalue as in :func:`hessian_eigenvalue`, with ``products`` already entered.
 
-    The vectors are not orthogonalized again, which would need all of them: repeated copies of an extreme eigenvalue
-    that come in by rounding do no harm to its value (Paige 1980).
+    The vectors are not reorthogonalized, which would require keeping them all. Rounding can then produce repeated
+    copies of an extreme eigenvalue, but these do not affect its value (Paige 1980).
     """
     check_int("max_iterations", max_iterations, minimum=1)
     check_number("tolerance", tolerance, positive=True)
     current = random_unit(products.params, generator or torch.Generator().manual_seed(0))
     previous: list[Tensor] = []
     diagonal: list[float] = []
-    beside: list[float] = []
+    off_diagonal: list[float] = []
     while True:
         product = products(current)
         diagonal.append(float(inner_product(product, current)))
         torch._foreach_sub_(product, torch._foreach_mul(current, diagonal[-1]))
         if previous:
-            torch._foreach_mul_(previous, beside[-1])
+            torch._foreach_mul_(previous, off_diagonal[-1])
             torch._foreach_sub_(product, previous)
-        beside.append(float(inner_product(product, product)) ** 0.5)
-        if not math.isfinite(diagonal[-1]) or not math.isfinite(beside[-1]):
+        off_diagonal.append(float(inner_product(product, product)) ** 0.5)
+        if not math.isfinite(diagonal[-1]) or not math.isfinite(off_diagonal[-1]):
             return HessianEigenvalue(math.nan, math.nan, len(diagonal), False, products.method)
-        value, last = _largest(diagonal, beside[:-1])
-        residual = beside[-1] * last
+        value, last = _largest(diagonal, off_diagonal[:-1])
+        residual = off_diagonal[-1] * last
         converged = residual <= tolerance * abs(value)
         if converged or len(diagonal) == max_iterations:
             return HessianEigenvalue(value, residual, len(diagonal), converged, products.method)
-        torch._foreach_mul_(product, 1.0 / beside[-1])
+        torch._foreach_mul_(product, 1.0 / off_diagonal[-1])
         previous, current = current, product
 
 
-def _largest(diagonal: list[float], beside: list[float]) -> tuple[float, float]:
-    """The largest eigenvalue of a symmetric tridiagonal matrix, and the size of its eigenvector's last entry."""
+def _largest(diagonal: list[float], off_diagonal: list[float]) -> tuple[float, float]:
+    """The largest eigenvalue of a symmetric tridiagonal matrix, and the magnitude of its eigenvector's last entry."""
     matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    if beside:
-        off = torch.tensor(beside, dtype=torch.float64)
+    if off_diagonal:
+        off = torch.tensor(off_diagonal, dtype=torch.float64)
         matrix += torch.diag(off, 1) + torch.diag(off, -1)
     values, vectors = torch.linalg.eigh(matrix)
     return float(values[-1]), abs(float(vectors[-1, -1]))
@@ -200,7 +198,7 @@ def estimate_trace(
     tolerance: float = 0.03,
     generator: torch.Generator | None = None,
 ) -> HessianTrace:
-    """What :func:`hessian_trace` does, with products that have been entered."""
+    """Estimate the trace as in :func:`hessian_trace`, with ``products`` already entered."""
     check_int("max_samples", max_samples, minimum=1)
     check_int("min_samples", min_samples, minimum=1)
     check_number("tolerance", tolerance, positive=True)

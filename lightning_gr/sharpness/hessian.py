@@ -1,4 +1,4 @@
-"""A loss around its weights, and its Hessian times vectors, by double backward or finite differences: no trace left."""
+"""Evaluates a loss at displaced weights, and multiplies vectors by its Hessian, without side effects."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,20 +27,19 @@ HESSIAN_METHODS: tuple[HessianMethod, ...] = ("auto", "double_backward", "finite
 
 
 class LossAround:
-    """A context in which a loss and its gradient can be had at displaced weights, as if that had never happened.
+    """A context manager that evaluates a loss and its gradient at displaced weights, without side effects.
 
-    Each evaluation sees the same random numbers and buffers. On leaving, weights, buffers, random state and ``.grad``
-    are what they were, bit for bit.
+    Every evaluation sees the same random numbers and buffers. On exit, weights, buffers, random state and ``.grad`` are
+    as they were, bit for bit.
 
     Args:
-        loss_fn: Computes the loss, a scalar (or a mapping with ``"loss"``), at the current weights.
-        params: The module, of which the trainable parameters are taken, or parameters alone (then no buffers are
-            protected).
-        surroundings: What ``loss_fn`` may change, if it is more than the module.
+        loss_fn: Computes the loss at the current weights: a scalar, or a mapping with the key ``"loss"``.
+        params: A module, whose trainable parameters are used, or the parameters alone, without protection of buffers.
+        surroundings: The state that ``loss_fn`` may change, if it is not limited to the module.
 
     Raises:
-        ValueError: If there are no trainable parameters, if one is complex, or if ``loss_fn`` returns no loss that can
-            be back-propagated.
+        ValueError: If there are no trainable parameters, if one is complex, or if ``loss_fn`` does not return a loss
+            with a graph.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class LossAround:
         everything = module.parameters() if module is not None else list(params)  # type: ignore[arg-type]
         self.params = [p for p in everything if p.requires_grad]
         if not self.params or any(p.is_complex() for p in self.params):
-            raise ValueError("Expected `params` to hold trainable parameters, real ones")
+            raise ValueError("Expected `params` to contain trainable parameters, all of them real")
         self._evaluation = Evaluation(loss_fn, surroundings or _surroundings(module, self.params))
         self._storage = CopyStorage()
         self._is_first = True
@@ -79,15 +78,15 @@ class LossAround:
             return loss.detach()
 
     def gradient_at(self, vector: Sequence[Tensor], distance: float) -> tuple[Tensor, ...]:
-        """∇L(θ + distance · vector), a tensor for each parameter."""
+        """∇L(θ + distance · vector), as one tensor per parameter."""
         with self._moved(vector, distance), self._evaluate() as loss:
             return torch.autograd.grad(_with_graph(loss), self.params, allow_unused=True, materialize_grads=True)
 
     @contextmanager
     def _evaluate(self) -> Iterator[Tensor]:
-        """The loss at the current weights, as if it had never been evaluated once the context is left."""
+        """Evaluate the loss at the current weights; its side effects are undone on exit."""
         if self._is_first:
-            # at the clean weights: what the loss writes to is learned from it
+            # the first evaluation, at the clean weights, reveals what the loss writes to
             self._is_first = False
             self._evaluation.learn()
         with self._evaluation.again(self.params) as output:
@@ -115,30 +114,31 @@ class LossAround:
 
 
 class HessianProducts(LossAround):
-    """A context in which ``products(v)`` is H v, with H the Hessian of a loss at the weights that it is entered with.
+    """A context manager in which ``products(v)`` computes H v, where H is a loss's Hessian at the current weights.
 
     Double backward evaluates the loss once and keeps the graph of its gradient. Finite differences,
 
         H v ≈ [∇L(θ + h v) − ∇L(θ − h v)] / 2h,      h ‖v‖ = u^(1/3) (1 + ‖θ‖)/10,
 
-    with u the machine epsilon, evaluate it twice for each product, where an operator has no second derivative (fused
-    attention, cuDNN's recurrent networks, compiled modules). Both see the same random numbers and buffers each time;
-    on leaving, weights, buffers, random state and ``.grad`` are what they were, bit for bit. For a network with kinks,
-    such as ReLU, the two differ: double backward sees no curvature at a kink, a finite step does. The backward method
-    of a custom autograd function must be differentiable itself or marked ``once_differentiable``.
+    where u is the machine epsilon, evaluate it twice per product. They are for operators without a second derivative
+    (fused attention, cuDNN's recurrent networks, compiled modules). Every evaluation sees the same random numbers and
+    buffers, and on exit weights, buffers, random state and ``.grad`` are as they were, bit for bit.
+
+    The two methods differ for networks with kinks, such as ReLU: double backward sees no curvature at a kink, a finite
+    step does. The backward method of a custom autograd function must be differentiable or marked
+    ``once_differentiable``.
 
     Args:
-        loss_fn: Computes the loss, a scalar (or a mapping with ``"loss"``), at the current weights.
-        params: The module, of which the trainable parameters are taken, or parameters alone (then no buffers are
-            protected).
-        method: ``"double_backward"``, ``"finite_difference"``, or ``"auto"``: the first, and the second where the
-            first fails. The attribute ``method`` says which it was.
-        surroundings: What ``loss_fn`` may change, if it is more than the module.
-        average: Averages a list of tensors in place over devices, for the Hessian of the mean loss over them.
+        loss_fn: Computes the loss at the current weights: a scalar, or a mapping with the key ``"loss"``.
+        params: A module, whose trainable parameters are used, or the parameters alone, without protection of buffers.
+        method: ``"double_backward"``, ``"finite_difference"``, or ``"auto"``, which falls back to finite differences
+            if double backward fails. Afterwards the attribute ``method`` holds the method used.
+        surroundings: The state that ``loss_fn`` may change, if it is not limited to the module.
+        average: Averages a list of tensors over devices in place, to give the Hessian of the mean loss.
 
     Raises:
-        ValueError: If there are no trainable parameters, if one is complex, or if ``loss_fn`` returns no loss that can
-            be back-propagated.
+        ValueError: If there are no trainable parameters, if one is complex, or if ``loss_fn`` does not return a loss
+            with a graph.
 
     Source: Pearlmutter (Neural Computation 1994), exact multiplication by the Hessian.
 
@@ -173,11 +173,11 @@ class HessianProducts(LossAround):
 
     def _forget(self) -> None:
         self._gradient = ()
-        # after the graph, which may hold buffers that are put back now
+        # after freeing the graph, which may hold buffers that are restored here
         self._isolated.close()
 
     def __call__(self, vector: Sequence[Tensor]) -> list[Tensor]:
-        """H v for one ``vector``, given as a tensor for each parameter."""
+        """Compute H v for a ``vector`` given as one tensor per parameter."""
         product = [wide(x.detach()) for x in self._multiply(vector)]
         if self.average is not None:
             self.average(product)
@@ -193,7 +193,7 @@ class HessianProducts(LossAround):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
-            # some operator has no second derivative, which each says in its own words
+            # an operator has no second derivative; the message differs from operator to operator
             self._forget()
             self.method = "finite_difference"
             return self._by_difference(vector)
@@ -201,15 +201,15 @@ class HessianProducts(LossAround):
         return product
 
     def _differentiate(self) -> None:
-        # one evaluation, whose graph is kept, so that its isolation lasts
+        # the graph of this evaluation is kept, so its isolation stays active too
         loss = _with_graph(self._isolated.enter_context(self._evaluate()))
         self._gradient = torch.autograd.grad(
             loss, self.params, create_graph=True, allow_unused=True, materialize_grads=True
         )
         if _is_cut(self._gradient):
             raise RuntimeError(
-                "The loss goes through a function that is marked `once_differentiable`, so double backward would leave"
-                " out a part of the Hessian: use `method='finite_difference'`"
+                "The loss uses a function marked `once_differentiable`, so double backward would miss part of the"
+                " Hessian: use `method='finite_difference'`"
             )
 
     def _by_double_backward(self, vector: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -251,17 +251,17 @@ def _with_graph(loss: Tensor) -> Tensor:
 
 
 def _is_cut(gradients: Sequence[Tensor]) -> bool:
-    """Whether the graph of ``gradients`` ends in an error that no one would see.
+    """Whether the graph of ``gradients`` contains an error node, which autograd would silently skip.
 
-    ``once_differentiable`` puts it on a branch of its own, which ``torch.autograd.grad`` does not visit.
+    ``once_differentiable`` puts this node on a separate branch, which ``torch.autograd.grad`` does not visit.
     """
-    waiting = [gradient.grad_fn for gradient in gradients if gradient.grad_fn is not None]
-    seen: set[Any] = set(waiting)
-    while waiting:
-        node = waiting.pop()
+    stack = [gradient.grad_fn for gradient in gradients if gradient.grad_fn is not None]
+    seen: set[Any] = set(stack)
+    while stack:
+        node = stack.pop()
         if is_error_node(node):
             return True
         new = {other for other, _ in node.next_functions if other is not None} - seen
         seen |= new
-        waiting.extend(new)
+        stack.extend(new)
     return False

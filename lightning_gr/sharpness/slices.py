@@ -1,4 +1,4 @@
-"""One-dimensional slices of a loss: along its gradient and along a random direction."""
+"""One-dimensional slices of a loss, along its gradient and along a random direction."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,11 +17,11 @@ __all__ = ["LossSlice", "draw_slices", "filter_normalized", "loss_slice", "plot_
 
 @dataclass(frozen=True)
 class LossSlice:
-    """A loss along straight lines through the weights.
+    """The values of a loss along straight lines through the weights.
 
     Args:
-        distances: ‖Δθ‖ with its sign, from −radius to radius.
-        losses: For each direction, ``"gradient"`` and ``"random"``, the loss at these distances.
+        distances: Signed distances ±‖Δθ‖, from −radius to radius.
+        losses: The losses at these distances, for each of the directions ``"gradient"`` and ``"random"``.
     """
 
     distances: list[float]
@@ -29,9 +29,9 @@ class LossSlice:
 
 
 def filter_normalized(params: Iterable[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """A random direction of which each filter (row of a matrix) is as long as that of the weights.
+    """Draw a random direction in which each filter (row of a matrix) has the norm of the corresponding weights.
 
-    Biases and the weights of normalization layers (all that has one dimension) are left where they are.
+    One-dimensional parameters, such as biases and the weights of normalization layers, are not moved.
 
     Source: Li, Xu, Taylor, Studer & Goldstein (NeurIPS 2018, arXiv 1712.09913), section 4.
     """
@@ -42,8 +42,8 @@ def filter_normalized(params: Iterable[Tensor], generator: torch.Generator) -> l
         if weight.ndim < 2:
             direction.append(torch.zeros_like(d))
         else:
-            own, other = (x.flatten(1).norm(dim=1) for x in (weight.to(d.dtype), d))
-            direction.append(d * (own / other.clamp_min(1e-30)).view(-1, *[1] * (d.ndim - 1)))
+            target, norm = (x.flatten(1).norm(dim=1) for x in (weight.to(d.dtype), d))
+            direction.append(d * (target / norm.clamp_min(1e-30)).view(-1, *[1] * (d.ndim - 1)))
     return direction
 
 
@@ -55,29 +55,28 @@ def loss_slice(
     points: int = 41,
     generator: torch.Generator | None = None,
 ) -> LossSlice:
-    """The loss along its gradient, and along a random direction that is filter-normalized and then made of length 1.
+    """Evaluate a loss along its gradient and along a filter-normalized random direction, both scaled to norm 1.
 
-    It leaves no trace: weights, ``.grad``, buffers and random state are what they were, bit for bit.
+    Weights, ``.grad``, buffers and random state are left unchanged, bit for bit.
 
     Args:
-        loss_fn: Computes the loss, a scalar (or a mapping with ``"loss"``), at the current weights.
-        params: The module, of which the trainable parameters are taken, or parameters alone (then no buffers are
-            protected).
-        radius: How far to go to each side, as the norm of what is added to the parameters.
-        points: How many points along each line; an odd number has the weights themselves among them.
-        generator: Draws the random direction; by default one of its own with seed 0.
+        loss_fn: Computes the loss at the current weights: a scalar, or a mapping with the key ``"loss"``.
+        params: A module, whose trainable parameters are used, or the parameters alone, without protection of buffers.
+        radius: The largest distance in either direction, as the norm of the change in the parameters.
+        points: The number of points on each line. An odd number includes the weights themselves.
+        generator: Draws the random direction. Defaults to a new generator with seed 0.
 
     Raises:
-        ValueError: If an argument is out of its range, there are no trainable parameters, or ``loss_fn`` returns no
-            loss with a graph.
+        ValueError: If an argument is out of range, if there are no trainable parameters, or if ``loss_fn`` does not
+            return a loss with a graph.
 
     Source: Li et al. (NeurIPS 2018, arXiv 1712.09913) for the filter-normalized direction.
 
     Example::
 
         >>> w = torch.tensor([[3.0, 4.0]], requires_grad=True)
-        >>> found = loss_slice(lambda: w.square().sum(), [w], radius=5.0, points=3)
-        >>> found.distances, found.losses["gradient"]
+        >>> result = loss_slice(lambda: w.square().sum(), [w], radius=5.0, points=3)
+        >>> result.distances, result.losses["gradient"]
         ([-5.0, 0.0, 5.0], [0.0, 25.0, 100.0])
     """
     check_number("radius", radius, positive=True)
@@ -96,21 +95,21 @@ def loss_slice(
 
 
 def draw_slices(slices: Mapping[str, LossSlice], logarithmic: bool = False) -> Any:
-    """Draw slices of several modules, a picture for each direction; returns matplotlib's figure.
+    """Draw slices of several modules, with one panel per direction; return the matplotlib figure.
 
     Args:
-        slices: By the names that the legend gives them.
-        logarithmic: Whether the loss gets a logarithmic axis.
+        slices: The slices, keyed by their names in the legend.
+        logarithmic: Use a logarithmic axis for the loss.
     """
-    from lightning_gr.report.plotting import COLOURS, STYLES, new_figure
+    from lightning_gr.report.plotting import COLORS, STYLES, new_figure
 
     names = list(next(iter(slices.values())).losses)
-    figure, pictures = new_figure(len(names))
+    figure, all_axes = new_figure(len(names))
     titles = {"gradient": "Along the gradient", "random": "Along a random direction"}
-    for name, axes in zip(names, pictures, strict=True):
-        for i, (label, found) in enumerate(slices.items()):
-            look = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)]}
-            axes.plot(found.distances, found.losses[name], label=label, **look)
+    for name, axes in zip(names, all_axes, strict=True):
+        for i, (label, one) in enumerate(slices.items()):
+            style = {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[i % len(STYLES)]}
+            axes.plot(one.distances, one.losses[name], label=label, **style)
         axes.axvline(0, color="0.6", linewidth=0.8)
         axes.set(title=titles[name], xlabel="distance from the weights, ± ‖Δθ‖", ylabel="loss")
         if logarithmic:
@@ -121,11 +120,11 @@ def draw_slices(slices: Mapping[str, LossSlice], logarithmic: bool = False) -> A
 
 
 def plot_slices(slices: Mapping[str, LossSlice], path: Path | str, logarithmic: bool = False) -> None:
-    """Draw slices into a file, PNG or SVG or whatever else matplotlib writes, by its suffix.
+    """Draw slices to an image file.
 
     Args:
         slices: See :func:`draw_slices`.
-        path: The file.
+        path: The file; its suffix sets the format (PNG, SVG or any other that matplotlib supports).
         logarithmic: See :func:`draw_slices`.
 
     Raises:

@@ -150,17 +150,20 @@ def test_by_hand(name, before):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: SAM(metrics=["norm"]), "`metrics` to hold some of 'default', 'all', 'grad_norm'.* but got 'norm'"),
-        (lambda: SAM(metrics=3), "`metrics` to hold some of .* but got 3"),
-        (lambda: Flooding(1.0, metrics="grad_norm"), "`metrics` to hold some of 'default', 'all', 'flooded' but got"),
-        (lambda: SAM(adaptive=True, metrics=["penalty"]), "without 'penalty' here, because ASAM's direction"),
+        (lambda: SAM(metrics=["norm"]), "`metrics` to contain only 'default', 'all', 'grad_norm'.* but got 'norm'"),
+        (lambda: SAM(metrics=3), "`metrics` to contain only .* but got 3"),
+        (lambda: Flooding(1.0, metrics="grad_norm"), "`metrics` to contain only 'default', 'all', 'flooded' but got"),
+        (lambda: SAM(adaptive=True, metrics=["penalty"]), "not to contain 'penalty' here, because ASAM's direction"),
         (
             lambda: GradientRegularization(scheme="exact", metrics=["sharpness"]),
             "'sharpness' here, because this scheme",
         ),
-        (lambda: GradientRegularization(scheme="central", metrics=["all", "alignment"]), "without 'alignment' here"),
+        (
+            lambda: GradientRegularization(scheme="central", metrics=["all", "alignment"]),
+            "not to contain 'alignment' here",
+        ),
         (lambda: SAM(prog_bar="yes"), "`prog_bar` to be True or False but got 'yes'"),
-        (lambda: SAM(prog_bar=True, metrics=()), "`metrics` to hold 'grad_norm' with `prog_bar=True`"),
+        (lambda: SAM(prog_bar=True, metrics=()), "`metrics` to contain 'grad_norm', which `prog_bar=True` shows"),
         (lambda: SAM(prefix=3), "`prefix` to be a string but got 3"),
     ],
 )

@@ -11,7 +11,7 @@ from modules import TinyModule, fit
 
 from lightning_gr import SAM, GradientRegularization, SharpnessMonitor
 from lightning_gr.cli import main as cli
-from lightning_gr.report.plotting import COLOURS, draw_runs, read_run
+from lightning_gr.report.plotting import COLORS, draw_runs, read_run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # of TensorBoard's own dependencies
@@ -60,7 +60,7 @@ def test_what_is_drawn(folder):
         assert axes.get_xlabel() == "step"
         assert axes.get_ylabel()
         assert [text.get_text() for text in axes.get_legend().get_texts()] == [run.name for run in runs]
-        assert [line.get_color() for line in axes.lines] == list(COLOURS[:2])
+        assert [line.get_color() for line in axes.lines] == list(COLORS[:2])
     for run, line in zip(runs, pictures["Gradient norm"].lines, strict=True):
         assert [list(axis) for axis in line.get_data()] == list(run.curves["gr/grad_norm"])
     smooth = draw_runs(runs[:1], keys=["train_loss"], smooth=3).axes[0]
@@ -107,13 +107,13 @@ def test_runs_are_named_by_what_is_different(folder, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["{}/nothing"], "there is no .*nothing: name a CSVLogger or TensorBoard folder"),
-        (["{}/empty"], "empty holds neither a metrics.csv nor TensorBoard's event files"),
-        (["{}/SAM/csv", "--keys", "x"], "no run has x: there are gr/grad_norm, gr/penalty"),
-        (["{}/odd.csv"], "found neither loss, .* but odd: choose with --keys"),
-        (["{}/SAM/csv", "--output", "{}/plot.exe"], "cannot write plot.exe: give a suffix that is one of .*png"),
+        (["{}/nothing"], "nothing does not exist: give a CSVLogger or TensorBoard folder"),
+        (["{}/empty"], "empty contains neither a metrics.csv nor TensorBoard event files"),
+        (["{}/SAM/csv", "--keys", "x"], "no run has x: choose from gr/grad_norm, gr/penalty"),
+        (["{}/odd.csv"], "found no loss, .* only odd: choose with --keys"),
+        (["{}/SAM/csv", "--output", "{}/plot.exe"], "cannot write plot.exe: use one of the suffixes .*png"),
         (["{}/SAM/csv", "--output", "{}/odd.csv/plot.png"], "cannot write .*plot.png: "),
-        (["{}/SAM/csv", "--names", "a", "b"], "expected a name for each of the 1 runs but got 2"),
+        (["{}/SAM/csv", "--names", "a", "b"], r"expected as many names as runs \(1\) but got 2"),
     ],
 )
 def test_wrong_use_ends_with_one_line(folder, flags, said, capsys):

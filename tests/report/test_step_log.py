@@ -64,7 +64,7 @@ def test_only_a_ranks_own_values_are_averaged_and_all_at_once(monkeypatch, world
     logged = {}
     module = SimpleNamespace(log=lambda name, value, **options: logged.update({name: value.item()}))
     values = {"a": torch.tensor(1.0), "b": torch.tensor(2.0), "c": torch.tensor(3.0)}
-    StepLog("x/").log(SimpleNamespace(world_size=world_size), module, values, own=("c", "a", "not there"))
+    StepLog("x/").log(SimpleNamespace(world_size=world_size), module, values, per_rank=("c", "a", "not there"))
     factor = 1 if world_size == 1 else 2
     assert logged == {"x/a": factor * 1.0, "x/b": 2.0, "x/c": factor * 3.0}
     assert asked == ([] if world_size == 1 else [[3.0, 1.0]])

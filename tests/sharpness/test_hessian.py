@@ -103,7 +103,7 @@ def test_weights_are_restored_when_a_loss_fails(error):
 
 
 def test_nothing_to_differentiate():
-    with pytest.raises(ValueError, match="trainable parameters, real ones"):
+    with pytest.raises(ValueError, match="trainable parameters, all of them real"):
         hessian_trace(lambda: torch.ones(()), [])
     w = torch.ones(2, requires_grad=True)
     with pytest.raises(ValueError, match="a loss with a graph"):
