@@ -1,7 +1,7 @@
-"""What runs before the package is imported, which takes seconds: Lightning's question for callbacks, and the command.
+"""Entry points that avoid importing the package, which takes seconds: the callback factory and the command line.
 
-Lightning asks for callbacks at the start of every Trainer, whoever wrote the script, and the command's help, version
-and wrong arguments need neither torch nor Lightning.
+Lightning calls the callback factory for every Trainer in the environment. The command's help, version and argument
+errors need neither torch nor Lightning.
 """
 
 import argparse
@@ -24,7 +24,7 @@ DEMO_NAMES = ("plain", "F-GR", "B-GR", "SAM", "flooding")
 
 
 def callbacks() -> list[Any]:
-    """The callbacks that the environment variable ``LIGHTNING_GR`` asks for; none where it is not set."""
+    """Create the callbacks requested by the environment variable ``LIGHTNING_GR``; none if it is not set."""
     text = os.environ.get("LIGHTNING_GR", "").strip()
     if not text:
         return []
@@ -34,9 +34,9 @@ def callbacks() -> list[Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``lightning-gr``; returns the exit code."""
+    """Run ``lightning-gr`` and return the exit code."""
     command = next(iter(sys.argv[1:] if argv is None else argv), None)
-    # LightningCLI parses the flags of these
+    # LightningCLI parses the flags of the training commands
     args = argparse.Namespace(command=command) if command in TRAINING else _parser().parse_args(argv)
     from lightning_gr.cli.main import run
 
@@ -58,16 +58,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _version() -> str:
-    """The version as the package's own file gives it; metadata of an editable installation may be older."""
-    found: str = runpy.run_path(str(Path(__file__).parent / "lightning_gr" / "_version.py"))["__version__"]
-    return found
+    """Read the version from the package's own file, since the metadata of an editable install may be outdated."""
+    version: str = runpy.run_path(str(Path(__file__).parent / "lightning_gr" / "_version.py"))["__version__"]
+    return version
 
 
 def _add_completion(commands: Any) -> None:
     completion = commands.add_parser(
         "completion",
-        help="print a script for the shell that completes the flags of fit, validate, test and predict",
-        description="Print a script that completes flags: lightning-gr completion bash > FILE, then source it.",
+        help="print a shell script that completes the flags of fit, validate, test and predict",
+        description="Print a shell completion script. Write it to a file (lightning-gr completion bash > FILE) and"
+        " source that file.",
     )
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
 
@@ -76,34 +77,35 @@ def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="train a small classifier with each method and compare them",
-        description="Train a small classifier on scikit-learn's digits (500 images, 20 %% of their labels random) plain"
-        " and with each method, and compare test accuracy, gradient norm and cost. About two minutes on two cores.",
+        description="Train a small classifier on scikit-learn's digits (500 images, 20%% of the labels random), without"
+        " and with each method, and compare test accuracy, gradient norm and cost. Takes about two minutes on two"
+        " cores.",
     )
-    demo.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs of each method (default: 3)")
-    demo.add_argument("--epochs", type=_positive, default=60, metavar="N", help="epochs of each run (default: 60)")
+    demo.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs per method (default: 3)")
+    demo.add_argument("--epochs", type=_positive, default=60, metavar="N", help="epochs per run (default: 60)")
     demo.add_argument(
         "--methods",
         nargs="+",
         choices=DEMO_NAMES,
         default=list(DEMO_NAMES),
         metavar="NAME",
-        help=f"some of {', '.join(DEMO_NAMES)} (default: all)",
+        help=f"methods to run: {', '.join(DEMO_NAMES)} (default: all)",
     )
     demo.add_argument(
         "--output",
         type=Path,
         default=Path("outputs", "demo"),
         metavar="FOLDER",
-        help="where the figure and the CSV file go; created if missing (default: outputs/demo)",
+        help="folder for the figure and the CSV file, created if missing (default: outputs/demo)",
     )
 
 
 def _add_plot(commands: Any) -> None:
     plot = commands.add_parser(
         "plot",
-        help="draw loss, gradient norm, sharpness and accuracy of runs",
-        description="Draw loss, gradient norm, sharpness and accuracy of one or several runs, as far as they logged"
-        " them, from what CSVLogger or TensorBoardLogger wrote.",
+        help="plot loss, gradient norm, sharpness and accuracy of runs",
+        description="Plot whichever of loss, gradient norm, sharpness and accuracy one or more runs logged with"
+        " CSVLogger or TensorBoardLogger.",
     )
     plot.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="a folder such as lightning_logs/version_0, or a metrics.csv"
@@ -113,12 +115,12 @@ def _add_plot(commands: Any) -> None:
         type=Path,
         default=Path("plot.png"),
         metavar="FILE",
-        help="the picture, in the format of its suffix: png, svg, pdf, ... (default: plot.png)",
+        help="image file, in the format given by its suffix: png, svg, pdf, ... (default: plot.png)",
     )
-    plot.add_argument("--keys", nargs="+", default=[], metavar="KEY", help="draw these keys, one picture for each")
-    plot.add_argument("--names", nargs="+", default=[], metavar="NAME", help="what the legend calls the runs")
+    plot.add_argument("--keys", nargs="+", default=[], metavar="KEY", help="plot these keys, one panel each")
+    plot.add_argument("--names", nargs="+", default=[], metavar="NAME", help="names of the runs in the legend")
     plot.add_argument(
-        "--smooth", type=_positive, default=1, metavar="N", help="draw the mean over N logged values (default: 1)"
+        "--smooth", type=_positive, default=1, metavar="N", help="moving average over N logged values (default: 1)"
     )
 
 

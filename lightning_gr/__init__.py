@@ -1,6 +1,6 @@
 """Flat minima for PyTorch Lightning: gradient regularization, SAM and flooding by adding one callback."""
 
-# first of all, since it leaves Lightning's log lines with the namespace that the user has imported
+# must come first: it keeps Lightning's log messages in the namespace that the user imported
 from lightning_gr import _compat as _compat  # isort: skip
 from lightning_gr._version import __version__
 from lightning_gr.callbacks.flooding import Flooding

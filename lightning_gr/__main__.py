@@ -1,4 +1,4 @@
-"""``python -m lightning_gr`` is ``lightning-gr``."""
+"""Makes ``python -m lightning_gr`` run the command ``lightning-gr``."""
 
 import sys
 

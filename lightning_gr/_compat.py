@@ -1,4 +1,7 @@
-"""The only file that knows of Lightning's namespaces and versions."""
+"""The only file that uses private APIs of Lightning and torch, or depends on their versions and namespaces.
+
+Each private API is wrapped in one function, which states what it relies on and has a test in ``tests/test_compat.py``.
+"""
 
 import importlib
 import importlib.util
@@ -35,18 +38,18 @@ __all__ = [
 ]
 
 SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
-# these inherit from supported ones
+# these inherit from supported strategies
 REFUSED_STRATEGIES = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrategy")
 
 
 def _namespaces() -> list[Any]:
-    """``pytorch_lightning``, and ``lightning.pytorch`` if installed: the same code, but other classes."""
+    """Import ``pytorch_lightning`` and, if installed, ``lightning.pytorch``: the same code, but distinct classes."""
     log, category = rank_zero.log, rank_zero.rank_zero_deprecation_category
     names = ["pytorch_lightning"]
     if importlib.util.find_spec("lightning") is not None and importlib.util.find_spec("lightning.pytorch") is not None:
         names.append("lightning.pytorch")
     modules = [importlib.import_module(name) for name in names]
-    # the namespace that is imported last takes the other's log lines: leave them with the one that the user imported
+    # the namespace imported last takes over logging: give it back to the one that the user imported
     if log.name.startswith(tuple(names)):
         rank_zero.log, rank_zero.rank_zero_deprecation_category = log, category
     return modules
@@ -60,12 +63,12 @@ else:
     CallbackBase = type(
         "CallbackBase",
         tuple(namespace.Callback for namespace in _NAMESPACES),
-        {"__doc__": "A callback for the Trainer of each installed namespace.", "__module__": __name__},
+        {"__doc__": "A callback that works in the Trainer of each installed namespace.", "__module__": __name__},
     )
 
 
 def namespace_of(*classes: type) -> str:
-    """The namespace to which one of ``classes`` belongs; ``"pytorch_lightning"`` if none says otherwise."""
+    """The namespace that one of ``classes`` belongs to, ``"pytorch_lightning"`` by default."""
     modules = [base.__module__ for cls in classes for base in cls.__mro__]
     return (
         "lightning.pytorch"
@@ -75,22 +78,22 @@ def namespace_of(*classes: type) -> str:
 
 
 def has_base_named(instance: object, *class_names: str) -> bool:
-    """Whether one of the classes of ``instance`` has one of these names, in whichever namespace it lives."""
+    """Whether ``instance`` has a class or base class with one of these names, in either namespace."""
     return any(cls.__name__ in class_names for cls in type(instance).__mro__)
 
 
 def is_error_node(node: Any) -> bool:
-    """Whether a node of an autograd graph is the one that ``once_differentiable`` puts there, to raise if visited."""
+    """Whether an autograd node is the one that ``once_differentiable`` inserts to raise an error when visited."""
     return str(node.name()) == "torch::autograd::Error"
 
 
 def skips_backward(trainer: "Trainer") -> bool:
-    """Whether this epoch has no backward pass: StochasticWeightAveraging's last one, for BatchNorm's statistics."""
+    """Whether this epoch has no backward pass, like the one that StochasticWeightAveraging adds for BatchNorm."""
     return bool(getattr(trainer.fit_loop, "_skip_backward", False))
 
 
 def lightning_attributes() -> frozenset[str]:
-    """The instance attributes that Lightning itself gives a module and its metrics; ours to leave alone."""
+    """The instance attributes that Lightning and torch themselves set on a module; they are not the user's state."""
     names: set[str] = set(vars(nn.Module()))
     for namespace in _namespaces():
         names |= set(vars(namespace.LightningModule()))
@@ -98,14 +101,14 @@ def lightning_attributes() -> frozenset[str]:
 
 
 def logged_results(module: nn.Module | None) -> Any:
-    """Where ``LightningModule.log`` writes to in the end; None outside a Trainer."""
+    """The object in which ``LightningModule.log`` stores values; None outside a Trainer. Relies on ``_results``."""
     return getattr(getattr(module, "_trainer", None), "_results", None)
 
 
 def storage_uses(tensor: Tensor) -> int | None:
-    """How many tensors, arrays and other users share the storage of ``tensor``, itself included; None if torch is mute.
+    """The number of tensors, arrays and other users that share the storage of ``tensor``, including itself.
 
-    Relies on torch's private counter, which is no promise.
+    Relies on torch's private counter; returns None if this version of torch does not have it.
     """
     count = getattr(torch._C, "_storage_Use_Count", None)
     storage = tensor.untyped_storage()
@@ -113,12 +116,12 @@ def storage_uses(tensor: Tensor) -> int | None:
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether code that is not the module's own runs in its forward pass. Relies on the names of torch's tables."""
+    """Whether a module's forward pass runs hooks. Relies on the names of torch's hook dictionaries."""
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 def static_graph(model: object) -> bool:
-    """Whether DDP learns its graph in the first iteration, and then only if it reduces there."""
+    """Whether DDP records its graph in the first iteration, which only works if gradients are reduced in it."""
     return bool(getattr(model, "static_graph", False))
 
 
@@ -130,60 +133,60 @@ def gradient_scaler(trainer: "Trainer") -> Any:
 def wrap_training_step(
     trainer: "Trainer", wrapper: Callable[..., Any]
 ) -> tuple[Callable[..., Any], Callable[[], None]]:
-    """Let ``wrapper`` stand before the strategy's ``training_step``, which is where its arguments can be seen.
+    """Replace the strategy's ``training_step`` with ``wrapper``, which then sees its arguments.
 
     Returns:
-        What was there before, another wrapper or the method itself, and a function that puts it back. Where somebody
-        else has wrapped ours since, that one stays.
+        The original, which is the method itself or another wrapper, and a function that restores it. If ``wrapper`` has
+        been wrapped in the meantime, that function leaves the outer wrapper in place.
     """
     strategy: Any = trainer.strategy
-    own = vars(strategy)
-    before, original = own.get("training_step"), strategy.training_step
-    own["training_step"] = wrapper
+    attributes = vars(strategy)
+    before, original = attributes.get("training_step"), strategy.training_step
+    attributes["training_step"] = wrapper
 
     def unwrap() -> None:
-        if own.get("training_step") == wrapper:
-            own.pop("training_step")
+        if attributes.get("training_step") == wrapper:
+            attributes.pop("training_step")
             if before is not None:
-                own["training_step"] = before
+                attributes["training_step"] = before
 
     return original, unwrap
 
 
 def pre_backward(trainer: "Trainer", loss: Tensor) -> None:
-    """Prepare the strategy for a backward pass that does not go through it, as DDP's search for unused parameters."""
+    """Prepare the strategy for a backward pass that bypasses it, such as DDP's search for unused parameters."""
     strategy: Any = trainer.strategy
     strategy.pre_backward(loss)
 
 
 def unsynced(trainer: "Trainer") -> AbstractContextManager[Any]:
-    """A context in which gradients are not reduced over devices, forward and backward pass alike."""
+    """A context manager in which gradients are not reduced over devices. It must cover forward and backward pass."""
     strategy: Any = trainer.strategy
     return strategy.block_backward_sync() if has_base_named(strategy, "ParallelStrategy") else nullcontext()
 
 
 def loggers_and_methods(trainer: "Trainer") -> list[tuple[Any, list[str]]]:
-    """The loggers, and the experiments that they write to, with those of their methods that write.
+    """The loggers and their experiments, each with the names of the methods that write.
 
-    Relies on the name ``_experiment``: asking for ``experiment`` would create one.
+    Relies on the name ``_experiment``, since accessing ``experiment`` would create one.
     """
-    found: list[tuple[Any, list[str]]] = []
+    pairs: list[tuple[Any, list[str]]] = []
     for logger in trainer.loggers:
-        found.append(
+        pairs.append(
             (logger, [n for n in dir(type(logger)) if n.startswith(("log_", "save", "after_save", "finalize"))])
         )
         experiment = getattr(logger, "__dict__", {}).get("_experiment")
         if experiment is not None:
             kind = type(experiment)
             public = [n for n in dir(kind) if not n.startswith("_") and callable(getattr(kind, n, None))]
-            found.append((experiment, public))
-    return found
+            pairs.append((experiment, public))
+    return pairs
 
 
 def will_log(trainer: "Trainer") -> bool:
-    """Whether Lightning writes to the loggers after this training batch, as far as all ranks agree about it.
+    """Whether Lightning writes to the loggers after this training batch, decided identically on all ranks.
 
-    Its own condition, but for ``trainer.should_stop``, which one rank may set before the others.
+    This is Lightning's own condition without ``trainer.should_stop``, which ranks may set at different times.
     """
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     if trainer.barebones or not every:
@@ -193,17 +196,17 @@ def will_log(trainer: "Trainer") -> bool:
 
 
 def forget_logged(trainer: "Trainer", keys: set[str]) -> None:
-    """Let Lightning not write the last value of ``keys`` again on a step that has none."""
+    """Keep Lightning from logging the previous value of ``keys`` again on a step without a new one."""
     for metric in (trainer._results or {}).values():
         if metric.meta.name in keys:
             metric.reset()
 
 
 def stop_progress_bars(trainer: "Trainer") -> None:
-    """Let nothing be printed inside a live bar.
+    """Stop Rich progress bars, so that the following output is not printed inside a live one.
 
-    Rich's lives until its own teardown, which comes after ours; stopping it twice is harmless. Relies on the attribute
-    ``progress`` of Lightning's callback.
+    Lightning stops them in its own teardown, which runs after ours; stopping them twice is harmless. Relies on the
+    attribute ``progress`` of Lightning's callback.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if has_base_named(callback, "RichProgressBar") and getattr(callback, "progress", None) is not None:
@@ -211,5 +214,5 @@ def stop_progress_bars(trainer: "Trainer") -> None:
 
 
 def gradients_are_scaled(optimizer: object) -> bool:
-    """Whether an optimizer takes gradients that carry a gradient scaler's factor, as the fused ones of torch do."""
+    """Whether an optimizer unscales gradients itself, as torch's fused optimizers do."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

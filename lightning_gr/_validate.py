@@ -1,4 +1,4 @@
-"""Checks of single arguments: each says what was given and what is allowed, in one line."""
+"""Validates arguments. Each error states, on one line, what was expected and what was given."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ __all__ = ["check_bool", "check_choice", "check_exclude", "check_int", "check_le
 
 
 def check_number(name: str, value: object, *, positive: bool) -> None:
-    """Refuse anything but a finite number of the right sign, bool included (a YAML ``yes`` is no radius)."""
+    """Require a finite, non-negative (or ``positive``) number; a bool, such as YAML's ``yes``, is rejected."""
     allowed = "a positive float" if positive else "a non-negative float"
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < 0 or (positive and value == 0):  # type: ignore[operator,arg-type]
@@ -15,31 +15,31 @@ def check_number(name: str, value: object, *, positive: bool) -> None:
 
 
 def check_int(name: str, value: object, *, minimum: int) -> None:
-    """Refuse anything but an integer of at least ``minimum``."""
+    """Require an integer of at least ``minimum``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"Expected argument `{name}` to be an integer of at least {minimum} but got {value!r}")
 
 
 def check_bool(name: str, value: object) -> None:
-    """Refuse anything but True and False (a string such as ``"false"`` is true)."""
+    """Require True or False, since a string such as ``"false"`` would count as true."""
     if not isinstance(value, bool):
         raise ValueError(f"Expected argument `{name}` to be True or False but got {value!r}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse anything but one of ``choices``."""
+    """Require one of ``choices``."""
     if value not in choices:
         allowed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"Expected argument `{name}` to be one of {allowed} but got {value!r}")
 
 
 def check_level(level: object) -> None:
-    """Refuse a flood level that is not a non-negative number."""
+    """Require a non-negative number as the flood level."""
     check_number("level", level, positive=False)
 
 
 def check_exclude(exclude: object) -> tuple[str, ...]:
-    """``exclude`` as a tuple of patterns; a bare string would be taken for a list of letters."""
+    """Convert ``exclude`` to a tuple of patterns; reject a bare string, which would iterate over its characters."""
     if isinstance(exclude, str) or not isinstance(exclude, Iterable):
         raise ValueError(f"Expected argument `exclude` to be a list of patterns such as ['*.bias'] but got {exclude!r}")
     patterns = tuple(exclude)

@@ -1,4 +1,4 @@
-"""torchmetrics of gradients, for use with or without the callbacks."""
+"""Metrics of gradients for torchmetrics, usable with or without the callbacks."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ __all__ = ["GradientAlignment", "GradientNorm", "Sharpness"]
 
 
 class _Mean(Metric):
-    """The mean over updates, and over ranks."""
+    """The mean of a value over updates and ranks."""
 
     is_differentiable = False
     full_state_update = False
@@ -25,27 +25,27 @@ class _Mean(Metric):
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
-    def _take(self, value: Tensor) -> None:
+    def _add(self, value: Tensor) -> None:
         self.total = self.total.to(value.device) + value.detach()
         self.count = self.count + 1
 
     def compute(self) -> Tensor:
-        """The mean; NaN before the first update."""
+        """Return the mean, or NaN before the first update."""
         return self.total / self.count
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw the value, or those in ``val``, with matplotlib; returns the figure and the axes."""
+        """Plot the current value, or those in ``val``, with matplotlib; return the figure and the axes."""
         return self._plot(val, ax)
 
 
 class GradientNorm(_Mean):
-    """The Euclidean norm ‖∇L‖ of what ``.grad`` holds, as the mean over updates (and ranks).
+    """The Euclidean norm ‖∇L‖ of the gradients in ``.grad``, averaged over updates and ranks.
 
-    Under DDP ``.grad`` is the same on all ranks; of distributed tensors (FSDP2) the norm is that of the whole. The unit
-    is that of the loss per unit of the parameters.
+    Under DDP, ``.grad`` is the same on all ranks. For distributed tensors (FSDP2), the norm covers the full tensors.
+    Its unit is that of the loss per unit of the parameters.
 
     Args:
-        kwargs: Those of every :class:`torchmetrics.Metric`.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Example::
 
@@ -62,23 +62,23 @@ class GradientNorm(_Mean):
     plot_legend_name = "gradient norm"
 
     def update(self, params: nn.Module | Iterable[Tensor], scale: Tensor | float = 1.0) -> None:
-        """Look at the gradients of a module or of parameters.
+        """Add the norm of the current gradients.
 
         Args:
-            params: Whose gradients; those without one are left out.
-            scale: What the gradients are multiplied by: the scale of a gradient scaler, if they have not been unscaled.
+            params: A module or parameters. Parameters without a gradient are skipped.
+            scale: The factor on the gradients: a gradient scaler's scale, if they have not been unscaled.
         """
         everything = params.parameters() if isinstance(params, nn.Module) else params
         grads = [param.grad for param in everything if param.grad is not None]
         norm = global_norm(grads) if grads else torch.zeros((), device=self.total.device)
-        self._take(norm / scale)
+        self._add(norm / scale)
 
 
 class GradientAlignment(_Mean):
-    """The cosine ⟨x, y⟩ / (‖x‖ ‖y‖) of two gradients, as the mean over updates (and ranks).
+    """The cosine ⟨x, y⟩ / (‖x‖ ‖y‖) of two gradients, averaged over updates and ranks.
 
-    Of the gradients at θ and at θ + ρ ∇L/‖∇L‖ it says how far the loss is from a quadratic bowl along its gradient; of
-    the gradients of two batches, how far their noise goes.
+    For the gradients at θ and θ + ρ ∇L/‖∇L‖, it measures how much the loss deviates from a quadratic bowl along its
+    gradient. For the gradients of two batches, it measures their noise.
 
     Example::
 
@@ -93,12 +93,12 @@ class GradientAlignment(_Mean):
     plot_legend_name = "cosine"
 
     def update(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
-        """Compare two gradients, each a tensor (or the local part of one) for each parameter."""
-        self._take(inner_product(first, second) / (global_norm(first) * global_norm(second)))
+        """Add the cosine of two gradients, each given as one tensor (or local shard) per parameter."""
+        self._add(inner_product(first, second) / (global_norm(first) * global_norm(second)))
 
 
 class Sharpness(_Mean):
-    """How much higher the loss is at perturbed weights, L(θ + s d) − L(θ), as the mean over updates (and ranks).
+    """The increase of the loss at perturbed weights, L(θ + s d) − L(θ), averaged over updates and ranks.
 
     Source: Foret, Kleiner, Mobahi & Neyshabur (ICLR 2021, arXiv 2010.01412), the bracket of their equation 1.
 
@@ -114,5 +114,5 @@ class Sharpness(_Mean):
     plot_legend_name = "L(θ + s d) − L(θ)"
 
     def update(self, loss: Tensor, perturbed: Tensor) -> None:
-        """Take in the losses of the same samples at the clean and at the perturbed weights."""
-        self._take(perturbed.detach() - loss.detach())
+        """Add the difference between the losses of the same samples at the perturbed and the clean weights."""
+        self._add(perturbed.detach() - loss.detach())

@@ -1,4 +1,4 @@
-"""The rules of the update family, for :func:`~lightning_gr.regularized_backward` and for callbacks of your own."""
+"""The rules of the update family, for :func:`~lightning_gr.regularized_backward` and custom callbacks."""
 
 from lightning_gr.core.rules import SCHEMES, GRRule, Probe, Rule, SAMRule, Scheme, Update
 from lightning_gr.core.schedule import Schedule

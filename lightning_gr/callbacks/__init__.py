@@ -1,1 +1,1 @@
-"""The Lightning callbacks and the mixin."""
+"""Lightning callbacks for training and monitoring, and a mixin for manual optimization."""

@@ -1,4 +1,4 @@
-"""The short names of the callbacks, in flags (``--gr.gamma``) and in the environment (``LIGHTNING_GR="sam"``)."""
+"""The callbacks' short names for flags (``--gr.gamma``) and for the environment (``LIGHTNING_GR="sam"``)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What is refused before training starts, each in one line that says the way out."""
+"""Rejects unsupported setups before training starts, with one-line errors that suggest a fix."""
 
 import inspect
 from typing import TYPE_CHECKING
@@ -23,13 +23,13 @@ __all__ = [
 
 
 def check_flooding(trainer: "Trainer", pl_module: "LightningModule", kind: type) -> None:
-    """Refuse what :class:`~lightning_gr.Flooding` cannot flood."""
+    """Reject a second flood level, and manual optimization without the mixin."""
     _check_alone(trainer, kind, "one flood level")
     _check_optimization(pl_module)
 
 
 def check_two_pass(trainer: "Trainer", pl_module: "LightningModule", kind: type) -> None:
-    """Refuse what cannot get a second pass."""
+    """Reject setups in which a second pass is impossible or untested."""
     _check_alone(trainer, kind, "one method with a second pass")
     _check_optimization(pl_module)
     if not has_base_named(trainer.strategy, *SUPPORTED_STRATEGIES) or has_base_named(
@@ -37,55 +37,55 @@ def check_two_pass(trainer: "Trainer", pl_module: "LightningModule", kind: type)
     ):
         name = type(trainer.strategy).__name__
         raise MisconfigurationException(
-            f"Gradient regularization does not work with {name}: the second pass was shown to be right on one device,"
+            f"Gradient regularization does not work with {name}: the second pass is only supported on a single device,"
             " with DDP and with FSDP2, so use `Trainer(strategy='auto')`, `'ddp'` or `ModelParallelStrategy()`"
         )
     if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
         raise MisconfigurationException(
-            "Gradient regularization needs the batch twice, but `training_step(self, dataloader_iter)` takes it from"
-            " the iterator by itself: let it take `batch` instead"
+            "Gradient regularization needs the batch twice, but `training_step(self, dataloader_iter)` fetches it from"
+            " the iterator itself: let it take `batch` instead"
         )
 
 
 def check_accumulation(trainer: "Trainer", accumulation: str, ascent_sync: bool) -> None:
-    """Refuse a synced ascent of single micro-batches, whose gradients DDP does not reduce."""
+    """Reject a synchronized ascent for single micro-batches, whose gradients DDP does not reduce."""
     if accumulation == "micro_batch" and ascent_sync and trainer.world_size > 1:
         raise MisconfigurationException(
-            "`accumulation='micro_batch'` on several devices takes each one's own direction: add `ascent_sync=False`,"
-            " or use `accumulation='window'`"
+            "`accumulation='micro_batch'` on multiple devices ascends along each device's own gradient: set"
+            " `ascent_sync=False`, or use `accumulation='window'`"
         )
 
 
 def check_sharded(trainer: "Trainer", rule: Rule, ascent_sync: bool) -> None:
-    """Refuse what cannot be done where each rank holds only a part of the parameters."""
+    """Reject settings that need all parameters on each rank if they are sharded."""
     if not has_base_named(trainer.strategy, "ModelParallelStrategy"):
         return
     if rule.update().curvature:
         raise MisconfigurationException(
-            "`scheme='exact'` cannot differentiate twice through parameters that are spread over ranks: use"
-            " `scheme='central'`, which is as good to second order in epsilon"
+            "`scheme='exact'` cannot differentiate twice through sharded parameters: use `scheme='central'`, which"
+            " agrees with it to second order in epsilon"
         )
     if not ascent_sync and trainer.world_size > 1:
         raise MisconfigurationException(
-            "`ascent_sync=False` needs all parameters on each device, but ModelParallelStrategy spreads them: leave"
+            "`ascent_sync=False` needs all parameters on each device, but ModelParallelStrategy shards them: keep"
             " `ascent_sync=True`, or use `Trainer(strategy='ddp')`"
         )
 
 
 def check_separable(trainer: "Trainer", metrics: frozenset[str], accumulation: str, ascent_sync: bool) -> None:
-    """Refuse metrics, asked for by name, of a second gradient that nobody has by itself."""
+    """Reject metrics, requested by name, that need a second gradient which is not available separately."""
     if not metrics:
         return
     names = " and ".join(repr(name) for name in sorted(metrics))
     if not ascent_sync and trainer.world_size > 1:
         raise MisconfigurationException(
-            f"`metrics` asks for {names}, which need each device's second gradient, but `ascent_sync=False` reduces it"
-            " together with the first one: leave them out, or use `ascent_sync=True`"
+            f"`metrics` contains {names}, which need each device's second gradient, but `ascent_sync=False` reduces it"
+            " together with the first one: remove them, or use `ascent_sync=True`"
         )
     if accumulation == "micro_batch" and trainer.accumulate_grad_batches > 1:
         raise MisconfigurationException(
-            f"`metrics` asks for {names}, which need the second gradient by itself, but `accumulation='micro_batch'`"
-            " adds it to that of other micro-batches: leave them out, or use `accumulation='window'`"
+            f"`metrics` contains {names}, which need the second gradient alone, but `accumulation='micro_batch'` adds"
+            " it to that of other micro-batches: remove them, or use `accumulation='window'`"
         )
 
 
@@ -101,17 +101,17 @@ def _check_optimization(pl_module: "LightningModule") -> None:
     if not pl_module.automatic_optimization and not has_base_named(pl_module, "GradientRegularizationMixin"):
         name = type(pl_module).__name__
         raise MisconfigurationException(
-            f"{name} optimizes manually, which a callback alone cannot regularize: write"
+            f"{name} uses manual optimization, which a callback alone cannot regularize: write"
             f" `class {name}(GradientRegularizationMixin, ...)` and call `self.regularized_step` in its"
             " `training_step`, or set `automatic_optimization = True`"
         )
 
 
 def check_sparse(pl_module: "LightningModule", excluded: set[int]) -> None:
-    """Refuse sparse gradients, which have no norm, unless their parameters are excluded."""
+    """Reject embeddings with sparse gradients, for which no norm is implemented, unless they are excluded."""
     for name, module in pl_module.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and id(module.weight) not in excluded:
             raise MisconfigurationException(
-                f"`{name}.weight` gets sparse gradients, which cannot be perturbed along: build it with `sparse=False`"
-                f" or leave it out with `exclude=['{name}.weight']`"
+                f"`{name}.weight` gets sparse gradients, which cannot define a perturbation: create it with"
+                f" `sparse=False` or exclude it with `exclude=['{name}.weight']`"
             )

@@ -1,4 +1,4 @@
-"""The callback that floods the training loss."""
+"""The flooding callback."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,29 +24,28 @@ __all__ = ["FloodCounter", "Flooding"]
 
 
 class Flooding(CallbackBase):
-    """Keep the training loss at a level: train on |L − b| + b (Ishida et al. 2020).
+    """Flooding keeps the training loss at a level by training on |L − b| + b (Ishida et al. 2020).
 
-    Only the direction of the gradient changes, by the sign of L − b, so this costs nothing; the loss that is logged is
-    L itself. Beside :class:`GradientRegularization` or :class:`SAM` in the callbacks list it floods that method's
-    loss: the sign of each of its gradients is flipped where the loss it comes from is below the level. The decision is
-    made for each micro-batch, and without the host waiting for the device.
+    Only the sign of the gradient changes, and only if L < b, so flooding costs nothing. The logged loss is still L.
+    Combined with :class:`GradientRegularization` or :class:`SAM`, it floods that method's loss: the sign of each
+    gradient is flipped if the loss it was computed from is below the level. The decision is made separately for each
+    micro-batch, without synchronizing with the device.
 
     Args:
-        level: The flood level b ≥ 0, in the unit of the training loss.
-        sync: On several devices, whether the loss that is compared with the level is the mean over them, as for one
-            large batch. That costs one all-reduce of one number per backward pass, for which that pass waits. False
-            lets each device decide by its own loss, at no cost.
-        metrics: What to log on the steps that Lightning logs: ``"default"`` or ``"all"`` is ``flooded``, the share of
-            losses below the level since it was last logged; ``()`` is nothing.
-        prefix: What its key begins with.
-        verbose: Whether to show a panel before training and the number of flooded losses after it, where Lightning
-            shows something as well.
+        level: The flood level b ≥ 0, in the units of the training loss.
+        sync: Whether to compare the mean loss over devices with the level, as for one large batch. This adds a blocking
+            all-reduce of one number to each backward pass. By default, each device decides from its own loss.
+        metrics: The metrics to log, on the steps that Lightning logs: ``"default"`` or ``"all"`` log ``flooded``, the
+            fraction of losses below the level since the last logged value; ``()`` logs nothing.
+        prefix: The prefix of the metric's key.
+        verbose: Whether to print a panel before training and the number of flooded losses after it. They are only
+            printed if Lightning shows a progress bar or a model summary.
 
     Raises:
-        ValueError: If ``level`` is not a non-negative float, ``sync`` not a bool, or a metric unknown.
+        ValueError: If ``level`` is not a non-negative float, ``sync`` is not a bool, or a metric is unknown.
 
-    Source: Ishida et al. (ICML 2020, arXiv 2002.08709), equation 2. That its ups and downs perform finite-difference
-    GR implicitly: Karakida et al. (ICML 2023, arXiv 2210.02720), section 5.
+    Source: Ishida et al. (ICML 2020, arXiv 2002.08709), equation 2; Karakida et al. (ICML 2023, arXiv 2210.02720),
+    section 5, on the finite-difference GR that it performs implicitly.
 
     Example::
 
@@ -72,38 +71,38 @@ class Flooding(CallbackBase):
         self.counter = FloodCounter(check_metrics(metrics, ("flooded",), ("flooded",)), prefix)
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Check the context."""
+        """Raise if this Trainer or module is not supported."""
         if stage == "fit":
             checks.check_flooding(trainer, pl_module, Flooding)
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Show what will be done."""
+        """Print the panel, unless a two-pass callback prints one."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        # the panel of a method with a second pass has a line for flooding
+        # the panel of a two-pass callback includes a line for flooding
         if not any(has_base_named(callback, "TwoPassCallback") for callback in callbacks):
             show_start(self.summary(), trainer)
 
     @property
     def description(self) -> str:
-        """The loss that is trained on, in one line."""
+        """The flooded loss and its level, on one line."""
         return f"|L − b| + b, b = {self.level:g}"
 
     def summary(self) -> Summary:
-        """What the panel at the start of training says."""
+        """The contents of the panel at the start of training."""
         lines = {"loss": "|L − b| + b", "constants": f"b = {self.level:g}", "passes": "1 per step"}
         return Summary("flooding", lines, self.verbose)
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Begin to count."""
+        """Reset the count of flooded losses."""
         self.counter.reset()
 
     def on_before_backward(self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor) -> None:
-        """Flip the sign of the gradient where the loss, which comes divided and scaled, is below the level."""
-        if pl_module.automatic_optimization:  # the mixin does it by itself
+        """Flip the sign of the gradient if the loss, which is already divided and scaled, is below the level."""
+        if pl_module.automatic_optimization:  # in manual optimization, the mixin does this
             self.flood_gradient_(trainer, loss, loss_scale(trainer, loss.device))
 
     def flood_gradient_(self, trainer: "Trainer", loss: Tensor, scale: Tensor | None = None) -> None:
-        """Flood the gradient of ``loss``, which comes divided by the number of micro-batches and times ``scale``."""
+        """Flood the gradient of ``loss``, which is already divided by the number of micro-batches and scaled."""
         level = self.level / trainer.accumulate_grad_batches
         value = mean_over_ranks(loss) if self.sync and trainer.world_size > 1 else loss
         below = flood_gradient_(loss, level if scale is None else level * scale, value)
@@ -113,25 +112,25 @@ class Flooding(CallbackBase):
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the share of losses below the level."""
+        """Log the fraction of losses below the level."""
         if is_window_end(trainer, batch_idx):
             self.counter.log(trainer, pl_module)
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Show what happened."""
+        """Print the number of flooded losses."""
         if stage == "fit":
             total = self.counter.total
             if self.verbose and shows(trainer) and total is not None:
                 stop_progress_bars(trainer)
-                show(f"flooded: {int(total):,} of {self.counter.of:,} losses below the level")
+                show(f"flooded: {int(total):,} of {self.counter.count:,} losses below the level")
 
 
 class FloodCounter:
-    """How many losses were below the level: a sum on the device, in which nothing is read.
+    """Counts the losses below the level on the device, without synchronizing.
 
     Args:
-        names: ``flooded`` or nothing.
-        prefix: What the key begins with.
+        names: The metrics to log: ``flooded`` or none.
+        prefix: The prefix of the metric's key.
     """
 
     def __init__(self, names: Sequence[str], prefix: str) -> None:
@@ -139,31 +138,31 @@ class FloodCounter:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a run."""
+        """Set the counts to zero and forget what was logged."""
         self.step_log = StepLog(self.prefix)
         self.total: Tensor | None = None
-        self.of = 0
-        self._last: tuple[Tensor | int, int] = 0, 0
+        self.count = 0
+        self._logged: tuple[Tensor | int, int] = 0, 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to one run."""
+        """Omit the state of the current run."""
         return {"names": self.names, "prefix": self.prefix}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Start afresh."""
+        """Restore the settings and start with zero counts."""
         vars(self).update(state)
         self.reset()
 
     def note(self, below: Tensor) -> None:
         """Count one loss."""
         self.total = below.long() if self.total is None else self.total + below
-        self.of += 1
+        self.count += 1
 
     def log(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Log the share since the last time, on a step that Lightning logs."""
-        before, count = self._last
-        if not self.names or self.total is None or self.of == count or not will_log(trainer):
+        """Log the fraction since the last logged value, on the steps that Lightning logs."""
+        total, count = self._logged
+        if not self.names or self.total is None or self.count == count or not will_log(trainer):
             return
-        share = (self.total - before) / (self.of - count)
-        self._last = self.total, self.of
-        self.step_log.log(trainer, pl_module, {"flooded": share}, own=("flooded",))
+        fraction = (self.total - total) / (self.count - count)
+        self._logged = self.total, self.count
+        self.step_log.log(trainer, pl_module, {"flooded": fraction}, per_rank=("flooded",))

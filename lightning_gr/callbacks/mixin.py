@@ -1,4 +1,4 @@
-"""Manual optimization: GANs, several optimizers, loops of one's own."""
+"""A mixin for manual optimization: GANs, multiple optimizers, custom loops."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_gr.callbacks.manual import LevelChoice, LossFn, ManualRun, RuleChoice
 
 if TYPE_CHECKING:
-    # what the mixin is mixed into; at run time it inherits from nothing, so that it works in both namespaces
+    # for type checkers only: at run time the mixin has no base, so that it works in both namespaces
     from pytorch_lightning import LightningModule as _Base
 else:
     _Base = object
@@ -19,15 +19,15 @@ __all__ = ["GradientRegularizationMixin"]
 class GradientRegularizationMixin(_Base):
     """Gradient regularization, SAM and flooding in manual optimization.
 
-    Put it before LightningModule in the bases. What is done is set by the callbacks in the Trainer
+    List it before LightningModule in the bases. The Trainer's callbacks set the method
     (:class:`~lightning_gr.GradientRegularization`, :class:`~lightning_gr.SAM`, :class:`~lightning_gr.Flooding`);
-    without one the module trains plainly. Their schedules count the steps of each optimizer by itself.
+    without them, training is plain. Their schedules count the steps of each optimizer separately.
 
-    The passes leave no trace, as in automatic optimization: the closure starts each time from the same random numbers
-    and the same state, logs once, and the weights are restored bit for bit. State is what can be reached from the
-    module, and the variables that the closure has captured with the objects in them: a hidden state that it assigns
-    by ``nonlocal`` is that of the first pass afterwards. Global variables are not put back; keep such state in an
-    attribute or a captured variable, or ask :func:`~lightning_gr.in_second_pass`.
+    As in automatic optimization, the additional passes have no side effects. Each call of the closure starts from the
+    same random numbers and the same state, only the first one logs, and the weights are restored bit for bit. State
+    includes everything reachable from the module and from the variables that the closure captures: after the step, a
+    hidden state assigned through ``nonlocal`` is that of the first pass. Global variables are not restored. Keep such
+    state in an attribute or a captured variable, or check :func:`~lightning_gr.in_second_pass`.
 
     Source: Karakida, Takase, Hayase & Osawa (ICML 2023, arXiv 2210.02720).
 
@@ -58,25 +58,25 @@ class GradientRegularizationMixin(_Base):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str = "norm",
     ) -> Tensor:
-        """Make one step: zero the gradients, run both passes, clip, step.
+        """Take one optimizer step: zero the gradients, run both passes, clip, and step.
 
         Args:
             optimizer: One of ``self.optimizers()``. Only its parameters are perturbed.
-            loss_fn: Computes the loss (or a mapping with ``"loss"``) from the current weights; called twice or more
-                often. Several of them are micro-batches: the loss is their mean, and the step that of one large batch.
-            rule: Another method than the Trainer's, or None for a step without second pass.
-            level: Another flood level than the Trainer's, or None for no flooding.
-            gradient_clip_val: Clip the final gradient at this value; None does not. (Trainer refuses its own argument
-                in manual optimization.) Under 16-mixed it is clipped in the unit of the loss, not in the scaler's.
+            loss_fn: Computes the loss (or a mapping with ``"loss"``) at the current weights; called at least twice. A
+                list of functions is treated as micro-batches: the loss is their mean, as for one large batch.
+            rule: Overrides the Trainer's method; None skips the second pass.
+            level: Overrides the Trainer's flood level; None disables flooding.
+            gradient_clip_val: Clip the final gradient at this value. None disables clipping. (The Trainer does not
+                accept its own argument in manual optimization.) With 16-mixed, the unscaled gradient is clipped.
             gradient_clip_algorithm: ``"norm"`` or ``"value"``.
 
         Returns:
-            The loss of the first pass, detached, without flooding.
+            The loss of the first pass, detached and without flooding.
 
         Raises:
-            MisconfigurationException: In automatic optimization, outside ``training_step``, or if ``optimizer`` is not
-                one of this module.
-            ValueError: If ``loss_fn`` returns no loss with a graph.
+            MisconfigurationException: In automatic optimization, outside ``training_step``, or if ``optimizer`` belongs
+                to another module.
+            ValueError: If ``loss_fn`` does not return a loss with a graph.
         """
         run = ManualRun.of(self, "regularized_step")
         optimizer = run.find(optimizer)
@@ -96,24 +96,24 @@ class GradientRegularizationMixin(_Base):
         rule: RuleChoice = "trainer",
         level: LevelChoice = "trainer",
     ) -> Tensor:
-        """Add the final gradient to ``.grad`` and make no step, for clipping or accumulation of your own.
+        """Add the final gradient to ``.grad`` without taking a step, for custom clipping or accumulation.
 
-        What is in ``.grad`` before is kept and added to: the direction comes from this loss only. Parameters of other
-        optimizers get the clean gradient.
+        Existing gradients in ``.grad`` are kept and do not affect the direction, which is computed from this loss only.
+        Parameters of other optimizers get the clean gradient.
 
         Args:
             loss_fn: As in :meth:`regularized_step`.
-            optimizer: One of ``self.optimizers()``, whose parameters are regularized; or some of the parameters of one
-                of them, as in ``self.backbone.parameters()``. The others get the clean gradient.
-            rule: As there.
-            level: As there.
+            optimizer: One of ``self.optimizers()``, whose parameters are regularized, or a subset of one optimizer's
+                parameters, such as ``self.backbone.parameters()``. All other parameters get the clean gradient.
+            rule: As in :meth:`regularized_step`.
+            level: As in :meth:`regularized_step`.
 
         Returns:
-            The loss of the first pass, detached, without flooding.
+            The loss of the first pass, detached and without flooding.
 
         Raises:
             MisconfigurationException: As in :meth:`regularized_step`.
-            ValueError: If ``loss_fn`` returns no loss with a graph.
+            ValueError: If ``loss_fn`` does not return a loss with a graph.
         """
         run = ManualRun.of(self, "regularized_backward")
         if isinstance(optimizer, Iterable):

@@ -1,4 +1,4 @@
-"""Counts the steps of several optimizers, each by itself, for schedules in manual optimization."""
+"""Counts the steps of each optimizer separately, for schedules in manual optimization."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,10 +9,10 @@ __all__ = ["StepCounter"]
 
 
 class StepCounter:
-    """How many steps each optimizer has made.
+    """Counts the steps of each optimizer.
 
-    Lightning's ``global_step`` counts those of all of them together, so that every second one would always belong to
-    the same of two. A step that a gradient scaler skips is not counted.
+    Lightning's ``global_step`` counts the steps of all optimizers together, so with two optimizers every second step
+    would always be the same optimizer's. Steps that a gradient scaler skips are not counted.
     """
 
     def __init__(self) -> None:
@@ -23,16 +23,16 @@ class StepCounter:
         self._on_step: Callable[[bool], object] = bool
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the running optimizers out: a copy counts on for others."""
+        """Omit the attached optimizers; a copy continues the count for others."""
         return {**vars(StepCounter()), "made": list(self.made)}
 
     def attach(self, optimizers: Sequence[Optimizer], *, restart: bool, on_step: Callable[[bool], object]) -> None:
-        """Count the steps of these optimizers, from 0 or from where the count was.
+        """Count the steps of these optimizers, from 0 or from the current counts.
 
         Args:
-            optimizers: Those of the Trainer.
-            restart: Whether to begin at 0.
-            on_step: Is told, after each step of one of them, whether its gradient was regularized.
+            optimizers: The Trainer's optimizers.
+            restart: Whether to start from 0.
+            on_step: Called after each optimizer step with whether its gradient was regularized.
         """
         self.detach()
         self._on_step = on_step
@@ -42,7 +42,7 @@ class StepCounter:
         self._handles = [optimizer.register_step_post_hook(self._count) for optimizer in optimizers]
 
     def note(self, optimizer: Optimizer, regularized: bool) -> None:
-        """Say what the next step of ``optimizer`` is made of; one regularized part of it is enough."""
+        """Record whether the next step of ``optimizer`` includes a regularized gradient; one part suffices."""
         self._regularized[id(optimizer)] = regularized or self._regularized.get(id(optimizer), False)
 
     def _count(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -51,11 +51,11 @@ class StepCounter:
             self._on_step(self._regularized.pop(id(optimizer)))
 
     def count_of(self, optimizer: Optimizer) -> int:
-        """The steps that ``optimizer`` has made."""
+        """The number of steps that ``optimizer`` has taken."""
         return self.made[self._positions[id(optimizer)]]
 
     def detach(self) -> None:
-        """Stop counting."""
+        """Stop counting and remove the hooks from the optimizers."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._regularized = [], {}

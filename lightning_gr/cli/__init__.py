@@ -1,1 +1,1 @@
-"""The commands `lightning-gr`, LightningCLI with a flag group per method, and `LIGHTNING_GR`."""
+"""The command `lightning-gr`, a LightningCLI with a flag group for each method, and the variable `LIGHTNING_GR`."""

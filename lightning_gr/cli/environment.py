@@ -1,4 +1,4 @@
-"""Callbacks without touching code: the environment variable ``LIGHTNING_GR``."""
+"""Adds callbacks without code changes, through the environment variable ``LIGHTNING_GR``."""
 
 import inspect
 import typing
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 __all__ = ["FromEnvironment", "callbacks_from"]
 
-_USAGE = "as in LIGHTNING_GR='gamma=0.05,epsilon=0.05', 'sam,rho=0.1' or 'gr,gamma=0.1; flooding,level=0.1'"
+_USAGE = "for example LIGHTNING_GR='gamma=0.05,epsilon=0.05', 'sam,rho=0.1' or 'gr,gamma=0.1; flooding,level=0.1'"
 
 
 def callbacks_from(text: str) -> list["FromEnvironment"]:
-    """The callbacks that a value of ``LIGHTNING_GR`` describes.
+    """Create the callbacks described by a value of ``LIGHTNING_GR``.
 
-    Methods are separated by semicolons. Each is a name, ``gr``, ``sam`` or ``flooding``, and settings ``name=value``,
-    separated by commas or spaces; without a name it is ``gr``. The settings are the arguments of the callback. Several
-    patterns of ``exclude`` are separated by ``|``. ``0`` and ``off`` stand for nothing.
+    Separate methods with semicolons. A method is a name, ``gr`` (the default), ``sam`` or ``flooding``, followed by
+    settings ``argument=value``, separated by commas or spaces. The arguments are those of the callback. Separate
+    multiple ``exclude`` patterns with ``|``. ``0`` and ``off`` disable the variable.
 
     Raises:
-        ValueError: If the text cannot be understood, a value is out of its range, or a method comes twice.
+        ValueError: If the text cannot be parsed, a value is out of range, or a method is given twice.
 
     Example::
 
@@ -41,7 +41,7 @@ def callbacks_from(text: str) -> list["FromEnvironment"]:
     methods = [_method(part) for part in text.split(";") if part.strip()]
     for kind, what in ((TwoPassCallback, "one method with a second pass"), (Flooding, "one flood level")):
         if sum(isinstance(method, kind) for method in methods) > 1:
-            raise ValueError(f"Expected LIGHTNING_GR to ask for at most {what} but got {text!r}, {_USAGE}")
+            raise ValueError(f"Expected LIGHTNING_GR to request at most {what} but got {text!r}, {_USAGE}")
     return [FromEnvironment(method) for method in methods]
 
 
@@ -58,7 +58,7 @@ def _method(text: str) -> TwoPassCallback | Flooding:
         key, equals, value = word.partition("=")
         if not equals or key not in known:
             raise ValueError(
-                f"Expected LIGHTNING_GR to set some of {', '.join(known)} for {name!r} but got {word!r}, {_USAGE}"
+                f"Expected LIGHTNING_GR to set only {', '.join(known)} for {name!r} but got {word!r}, {_USAGE}"
             )
         settings[key] = _convert(known[key].annotation, key, value)
     try:
@@ -69,7 +69,7 @@ def _method(text: str) -> TwoPassCallback | Flooding:
 
 
 def _convert(annotation: Any, key: str, value: str) -> Any:
-    """The value in the type that the callback's signature asks for."""
+    """Convert a value to the type in the callback's signature."""
     if typing.get_origin(annotation) is Sequence:
         return value.split("|")
     if annotation is bool:
@@ -79,15 +79,15 @@ def _convert(annotation: Any, key: str, value: str) -> Any:
         try:
             return convert(value)
         except ValueError:
-            return value  # which the callback refuses in its own words
+            return value  # the callback reports it
     return value
 
 
 class FromEnvironment(CallbackBase):
-    """Adds a method to the Trainer when training begins, unless the script has one of its kind, and says so.
+    """Adds a method to the Trainer when training begins, unless the script already has one of that kind.
 
     Args:
-        callback: The method.
+        callback: The method's callback.
     """
 
     def __init__(self, callback: TwoPassCallback | Flooding) -> None:
@@ -95,21 +95,23 @@ class FromEnvironment(CallbackBase):
         self.callback = callback
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Put the method right behind this callback, where Lightning sets it up next."""
+        """Insert the method's callback right after this one, so that Lightning sets it up next."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if stage != "fit" or self.callback in callbacks:
             return
         kind = Flooding if isinstance(self.callback, Flooding) else TwoPassCallback
-        own = [type(callback).__name__ for callback in callbacks if isinstance(callback, kind)]
-        if own:
-            rank_zero_warn(f"LIGHTNING_GR asks for {_describe(self.callback)}, but the script's own {own[0]} stays")
+        names = [type(callback).__name__ for callback in callbacks if isinstance(callback, kind)]
+        if names:
+            rank_zero_warn(
+                f"LIGHTNING_GR requests {_describe(self.callback)}, but the script's own {names[0]} takes precedence"
+            )
             return
         callbacks.insert(callbacks.index(self) + 1, self.callback)
         rank_zero_info(f"LIGHTNING_GR is set: training with {_describe(self.callback)}")
 
 
 def _describe(callback: TwoPassCallback | Flooding) -> str:
-    """The method with the arguments that differ from their defaults."""
+    """Describe a method and its constants for log messages."""
     if isinstance(callback, Flooding):
         return f"Flooding(level={callback.level}, sync={callback.sync})"
     return f"{type(callback).__name__}: {callback.rule}, g = {callback.rule.equation}"

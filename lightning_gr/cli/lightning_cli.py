@@ -1,4 +1,4 @@
-"""LightningCLI with a flag group for each method."""
+"""A LightningCLI with a flag group for each method."""
 
 import argparse
 import importlib
@@ -27,20 +27,20 @@ __all__ = ["GradientRegularizationCLI", "run"]
 
 
 class GradientRegularizationCLI(_Base):
-    """A LightningCLI whose flags (and YAML keys) ``gr``, ``sam`` and ``flooding`` set the method.
+    """A LightningCLI with flags (and YAML keys) ``gr``, ``sam`` and ``flooding`` that select and configure a method.
 
-    ``--gr.gamma=0.1`` trains with :class:`~lightning_gr.GradientRegularization`, ``--sam.rho=0.05`` with
-    :class:`~lightning_gr.SAM`, ``--flooding.level=0.1`` floods, alone or beside one of the others. What is not given
-    keeps its default, and with none of them training is plain. ``--gr={}`` takes all defaults.
+    ``--gr.gamma=0.1`` trains with :class:`~lightning_gr.GradientRegularization` and ``--sam.rho=0.05`` with
+    :class:`~lightning_gr.SAM`. ``--flooding.level=0.1`` adds flooding, alone or combined with either of them. Omitted
+    arguments keep their defaults; ``--gr={}`` uses only defaults. Without any of these flags, training is plain.
 
-    Use it or inherit from it as from LightningCLI. It serves both namespaces: an instance becomes a LightningCLI of
-    ``lightning.pytorch`` if one of the classes that it is given, or that the command line or its configuration file
-    names, comes from there, and otherwise of ``pytorch_lightning``. To choose it explicitly, inherit from both:
+    Use or subclass it like LightningCLI. It supports both namespaces: an instance becomes a LightningCLI of
+    ``lightning.pytorch`` if any class passed to it, or named on the command line or in its configuration file, comes
+    from there, and of ``pytorch_lightning`` otherwise. To choose explicitly, inherit from both:
     ``class CLI(GradientRegularizationCLI, LightningCLI)``.
 
-    A wrong value of a method ends the program with one line and status 2.
+    An invalid value for a method exits with a one-line error and status 2.
 
-    Args: those of LightningCLI.
+    Args: See LightningCLI.
 
     Example::
 
@@ -54,34 +54,34 @@ class GradientRegularizationCLI(_Base):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "GradientRegularizationCLI":
-        """Give the class, if it has none yet, the LightningCLI of the right namespace as its last base."""
+        """Append the LightningCLI of the right namespace to the bases, unless the class already inherits from one."""
         if any(base.__name__ == "LightningCLI" for base in cls.__mro__):
             return super().__new__(cls)
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, type)]
-        namespace = namespace_of(*given, *_named_classes(kwargs.get("args")))
+        passed = [value for value in (*args, *kwargs.values()) if isinstance(value, type)]
+        namespace = namespace_of(*passed, *_named_classes(kwargs.get("args")))
         lightning_cli = importlib.import_module(f"{namespace}.cli").LightningCLI
         bases, attributes = (cls, lightning_cli), {"__module__": cls.__module__, "__doc__": cls.__doc__}
         return object.__new__(type(cls.__name__, bases, attributes))
 
     def init_parser(self, **kwargs: Any) -> "LightningArgumentParser":
-        """Make the parser say what is wrong in one line."""
+        """Make the parser report errors on one line."""
         parser = super().init_parser(**kwargs)
-        # Lightning before 2.6 has no `parser_class` to say this beforehand
+        # Lightning before 2.6 has no `parser_class` argument for this
         kind = type(parser)
         parser.__class__ = type(kind.__name__, (_OneLineErrors, kind), {"__module__": kind.__module__})
         return parser
 
     def add_default_arguments_to_parser(self, parser: "LightningArgumentParser") -> None:
-        """Add the flags of each method; `add_arguments_to_parser` stays free for yours."""
+        """Add the flags of each method, leaving `add_arguments_to_parser` for subclasses to override."""
         super().add_default_arguments_to_parser(parser)
         for key, kind in CALLBACKS_BY_NAME.items():
             summary = (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".")
             flags = ", ".join(f"--{key}.{name}" for name in inspect.signature(kind).parameters)
-            group = parser.add_argument_group(summary, f"To train with it give at least one of {flags}.")
-            group.add_argument(f"--{key}", type=kind | None, default=None, help=f"--{key}.help explains each flag.")
+            group = parser.add_argument_group(summary, f"To use it, set at least one of {flags}.")
+            group.add_argument(f"--{key}", type=kind | None, default=None, help=f"See --{key}.help for each flag.")
 
     def instantiate_classes(self) -> None:
-        """Check the methods' values before anything else is made, which may take long."""
+        """Validate the methods' arguments before creating anything else, which may take long."""
         self._check_methods()
         super().instantiate_classes()
 
@@ -93,38 +93,38 @@ class GradientRegularizationCLI(_Base):
         if settings.get("gr") and settings.get("sam"):
             self.parser.error("Expected at most one method with a second pass but got --gr and --sam: remove one")
         callbacks = settings.get("trainer.callbacks") or []
-        listed = callbacks if isinstance(callbacks, list) else [callbacks]
-        for key, given in [
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        for key, config in [
             *((key, settings.get(key)) for key in CALLBACKS_BY_NAME),
-            *(("trainer.callbacks", one) for one in listed),
+            *(("trainer.callbacks", callback) for callback in callbacks),
         ]:
-            kind = _BY_PATH.get(given.class_path) if given else None
+            kind = _BY_PATH.get(config.class_path) if config else None
             if kind is not None:
                 try:
-                    kind(**given.init_args)
+                    kind(**config.init_args)
                 except ValueError as error:
                     self.parser.error(f"--{key}: {error}")
 
     def instantiate_trainer(self, **kwargs: Any) -> "Trainer":
-        """Add the methods that were asked for to the Trainer's callbacks."""
+        """Prepend the requested methods to the Trainer's callbacks."""
         settings = self._settings(self.config_init)
         methods = [settings[key] for key in CALLBACKS_BY_NAME if settings.get(key) is not None]
-        given = kwargs.get("callbacks", settings.get("trainer.callbacks")) or []
-        kwargs["callbacks"] = [*methods, *(given if isinstance(given, list) else [given])]
+        callbacks = kwargs.get("callbacks", settings.get("trainer.callbacks")) or []
+        kwargs["callbacks"] = [*methods, *(callbacks if isinstance(callbacks, list) else [callbacks])]
         return super().instantiate_trainer(**kwargs)
 
 
 def run(argv: Sequence[str] | None) -> int:
-    """Run ``lightning-gr fit``, ``validate``, ``test`` or ``predict``; returns the exit code.
+    """Run ``lightning-gr fit``, ``validate``, ``test`` or ``predict`` and return the exit code.
 
-    What this package refuses at the start of training is said in one line: on the command line it is a wrong flag.
+    This package's own errors at the start of training are reported on one line, like errors in the flags.
     """
     _make_printable()
     try:
         GradientRegularizationCLI(
             args=argv if argv is None else list(argv),
             parser_kwargs={"prog": "lightning-gr"},
-            # without a logger all runs share a folder; a second one, as of `test` after `fit`, is no error
+            # without a logger all runs share a folder, and running `test` after `fit` must not fail
             save_config_kwargs={"overwrite": True},
         )
     except Exception as error:
@@ -136,20 +136,20 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def print_completion(shell: str) -> None:
-    """Print what a shell needs to complete the flags of ``fit``, ``validate``, ``test`` and ``predict``, and exit."""
+    """Print a shell script that completes the flags of ``fit``, ``validate``, ``test`` and ``predict``, and exit."""
     import jsonargparse
 
     try:
         jsonargparse.set_parsing_settings(add_print_completion_argument=True)
         flag = f"--print_completion=shtab-{shell}"
-    except TypeError:  # before that was a setting
+    except TypeError:  # older versions have no such setting
         flag = f"--print_shtab={shell}"
     sys.argv[1:] = [flag]
     GradientRegularizationCLI(parser_kwargs={"prog": "lightning-gr"})
 
 
 def _make_printable() -> None:
-    """Escape Greek letters of help and configurations where standard output cannot encode them."""
+    """Escape Greek letters in help texts and configurations if standard output cannot encode them."""
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.encoding.lower().startswith("utf"):
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -169,10 +169,10 @@ _BY_PATH = {
 
 
 class _OneLineErrors:
-    """Makes a parser's errors short: no eighty lines of usage before them, and one reason instead of one per type."""
+    """A parser mixin for short errors: without eighty lines of usage, and with one reason instead of one per type."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End the program with the message, unless the parser was told not to."""
+        """Exit with the message, unless the parser is set not to exit."""
         parser: Any = self
         if not parser.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG"):
             super().error(message, ex)  # type: ignore[misc]
@@ -181,14 +181,14 @@ class _OneLineErrors:
         raise AssertionError("exit returned")
 
 
-# what the parser says before the reason itself
+# lines that the parser prints before the actual reason
 _PREAMBLE = ("Does not validate", "Subtypes:", "Errors:", "- Problem with given class_path")
 
 
 def _readable(message: str) -> str:
-    """What is wrong with a flag of ours in one line that begins with the flag; other messages as they are.
+    """Shorten an error about one of our flags to one line that begins with the flag; keep other messages unchanged.
 
-    The parser gives a reason for each type that a value could have had: the first one is about the method.
+    The parser gives a reason for each type that a value could have. The first one concerns the method.
     """
     keys: list[str] = []
     for line in map(str.strip, message.splitlines()):
@@ -202,7 +202,7 @@ def _readable(message: str) -> str:
 
 
 def _named_classes(args: Any) -> Iterator[type]:
-    """The classes that the command line, or the files that it names, give by ``--model`` and ``--data``."""
+    """Find the classes set by ``--model`` and ``--data`` on the command line or in its configuration files."""
     if args is None or isinstance(args, Sequence):
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         parser.add_argument("-c", "--config", action="append", default=[])
@@ -210,19 +210,19 @@ def _named_classes(args: Any) -> Iterator[type]:
             parser.add_argument(f"--{key}", f"--{key}.class_path", dest=key)
         try:
             known, _ = parser.parse_known_args(args)
-        except argparse.ArgumentError:  # as for a flag without its value, which the real parser reports
+        except argparse.ArgumentError:  # a flag without its value, for example; the real parser reports it
             return
         settings = [vars(known), *(config for path in known.config for config in _read(path))]
     else:
-        given = args if isinstance(args, dict) else args.as_dict()
-        settings = [given, *(value for value in given.values() if isinstance(value, dict))]
+        config = args if isinstance(args, dict) else args.as_dict()
+        settings = [config, *(value for value in config.values() if isinstance(value, dict))]
     for setting in settings:
         for key in ("model", "data"):
             yield from _find_class(setting.get(key))
 
 
 def _read(path: str) -> Iterator[dict[str, Any]]:
-    """A configuration file as a whole, and what it holds for each subcommand."""
+    """Yield the contents of a configuration file, followed by its section for each subcommand."""
     import yaml
 
     try:
@@ -240,8 +240,8 @@ def _find_class(setting: Any) -> Iterator[type]:
         return
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        value = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError):  # the real parser reports it
         return
-    if isinstance(found, type):
-        yield found
+    if isinstance(value, type):
+        yield value

@@ -1,4 +1,4 @@
-"""What the commands of ``lightning-gr`` do; ``lightning_gr_startup`` parses them, without importing the package."""
+"""Runs the commands of ``lightning-gr``, which ``lightning_gr_startup`` parses without importing the package."""
 
 import argparse
 import importlib.util
@@ -13,11 +13,11 @@ __all__ = ["main", "run"]
 
 
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
-    """Run the command that ``args`` names; returns the exit code.
+    """Run a command and return the exit code.
 
     Args:
         args: The command and its parsed arguments.
-        argv: The command line for LightningCLI, which parses its own; None stands for that of the process.
+        argv: The command line, which LightningCLI parses itself. None means ``sys.argv``.
     """
     if args.command in TRAINING:
         return _train(argv)
@@ -36,7 +36,7 @@ def _missing(*names: str) -> list[str]:
 def _train(argv: Sequence[str] | None) -> int:
     if missing := _missing("jsonargparse", "docstring_parser"):
         return _fail(f"training from the command line needs {' and '.join(missing)}: pip install 'lightning_gr[cli]'")
-    # as with `python -m`: --model may name a class in a file of this folder
+    # as with `python -m`, so that --model can name a class in a file in this folder
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     from lightning_gr.cli.lightning_cli import run as run_lightning_cli
@@ -60,7 +60,7 @@ def _demo(args: argparse.Namespace) -> int:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return _fail(f"cannot write to the folder {args.output}: {error.strerror}")
-    # what needs an extra is imported only where it is known to be there
+    # imported only now that the extra is known to be installed
     from lightning_gr.cli.demo.run import run_demo
 
     return run_demo(list(dict.fromkeys(args.methods)), args.seeds, args.epochs, args.output)

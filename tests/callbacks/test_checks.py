@@ -188,7 +188,7 @@ class Manual(TinyModule):
 @pytest.mark.parametrize("callback", [SAM(), GradientRegularization(), Flooding(0.1)])
 def test_manual_optimization(callback):
     message = refused(Manual(), callback)
-    assert message.startswith("Manual optimizes manually")
+    assert message.startswith("Manual uses manual optimization")
     assert "`automatic_optimization = True`" in message
     assert "`class Manual(GradientRegularizationMixin, ...)`" in message
 

@@ -76,7 +76,7 @@ def test_a_second_fit_has_it_once(monkeypatch):
 def test_the_script_s_own_method_stays(value, own, stays, monkeypatch):
     expected = trained(own)
     monkeypatch.setenv("LIGHTNING_GR", value)
-    with pytest.warns(UserWarning, match=f"LIGHTNING_GR asks for .*, but the script's own {stays} stays"):
+    with pytest.warns(UserWarning, match=f"LIGHTNING_GR requests .*, but the script's own {stays} takes precedence"):
         assert_same(trained(own), expected)
 
 
@@ -85,16 +85,16 @@ def test_the_script_s_own_method_stays(value, own, stays, monkeypatch):
     [
         (
             "gamma=-1",
-            "In LIGHTNING_GR: Expected argument `gamma` to be a non-negative float but got -1.0, as in LIGHTN",
+            "In LIGHTNING_GR: Expected argument `gamma` to be a non-negative float but got -1.0, for example LIGHTN",
         ),
         ("gamma=much", "Expected argument `gamma` to be a non-negative float but got 'much'"),
         ("interval=0.5", "Expected argument `interval` to be an integer of at least 1 but got '0.5'"),
         ("normalize=perhaps", "Expected argument `normalize` to be True or False but got 'perhaps'"),
         ("scheme=sideways", "Expected argument `scheme` to be one of 'forward', 'backward'"),
-        ("rho=0.1", "Expected LIGHTNING_GR to set some of gamma, epsilon, .* for 'gr' but got 'rho=0.1', as in"),
+        ("rho=0.1", "Expected LIGHTNING_GR to set only gamma, epsilon, .* for 'gr' but got 'rho=0.1', for example"),
         ("sam,0.1", "for 'sam' but got '0.1'"),
-        ("adam", "Expected LIGHTNING_GR to name one of gr, sam, flooding but got 'adam', as in"),
-        ("sam; gamma=0.1", "at most one method with a second pass but got 'sam; gamma=0.1', as in"),
+        ("adam", "Expected LIGHTNING_GR to name one of gr, sam, flooding but got 'adam', for example"),
+        ("sam; gamma=0.1", "at most one method with a second pass but got 'sam; gamma=0.1', for example"),
         ("flooding,level=1;flooding,level=2", "at most one flood level but got"),
         ("flooding", "In LIGHTNING_GR: .*missing 1 required positional argument: 'level'"),
     ],

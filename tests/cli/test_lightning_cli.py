@@ -273,7 +273,7 @@ def test_every_subcommand_runs(model, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["fit", "--gr.help"])
     assert ended.value.code == 0
-    assert "--gr.gamma GAMMA      The strength γ ≥ 0 of the penalty." in capsys.readouterr().out
+    assert "--gr.gamma GAMMA      The penalty strength γ ≥ 0." in capsys.readouterr().out
 
 
 def test_help_in_an_encoding_without_greek(monkeypatch):
@@ -283,7 +283,7 @@ def test_help_in_an_encoding_without_greek(monkeypatch):
         cli.main(["fit", "--gr.help"])
     sys.stdout.flush()
     assert ended.value.code == 0
-    assert b"The strength \\u03b3" in raw.getvalue()
+    assert b"The penalty strength \\u03b3" in raw.getvalue()
 
 
 def test_what_training_refuses_is_one_line(model, capsys):

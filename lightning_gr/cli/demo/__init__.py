@@ -1,1 +1,1 @@
-"""The demonstration on handwritten digits."""
+"""The demo: compares the methods on handwritten digits with noisy labels."""

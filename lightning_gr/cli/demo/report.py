@@ -1,4 +1,4 @@
-"""What the demonstration shows: a table and a figure."""
+"""Reports the results of the demo in a table and a figure."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,34 +13,34 @@ from lightning_gr.report.display import printable
 
 __all__ = ["draw", "make_table", "verdicts"]
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart
-_COLOURS = {"plain": "#000000", "F-GR": "#0072B2", "B-GR": "#E69F00", "SAM": "#CC79A7", "flooding": "#009E73"}
+# Okabe and Ito's color-blind-safe palette
+_COLORS = {"plain": "#000000", "F-GR": "#0072B2", "B-GR": "#E69F00", "SAM": "#CC79A7", "flooding": "#009E73"}
 _STYLES = {"plain": "-", "F-GR": "-", "B-GR": "--", "SAM": "-.", "flooding": ":"}
 
 
 def constants(method: str) -> str:
-    """The constants of a method by the field's letters, as in ``"γ=1 ε=0.5"``; empty for plain training."""
+    """Format the constants of a method, such as ``"γ=1 ε=0.5"``; empty for plain training."""
     values: dict[str, float] = {}
     for callback in DEMO_METHODS[method]():
         values |= {"b": callback.level} if isinstance(callback, Flooding) else callback.rule.constants
-    return " ".join(f"{letter}={value:g}" for letter, value in values.items())
+    return " ".join(f"{symbol}={value:g}" for symbol, value in values.items())
 
 
 def _spread(values: Sequence[float]) -> float:
-    """The standard deviation over seeds; 0 for a single one, which has none."""
+    """The standard deviation over seeds, or 0 for a single seed."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _last(records: Sequence[EpochRecord], method: str) -> list[EpochRecord]:
-    """The last epoch of each run of a method."""
-    runs = {record.seed: record for record in records if record.method == method}
-    return list(runs.values())
+    """The records of the last epoch of each of a method's runs."""
+    last_by_seed = {record.seed: record for record in records if record.method == method}
+    return list(last_by_seed.values())
 
 
 def make_table(records: Sequence[EpochRecord], costs: Mapping[str, float], title: str) -> Table:
-    """One row for each method: means over seeds at the end of training."""
+    """Build a table with one row per method: means over seeds at the end of training."""
     several = len({record.seed for record in records}) > 1
-    caption = "± is the standard deviation over seeds" if several else "one seed: no spread is known"
+    caption = "± is the standard deviation over seeds" if several else "one seed, so the spread is unknown"
     table = Table(title=printable(title), caption=printable(caption))
     table.add_column("method", overflow="fold")
     table.add_column("constants", overflow="fold")
@@ -62,11 +62,11 @@ def make_table(records: Sequence[EpochRecord], costs: Mapping[str, float], title
 
 def _accuracy(percent: Sequence[float]) -> str:
     spread = f" ± {_spread(percent):.1f}" if len(percent) > 1 else ""
-    return f"{statistics.mean(percent):.1f}{spread} %"
+    return f"{statistics.mean(percent):.1f}{spread}%"
 
 
 def verdicts(records: Sequence[EpochRecord]) -> list[str]:
-    """A line for each method that did not help: that is worse than plain training, or not clearly better."""
+    """Write one line for each method that did not help, that is, was not clearly better than plain training."""
     plain = [record.accuracy for record in _last(records, "plain")]
     lines = []
     for method in dict.fromkeys(record.method for record in records if plain and record.method != "plain"):
@@ -79,17 +79,17 @@ def verdicts(records: Sequence[EpochRecord]) -> list[str]:
 
 
 def _verdict(method: str, gain: float, spread: float | None) -> str:
-    """What is said of a method that gained no more than the spread over seeds, which is None for a single one."""
+    """Describe a method whose gain is at most the spread over seeds; ``spread`` is None for a single seed."""
     points = f"{100 * gain:+.1f} points"
     if spread is None:
-        return f"{method} does not help here: {points}, with one seed, which tells nothing of the spread over seeds."
+        return f"{method} does not help here: {points}, with one seed, so the spread over seeds is unknown."
     if gain < -spread:
         return f"{method} is worse than plain training here: {points}, beyond the spread over seeds."
     return f"{method} does not help here: {points}, within the spread over seeds."
 
 
 def draw(records: Sequence[EpochRecord], path: Path) -> None:
-    """Draw gradient norm and test accuracy over training, mean and band of one standard deviation."""
+    """Plot gradient norm and test accuracy over training: the mean and a band of one standard deviation."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -118,9 +118,9 @@ def _curve(axes: Any, records: Sequence[EpochRecord], method: str, name: str, fa
     mean = [statistics.mean(values) for values in epochs.values()]
     low = [m - _spread(values) for m, values in zip(mean, epochs.values(), strict=True)]
     high = [m + _spread(values) for m, values in zip(mean, epochs.values(), strict=True)]
-    if name == "gradient_norm":  # a logarithmic axis shows nothing below zero
+    if name == "gradient_norm":  # keep the band positive for the logarithmic axis
         low = [max(bound, m / 10) for bound, m in zip(low, mean, strict=True)]
-    colour = _COLOURS.get(method)
+    color = _COLORS.get(method)
     label = f"{method} {constants(method)}".strip()
-    axes.plot(x, mean, color=colour, linestyle=_STYLES.get(method, "-"), label=label)
-    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(x, mean, color=color, linestyle=_STYLES.get(method, "-"), label=label)
+    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)

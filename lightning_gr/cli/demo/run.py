@@ -1,4 +1,4 @@
-"""Runs the demonstration with a progress bar and shows what came out."""
+"""Runs the demo with a progress bar and shows the results."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,25 +12,25 @@ from lightning_gr.report.display import make_console, printable
 
 __all__ = ["run_demo"]
 
-TITLE = "digits, 20 % of the labels random, epochs: {epochs}, seeds: {seeds}"
+TITLE = "digits, 20% of the labels random, epochs: {epochs}, seeds: {seeds}"
 
 
 def run_demo(methods: Sequence[str], seeds: int, epochs: int, output: Path) -> int:
-    """Train, write the figure and the values, print the table; returns the exit code, 130 after Ctrl-C."""
+    """Train, write the figure and the values, and print the table; return the exit code, 130 after Ctrl-C."""
     console = make_console()
     records: list[EpochRecord] = []
     costs: dict[str, float] = {}
     interrupted = False
     try:
         _train_all(methods, seeds, epochs, records, console)
-        with console.status("measuring the cost of a step, the methods in turn", spinner="line"):
+        with console.status("measuring the cost of a step for each method", spinner="line"):
             costs = measure_costs(methods)
     except (Interrupted, KeyboardInterrupt, SystemExit):
         interrupted = True
     if records:
         _show(records, costs, output, console, TITLE.format(epochs=epochs, seeds=seeds))
     if interrupted:
-        console.print("Interrupted: only the runs that had finished are kept.")
+        console.print("Interrupted: only finished runs are included.")
     return 130 if interrupted else 0
 
 
@@ -45,7 +45,7 @@ def _train_all(methods: Sequence[str], seeds: int, epochs: int, records: list[Ep
 
 
 def _show(records: list[EpochRecord], costs: dict[str, float], output: Path, console: Console, title: str) -> None:
-    """Write the files first: they are there whatever becomes of the output."""
+    """Write the files and print the table. The files come first, so that they exist even if printing fails."""
     write_csv(records, output / "demo.csv")
     draw(records, output / "demo.png")
     console.print(make_table(records, costs, title))

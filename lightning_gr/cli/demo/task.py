@@ -1,4 +1,4 @@
-"""The demonstration: a small classifier on real digits with noisy labels, plain and with each method."""
+"""The demo's task: a small classifier on real digits with noisy labels, trained without and with each method."""
 
 import csv
 import logging
@@ -34,7 +34,7 @@ __all__ = [
 TRAINING, NOISE, TEST = 500, 0.2, 897
 LEARNING_RATE, MOMENTUM, BATCH = 0.05, 0.9, 64
 
-# Chosen on the validation split by `python examples/select_demo_constants.py`, which prints the whole grid.
+# Selected on the validation split by `python examples/select_demo_constants.py`, which prints the full grid.
 DEMO_METHODS: dict[str, Callable[[], list[TwoPassCallback | Flooding]]] = {
     "plain": list,
     "F-GR": lambda: [GradientRegularization(gamma=1.0, epsilon=0.5)],
@@ -44,18 +44,18 @@ DEMO_METHODS: dict[str, Callable[[], list[TwoPassCallback | Flooding]]] = {
 }
 
 
-class Interrupted(Exception):  # noqa: N818, it is no error
-    """A run was stopped by Ctrl-C, which Lightning turns into a SystemExit."""
+class Interrupted(Exception):  # noqa: N818, not an error
+    """Raised when Ctrl-C stops a run. Lightning itself turns Ctrl-C into a SystemExit."""
 
 
 @dataclass(frozen=True)
 class Digits:
-    """scikit-learn's 1,797 handwritten digits in three disjoint parts; only the training labels are noisy.
+    """scikit-learn's 1,797 handwritten digits in three disjoint splits. Only the training labels are noisy.
 
     Args:
-        train: 500 images drawn by the seed, 20 % of them with a label drawn at random.
-        validation: The remaining 400 images, clean, for choosing constants.
-        test: 897 images, clean and the same for each seed.
+        train: 500 images that depend on the seed, 20% of them with random labels.
+        validation: The remaining 400 images, with clean labels, for selecting constants.
+        test: 897 images with clean labels, the same for all seeds.
     """
 
     train: tuple[Tensor, Tensor]
@@ -64,7 +64,7 @@ class Digits:
 
     @classmethod
     def load(cls, seed: int) -> "Digits":
-        """Split scikit-learn's own copy of the digits by ``seed``; nothing is downloaded."""
+        """Split the digits bundled with scikit-learn according to ``seed``; nothing is downloaded."""
         from sklearn.datasets import load_digits
 
         pixels, labels = load_digits(return_X_y=True)
@@ -81,7 +81,7 @@ class Digits:
 
 
 class DigitsModule(pl.LightningModule):
-    """An MLP 64-512-512-10 without any code for regularization."""
+    """A 64-512-512-10 MLP without any regularization code."""
 
     def __init__(self, epochs: int) -> None:
         super().__init__()
@@ -89,19 +89,19 @@ class DigitsModule(pl.LightningModule):
         self.net = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the cross entropy of the batch."""
+        """Return the batch's cross-entropy."""
         images, labels = batch
         return nn.functional.cross_entropy(self.net(images), labels)
 
     def configure_optimizers(self) -> Any:
-        """SGD with momentum, and a cosine schedule over all epochs."""
+        """Use SGD with momentum and a cosine schedule over all epochs."""
         optimizer = torch.optim.SGD(self.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)]
 
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """The measurements of one run after one of its epochs."""
+    """The measurements of a run after one epoch."""
 
     method: str
     seed: int
@@ -112,7 +112,7 @@ class EpochRecord:
 
 
 class _Curves(pl.Callback):
-    """Records the loss and gradient norm of the whole training set, and the accuracy on clean images."""
+    """Records loss and gradient norm on the full training set, and accuracy on held-out images with clean labels."""
 
     def __init__(
         self, method: str, seed: int, data: Digits, held_out: tuple[Tensor, Tensor], tick: Callable[[], None]
@@ -123,7 +123,7 @@ class _Curves(pl.Callback):
         self.interrupted = False
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure by ``torch.autograd.grad``, which leaves ``.grad`` as it is."""
+        """Measure with ``torch.autograd.grad``, which does not touch ``.grad``."""
         net: nn.Module = pl_module.get_submodule("net")
         images, labels = self.data.train
         with torch.enable_grad():
@@ -138,28 +138,28 @@ class _Curves(pl.Callback):
         self.tick()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Note Ctrl-C, after which Lightning raises a SystemExit as after other signals."""
+        """Record whether this is Ctrl-C, since Lightning then raises a SystemExit, as for other signals."""
         self.interrupted = isinstance(exception, KeyboardInterrupt)
 
 
 class _StepTimes(pl.Callback):
-    """Collects the time of each training step, in seconds."""
+    """Records the duration of each training step, in seconds."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seconds: list[float] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
-        """Note the time before all other callbacks."""
+        """Start the clock before the other callbacks' hooks."""
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Add the time since the start of the step."""
+        """Record the time since the start of the step."""
         self.seconds.append(time.perf_counter() - self._start)
 
 
 def _fit(seed: int, epochs: int, data: Digits, callbacks: Sequence[pl.Callback]) -> None:
-    """One quiet run; initialization and order of the batches follow from the seed alone."""
+    """Train once, quietly; initialization and batch order depend only on the seed."""
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         module = DigitsModule(epochs)
@@ -180,7 +180,7 @@ def _fit(seed: int, epochs: int, data: Digits, callbacks: Sequence[pl.Callback])
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what Lightning says about devices and loaders; one thread, since more only cost time on a small MLP."""
+    """Silence Lightning's messages, and use one thread, since more slow down such a small MLP."""
     logger = logging.getLogger("pytorch_lightning.utilities.rank_zero")
     level, threads = logger.level, torch.get_num_threads()
     logger.setLevel(logging.ERROR)
@@ -203,14 +203,14 @@ def train(
     validation: bool = False,
     tick: Callable[[], None] = lambda: None,
 ) -> list[EpochRecord]:
-    """Train once and return one record for each epoch.
+    """Train once and return one record per epoch.
 
     Args:
-        method: The name in the records.
-        callbacks: What is added to the Trainer.
-        seed: Seed of the split, the initialization and the batches.
-        epochs: Number of epochs, of 8 steps each.
-        validation: Take the accuracy on the validation part instead of the test part.
+        method: The method's name in the records.
+        callbacks: Callbacks for the Trainer.
+        seed: The seed of the split, the initialization and the batch order.
+        epochs: The number of epochs, with 8 steps each.
+        validation: Measure accuracy on the validation split instead of the test split.
         tick: Called after each epoch.
 
     Raises:
@@ -228,7 +228,7 @@ def train(
 
 
 def measure_costs(methods: Sequence[str], rounds: int = 5, epochs: int = 4) -> dict[str, float]:
-    """The time of a training step against plain training, measured in turn; the median over ``rounds``."""
+    """Measure step times relative to plain training, alternating between methods; medians over ``rounds``."""
     data = Digits.load(0)
     ratios: dict[str, list[float]] = {method: [] for method in methods}
     for _ in range(rounds):
@@ -241,13 +241,13 @@ def measure_costs(methods: Sequence[str], rounds: int = 5, epochs: int = 4) -> d
 
 def _step_seconds(callbacks: Sequence[pl.Callback], data: Digits, epochs: int) -> float:
     times = _StepTimes()
-    # first in the list, so that the hooks of the others at the start of a step count
+    # first in the list, so that the other callbacks' start-of-step hooks are included in the time
     _fit(0, epochs, data, [times, *callbacks])
     return statistics.median(times.seconds)
 
 
 def write_csv(records: Sequence[EpochRecord], path: Path) -> None:
-    """Write one line for each epoch of each run."""
+    """Write a CSV file with one row per epoch of each run."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         names = [field.name for field in fields(EpochRecord)]

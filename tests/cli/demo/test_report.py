@@ -31,7 +31,7 @@ def test_one_seed_has_no_spread(capsys):
     Console(width=80).print(make_table(records, {}, "title"))
     out = capsys.readouterr().out
     assert "±" not in out
-    assert "one seed: no spread is known" in out
+    assert "one seed, so the spread is unknown" in out
 
 
 @pytest.mark.parametrize("width", [40, 80])
