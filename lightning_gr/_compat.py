@@ -23,6 +23,7 @@ __all__ = [
     "has_base_named",
     "has_forward_hooks",
     "is_error_node",
+    "is_writer",
     "lightning_attributes",
     "logged_results",
     "loggers_and_methods",
@@ -32,9 +33,11 @@ __all__ = [
     "static_graph",
     "stop_progress_bars",
     "storage_uses",
+    "trainer_parts",
     "unsynced",
     "will_log",
     "wrap_training_step",
+    "writing_methods",
 ]
 
 SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
@@ -168,19 +171,45 @@ def unsynced(trainer: "Trainer") -> AbstractContextManager[Any]:
 def loggers_and_methods(trainer: "Trainer") -> list[tuple[Any, list[str]]]:
     """The loggers and their experiments, each with the names of the methods that write.
 
-    Relies on the name ``_experiment``, since accessing ``experiment`` would create one.
+    Accessing ``experiment`` creates none: Lightning itself has accessed each one before training starts.
     """
     pairs: list[tuple[Any, list[str]]] = []
     for logger in trainer.loggers:
         pairs.append(
             (logger, [n for n in dir(type(logger)) if n.startswith(("log_", "save", "after_save", "finalize"))])
         )
-        experiment = getattr(logger, "__dict__", {}).get("_experiment")
+        experiment = getattr(logger, "experiment", None)
         if experiment is not None:
-            kind = type(experiment)
-            public = [n for n in dir(kind) if not n.startswith("_") and callable(getattr(kind, n, None))]
-            pairs.append((experiment, public))
+            pairs.append((experiment, writing_methods(experiment)))
     return pairs
+
+
+def is_writer(value: object) -> bool:
+    """Whether ``value`` is a client of a service or a file for metrics, which a module may hold by itself."""
+    return has_base_named(value, "SummaryWriter") or type(value).__module__.startswith(
+        ("wandb.", "mlflow.", "comet_ml.")
+    )
+
+
+def writing_methods(writer: object) -> list[str]:
+    """The public methods of a client, except for those that are asked for something."""
+    kind = type(writer)
+    names = [name for name in dir(kind) if not name.startswith(("_", "get", "is_", "has_"))]
+    return [name for name in names if callable(getattr(kind, name, None))]
+
+
+def trainer_parts(trainer: "Trainer") -> dict[str, dict[str, Any]]:
+    """The attributes of the Trainer's parts that a training step may write to, by path.
+
+    Relies on the names of the loops, and on that of the connector that holds what has been logged.
+    """
+    parts: dict[str, Any] = {
+        "trainer": trainer,
+        "trainer.fit_loop": trainer.fit_loop,
+        "trainer.fit_loop.epoch_loop": trainer.fit_loop.epoch_loop,
+        "trainer.logged": trainer._logger_connector,
+    }
+    return {path: vars(part) for path, part in parts.items()}
 
 
 def will_log(trainer: "Trainer") -> bool:

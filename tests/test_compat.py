@@ -3,17 +3,22 @@
 import pytorch_lightning as pl
 import torch
 from modules import TinyModule, fit
+from pytorch_lightning.loggers.logger import DummyLogger
 from torch import nn
 
 from lightning_gr._compat import (
     forget_logged,
     gradients_are_scaled,
     is_error_node,
+    is_writer,
     lightning_attributes,
     logged_results,
+    loggers_and_methods,
     namespace_of,
     storage_uses,
+    trainer_parts,
     will_log,
+    writing_methods,
 )
 
 
@@ -22,6 +27,46 @@ def test_fused_optimizers_say_that_they_unscale_by_themselves():
     weight = [nn.Parameter(torch.zeros(2))]
     assert gradients_are_scaled(torch.optim.Adam(weight, fused=True))
     assert not gradients_are_scaled(torch.optim.Adam(weight))
+
+
+def test_lightning_has_asked_for_each_experiment_before_training():
+    """`_call_setup_hook` of Lightning: asking once more makes none."""
+    asked = []
+
+    class Counts(DummyLogger):
+        @property
+        def experiment(self):
+            asked.append(len(steps))
+            return super().experiment
+
+    steps = []
+    trainer = fit(TinyModule(loss=lambda net, batch: steps.append(batch) or net(batch[0]).sum()), logger=Counts())
+    assert asked[0] == 0
+    assert steps
+    assert trainer.logger.experiment in [owner for owner, _ in loggers_and_methods(trainer)]
+
+
+def test_clients_are_known_by_name_and_still_answer():
+    class SummaryWriter:
+        def add_scalar(self): ...
+        def get_logdir(self): ...
+
+    class Own(SummaryWriter): ...
+
+    assert is_writer(Own())
+    assert not is_writer(pl.Trainer)
+    assert writing_methods(Own()) == ["add_scalar"]
+
+
+def test_the_attributes_of_the_trainer_that_a_step_may_write():
+    """`max_epochs`, `max_steps` and the dictionaries of metrics are where they are thought to be."""
+    trainer = pl.Trainer(accelerator="cpu", logger=False)
+    parts = trainer_parts(trainer)
+    assert {"should_stop", "limit_val_batches"} <= parts["trainer"].keys()
+    assert "max_epochs" in parts["trainer.fit_loop"]
+    assert "max_steps" in parts["trainer.fit_loop.epoch_loop"]
+    trainer.callback_metrics["mine"] = 1
+    assert {"mine": 1} in [value for value in parts["trainer.logged"].values() if isinstance(value, dict)]
 
 
 def test_the_namespace_of_a_class():

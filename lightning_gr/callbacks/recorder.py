@@ -14,6 +14,7 @@ from lightning_gr._compat import (
     logged_results,
     loggers_and_methods,
     static_graph,
+    trainer_parts,
     unsynced,
     wrap_training_step,
 )
@@ -22,6 +23,7 @@ from lightning_gr.core.two_pass import NoLossError, Transform, extract_loss
 from lightning_gr.replay.batch import Batch
 from lightning_gr.replay.evaluation import Evaluation, Surroundings
 from lightning_gr.replay.footprint import Footprint
+from lightning_gr.replay.machinery import BindingPlace, StatePlace
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -52,15 +54,20 @@ def surroundings_of(trainer: "Trainer", pl_module: "LightningModule") -> Surroun
     root = trainer.strategy.root_device
 
     def roots() -> Mapping[str, Any]:
-        groups = {f"optimizer_{i}": optimizer.param_groups for i, optimizer in enumerate(trainer.optimizers)}
+        # their state before they are entered as objects
+        states = {f"optimizer_{i}.state": o.state for i, o in enumerate(trainer.optimizers)}
         return {
+            **{path: StatePlace(state, path) for path, state in states.items()},
             "self": pl_module,
-            **groups,
+            **{f"optimizer_{i}": optimizer for i, optimizer in enumerate(trainer.optimizers)},
             "lr_schedulers": [config.scheduler for config in trainer.lr_scheduler_configs],
+            **{path: BindingPlace(part, path, containers=True) for path, part in trainer_parts(trainer).items()},
+            # not what is in it: a data set
+            "trainer.datamodule": BindingPlace(_attributes(trainer, "datamodule"), "trainer.datamodule", False),
         }
 
     def closed() -> Iterable[object]:
-        return [trainer, trainer.strategy, *(optimizer.state for optimizer in trainer.optimizers)]
+        return [trainer, trainer.strategy, trainer.callbacks]  # type: ignore[attr-defined]
 
     def muted() -> list[tuple[Any, Any]]:
         return [
@@ -78,6 +85,10 @@ def surroundings_of(trainer: "Trainer", pl_module: "LightningModule") -> Surroun
 
     footprint = Footprint(roots, hidden=lightning_attributes() | {"_lightning_gr"}, closed=closed)
     return Surroundings(footprint, [] if root.type == "cpu" else [root], muted, trained)
+
+
+def _attributes(owner: object, name: str) -> dict[str, Any]:
+    return getattr(getattr(owner, name, None), "__dict__", {})
 
 
 class Recorder:
@@ -177,22 +188,16 @@ class Recorder:
     def replay(self, transform: Transform, last: bool = True) -> None:
         """Make the calls of the window again, see :class:`~lightning_gr.core.two_pass.Replay`."""
         self._unsynced.close()
-        if not self._calls:
-            return
-        should_stop = self.trainer.should_stop
-        try:
-            for position, (evaluation, batch) in enumerate(self._calls.values()):
-                batch.check(self.trainer.train_dataloader)
-                # one reduction of the gradients for the whole window, as in the first pass
-                sync = nullcontext() if last and position == len(self._calls) - 1 else unsynced(self.trainer)
-                # plain training zeroes the gradients after the first step of a window, not after the others
-                with (
-                    sync,
-                    evaluation.again(self.storage.params, adding=position > 0, second=not self.gave_up) as output,
-                ):
-                    self._backward(extract_loss(output), transform)
-        finally:
-            self.trainer.should_stop = should_stop
+        for position, (evaluation, batch) in enumerate(self._calls.values()):
+            batch.check(self.trainer.train_dataloader)
+            # one reduction of the gradients for the whole window, as in the first pass
+            sync = nullcontext() if last and position == len(self._calls) - 1 else unsynced(self.trainer)
+            # plain training zeroes the gradients after the first step of a window, not after the others
+            with (
+                sync,
+                evaluation.again(self.storage.params, adding=position > 0, second=not self.gave_up) as output,
+            ):
+                self._backward(extract_loss(output), transform)
 
     def _backward(self, loss: Tensor | None, transform: Transform) -> None:
         trainer = self.trainer

@@ -30,8 +30,8 @@ class Batch(Footprint):
         for place in self.places:
             if isinstance(place, OpaquePlace):
                 raise RuntimeError(
-                    f"The batch holds a {type(place.owner).__name__}, which the second pass would find used up: let the"
-                    " collate function turn it into a list or a tensor"
+                    f"The batch holds an iterator ({type(place.owner).__name__}), which the second pass would find used"
+                    " up: let the collate function turn it into a list or a tensor"
                 )
         self._content = [place for place in self.places if isinstance(place, TensorPlace)]
         self._before = self._after = self._state()
@@ -64,8 +64,8 @@ class Batch(Footprint):
             )
         if self._state() != self._after:
             raise RuntimeError(
-                f"{type(loader).__name__} wrote new data into the tensors of an earlier batch of the same window, which"
-                " the second pass needs: let it return new tensors, as by `x.clone()`, or use"
+                f"The data loader ({type(loader).__name__}) wrote new data into the tensors of an earlier batch of the"
+                " same window, which the second pass needs: let it return new tensors, as by `x.clone()`, or use"
                 " `accumulation='micro_batch'`"
             )
 

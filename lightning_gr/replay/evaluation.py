@@ -94,7 +94,7 @@ class Evaluation(Generic[Output]):
                 everything = Snapshot(place for place in each.places if id(place.owner) not in ids)
                 stack.callback(everything.restore)
             stack.enter_context(_without_gradients(self._leaves(trained)))
-            stack.enter_context(muted(self.surroundings.muted()))
+            stack.enter_context(muted(self._muted()))
             stack.enter_context(flagged())
             with hidden_gradients(trained):
                 self.first()
@@ -125,11 +125,14 @@ class Evaluation(Generic[Output]):
             for snapshot in self._start:
                 snapshot.restore(storages)
             self._numbers.restore()
-            stack.enter_context(muted(self.surroundings.muted()))
+            stack.enter_context(muted(self._muted()))
             stack.enter_context(flagged(second))
             with hidden_gradients(trained, moved if adding else ()):
                 output = self.compute()
             yield output
+
+    def _muted(self) -> Muted:
+        return [*self.surroundings.muted(), *(writer for each in self._footprints for writer in each.writers)]
 
     def _leaves(self, trained: Sequence[Tensor]) -> list[Tensor]:
         ids = {id(param) for param in trained}

@@ -14,13 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_gr._compat import writing_methods
 from lightning_gr.core.sharding import local_parts
 from lightning_gr.replay.contents import TensorPlace, is_lazy, restore_tensors, sample
 from lightning_gr.replay.digest import digests
+from lightning_gr.replay.machinery import QuietTensorPlace, WriterPlace
 from lightning_gr.replay.places import OpaquePlace, Place
 from lightning_gr.replay.walk import Walk, walk
 
 __all__ = ["Footprint", "Snapshot"]
+
+
+_SMALL = 2**16  # in bytes, of a tensor of an optimizer's state that is copied on an evaluation to learn from
 
 
 def _references(place: Place) -> list[Any]:
@@ -112,6 +117,12 @@ class Footprint:
     def leaves(self) -> list[Tensor]:
         """The leaf tensors that require a gradient, by now: an evaluation may ask for that of its batch."""
         return [tensor for tensor in self._tensors if tensor.requires_grad and tensor.is_leaf]
+
+    @property
+    def writers(self) -> list[tuple[object, list[str]]]:
+        """The clients of services that were found, with those of their methods that write."""
+        found = (place.owner for place in (*self.places, *self._fresh) if isinstance(place, WriterPlace))
+        return [(owner, writing_methods(owner)) for owner in found]
 
     def begin(self) -> bool:
         """Get ready for an evaluation; returns whether it is one to learn from, having looked through everything."""
@@ -207,10 +218,13 @@ class Fingerprint:
     """
 
     def __init__(self, places: Sequence[Place], budget: int) -> None:
-        self._tensors = [place for place in places if isinstance(place, TensorPlace) and not is_lazy(place.owner)]
+        tensors = [place for place in places if isinstance(place, TensorPlace) and not is_lazy(place.owner)]
+        self._tensors = [place for place in tensors if not isinstance(place, QuietTensorPlace)]
+        self._quiet = Marks([place for place in tensors if isinstance(place, QuietTensorPlace)])
         self._digests = digests([place.owner for place in self._tensors])
         self._copies: dict[int, Tensor | None] = {}
-        for place in sorted(self._tensors if budget else (), key=_size):
+        small = [place for place in tensors if not isinstance(place, QuietTensorPlace) or _size(place) <= _SMALL]
+        for place in sorted(small if budget else (), key=_size):
             budget -= _size(place)
             if budget < 0:
                 break
@@ -222,13 +236,14 @@ class Fingerprint:
         now = digests([place.owner for place in self._tensors])
         pairs = zip(self._tensors, self._digests, now, strict=True)
         written: list[Place] = [p for p, old, new in pairs if old != new and _storage_of(p.owner) not in moved]
-        return written + self._rest.changed()
+        return written + self._rest.changed() + self._quiet.changed(moved)
 
     def without(self, places: Sequence[Place]) -> "Snapshot":
         """Take ``places`` out; returns their values, as far as they are known."""
         chosen = {id(place) for place in places}
         kept = [(p, d) for p, d in zip(self._tensors, self._digests, strict=True) if id(p) not in chosen]
         self._tensors, self._digests = [p for p, _ in kept], [d for _, d in kept]
+        self._quiet = self._quiet.without(chosen)
         taken = self._rest.without(chosen)
         taken.saved += [(p, self._copies.pop(id(p))) for p in places if id(p) in self._copies]
         return taken
@@ -252,7 +267,7 @@ class Marks:
     def __init__(self, places: Sequence[TensorPlace]) -> None:
         self._places = places
         self._marks = [place.mark() for place in places]
-        self._hosted = [place for place in places if _is_on_host(place.owner)]
+        self._hosted = [p for p in places if _is_on_host(p.owner) and not isinstance(p, QuietTensorPlace)]
         self._few = sample([place.owner for place in self._hosted])
 
     def changed(self, moved: frozenset[int] = frozenset()) -> list[Place]:
@@ -261,6 +276,10 @@ class Marks:
         now = sample([place.owner for place in self._hosted])
         found += [p for p, old, new in zip(self._hosted, self._few, now, strict=True) if old != new and p not in found]
         return [place for place in found if _storage_of(place.owner) not in moved]
+
+    def without(self, chosen: set[int]) -> "Marks":
+        """The others, as they look by now, without the places with these ids."""
+        return Marks([place for place in self._places if id(place) not in chosen])
 
     def restore(self, changed: Sequence[Place]) -> Sequence[Place]:
         """There are no copies: returns ``changed``."""

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_gr._compat import has_base_named, has_forward_hooks
+from lightning_gr._compat import has_base_named, has_forward_hooks, is_writer
 from lightning_gr.replay.contents import ArrayPlace, GeneratorPlace, TensorPlace
+from lightning_gr.replay.machinery import WriterPlace
 from lightning_gr.replay.places import (
     MOST_ENTRIES,
     AttributePlace,
@@ -67,11 +68,15 @@ class Walk:
         self._waiting: deque[tuple[str, Any]] = deque()
 
     def enter(self, roots: Iterable[tuple[str, Any]]) -> "Walk":
-        """Look through ``roots``, pairs of path and object; returns itself, with what it found in ``places``."""
+        """Look through ``roots``, pairs of path and object (or place); returns itself, with its finds in ``places``."""
         self._waiting.extend(roots)
         while self._waiting and len(self._seen) < _MOST_OBJECTS:
             path, value = self._waiting.popleft()
-            if type(value) not in _SIMPLE and id(value) not in self._seen and not isinstance(value, _ATOMS):
+            if isinstance(value, Place):
+                if id(value.owner) not in self._seen:
+                    self._seen[id(value.owner)] = value.owner
+                    self._add(value)
+            elif type(value) not in _SIMPLE and id(value) not in self._seen and not isinstance(value, _ATOMS):
                 self._seen[id(value)] = value
                 self._visit(value, path)
         return self
@@ -115,6 +120,8 @@ class Walk:
             self._waiting.extend([(path, value.__self__), (path, value.__func__)])
         elif isinstance(value, partial):
             self._waiting.extend([(path, value.func), (path, value.args), (path, value.keywords)])
+        elif is_writer(value):
+            self._add(WriterPlace(value, path))
         elif is_opaque(value):
             self._add(OpaquePlace(value, path))
         else:

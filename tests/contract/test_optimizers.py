@@ -26,7 +26,7 @@ from torch import nn
 from lightning_gr import SAM, GradientRegularization, SAMRule, regularized_backward
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Using backward.. with create_graph=True", "ignore:.torch.jit.script. is deprecated"
+    "ignore:Using backward.. with create_graph=True", "ignore:.torch.jit.\\w+. is deprecated"
 )
 
 

@@ -1,8 +1,21 @@
 """DESIGN §3, row "logs, loggers, printing, save_checkpoint, should_stop, learning rates and schedulers"."""
 
 import pytest
+import pytorch_lightning as pl
 import torch
-from contract import LIGHTNING, Batches, Situation, check_no_trace, contract, make_trainer, over, same, train
+from contract import (
+    LIGHTNING,
+    Batches,
+    Situation,
+    build,
+    check_no_trace,
+    contract,
+    make_trainer,
+    over,
+    same,
+    train,
+    witness,
+)
 from oracle import FGR, HUGE
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.logger import Logger
@@ -80,6 +93,53 @@ class OptimizerState(InTrainer):
         self.notes = [*getattr(self, "notes", []), state["seen"]]
 
 
+class StateInPlace(OptimizerState):
+    """A tensor that is written in place."""
+
+    def affect(self, loss):
+        state = self.trainer.optimizers[0].state[self.net.weight]
+        state.setdefault("trace", torch.ones(3000)).mul_(0.9)
+        witness(state["trace"])
+        self.notes = [*getattr(self, "notes", []), float(state["trace"][7])]
+
+
+class NewState(OptimizerState):
+    """Starts over, as after a change of the task."""
+
+    def affect(self, loss):
+        optimizer = self.trainer.optimizers[0]
+        witness(len(optimizer.state))
+        optimizer.state.clear()
+        optimizer.restarts = getattr(optimizer, "restarts", 0) + 1
+        witness(optimizer.restarts)
+
+
+class TrainerAttributes(InTrainer):
+    """Longer training, other limits, and an attribute of its own."""
+
+    def affect(self, loss):
+        trainer = self.trainer
+        trainer.fit_loop.max_epochs += 1
+        trainer.fit_loop.epoch_loop.max_steps = max(trainer.max_steps, 0) + 5
+        trainer.seen = getattr(trainer, "seen", 0) + 1
+        trainer.losses = [*getattr(trainer, "losses", []), float(loss.detach())]
+        trainer.by_step = getattr(trainer, "by_step", {})
+        trainer.by_step[len(trainer.losses)] = trainer.limit_val_batches
+        trainer.limit_val_batches *= 0.9
+        witness((trainer.max_epochs, trainer.max_steps, trainer.seen, len(trainer.by_step)))
+        if len(trainer.by_step) == 9:
+            trainer.should_stop = True
+
+
+class Data(pl.LightningDataModule):
+    def __init__(self, batches):
+        super().__init__()
+        self.batches, self.difficulty = batches, 1.0
+
+    def train_dataloader(self):
+        return Batches(self.batches)
+
+
 class Stops(InTrainer):
     """Asks to stop where the loss is very large, which it is at the moved weights only."""
 
@@ -102,14 +162,55 @@ class CallbackMetrics(InTrainer):
     def affect(self, loss):
         self.trainer.callback_metrics["mine"] = loss.detach()
         self.trainer.callback_metrics["calls"] = self.trainer.callback_metrics.get("calls", torch.zeros(())) + 1
+        self.trainer.logged_metrics["most"] = max(loss.detach(), self.trainer.logged_metrics.get("most", 0 * loss))
+        self.trainer.progress_bar_metrics["now"] = float(loss.detach())
+
+
+class MetricsInPlace(InTrainer):
+    """A tensor among them that is written in place."""
+
+    def affect(self, loss):
+        metrics = self.trainer.callback_metrics
+        metrics.setdefault("calls", torch.zeros(())).add_(1)
+        witness(metrics["calls"])
 
 
 STATES = []
 
 test_leaves_no_trace, _ = contract(
-    Decays, DecaysByLoss, Scheduled, Plateau, OptimizerState, Stops, Logs, CallbackMetrics
+    Decays,
+    DecaysByLoss,
+    Scheduled,
+    Plateau,
+    OptimizerState,
+    NewState,
+    StateInPlace,
+    TrainerAttributes,
+    Stops,
+    Logs,
+    CallbackMetrics,
+    MetricsInPlace,
 )
 del _
+
+
+@pytest.mark.parametrize("form", LIGHTNING)
+def test_the_datamodule(form):
+    """Its attributes, and not what is in its data."""
+
+    class Curriculum(InTrainer):
+        def affect(self, loss):
+            self.trainer.datamodule.difficulty *= 1.1
+            witness(self.trainer.datamodule.difficulty)
+
+    seen = []
+    for method in (None, HUGE):
+        module = build(Curriculum, form, mixin=form == "mixin" and method is not None)
+        data = Data(module.make_batches())
+        callbacks = [] if method is None else [method.callback()]
+        make_trainer(*callbacks, accumulate_grad_batches=3 if form == "accumulation" else 1).fit(module, data)
+        seen.append(data.difficulty)
+    assert seen == [pytest.approx(1.1**9)] * 2
 
 
 @over(OptimizerState)
@@ -172,9 +273,10 @@ class Recording(Logger):
         return self.run
 
     def log_metrics(self, metrics, step=None):
-        ours = {k: v for k, v in metrics.items() if not k.startswith("gr/")}
-        if ours:
-            self.rows.append((ours, step))
+        # Lightning adds the epoch to what the callback logs
+        direct = {k: v for k, v in metrics.items() if not k.startswith("gr/") and k != "epoch"}
+        if direct:
+            self.rows.append((direct, step))
 
     def log_hyperparams(self, *args, **kwargs):
         """Nothing of interest."""
@@ -204,6 +306,20 @@ class ByExperiment(InTrainer):
         self.logger.experiment.log({"loss": float(loss.detach())})
 
 
+class OwnWriter(InTrainer):
+    """A writer of the module's own, in a plain object."""
+
+    def prepare(self):
+        self.tools = {"writer": SummaryWriter()}
+
+    def affect(self, loss):
+        self.tools["writer"].add_scalar("loss", float(loss.detach()), self.global_step)
+
+
+class SummaryWriter(Run):
+    """As that of TensorBoard: known by its name."""
+
+
 class ByAllLoggers(InTrainer):
     def affect(self, loss):
         for logger in self.trainer.loggers:
@@ -221,7 +337,7 @@ class KeptExperiment(InTrainer):
         self.writer.add_scalar("loss", float(loss.detach()), self.global_step)
 
 
-@over(ByLogger, ByExperiment, ByAllLoggers, KeptExperiment)
+@over(ByLogger, ByExperiment, ByAllLoggers, KeptExperiment, OwnWriter)
 def test_loggers_that_are_called_directly_get_one_row(kind, form):
     seen = []
     for method in (None, HUGE):
