@@ -116,7 +116,7 @@ def make_table(rows: Sequence[Row]) -> Table:
             way,
             constants,
             f"{statistics.median(_of(rows, way, 'cost')):.2f}×",
-            f"{100 * statistics.mean(accuracy):.1f} ± {100 * statistics.stdev(accuracy):.1f} %",
+            f"{100 * statistics.mean(accuracy):.1f} ± {100 * statistics.stdev(accuracy):.1f}%",
             f"{statistics.mean(sharpness):.2f} ± {statistics.stdev(sharpness):.2f}",
         )
     return table

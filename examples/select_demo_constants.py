@@ -45,7 +45,7 @@ def main():
     for method, name in runs:
         best = max(means[other] for other in runs if other[0] == method)
         mark = "*" if means[method, name] == best else ""
-        table.add_row(method, name, f"{100 * means[method, name]:.1f} %", mark)
+        table.add_row(method, name, f"{100 * means[method, name]:.1f}%", mark)
     Console().print(table)
 
 

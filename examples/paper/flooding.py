@@ -27,9 +27,9 @@ def of(rows: list[dict], **wanted) -> list[dict]:
 def show(identity: list[dict], curves: list[dict], drifts: list[dict], noise: list[dict]) -> None:
     most, least = max(row["difference"] for row in identity), min(row["moved"] for row in identity)
     say(f"two flooded steps against one of GR: {most:.1e} apart at most, where weights move by {least:.1e}")
-    columns = ["η", "μ", "steps", "last loss", "‖∇L‖", "→", "to 60 %", "scaled", "turns"]
+    columns = ["η", "μ", "steps", "last loss", "‖∇L‖", "→", "to 60%", "scaled", "turns"]
     title = f"at the level b = {LEVEL}, means over seeds"
-    caption = "to 60 %: steps until ‖∇L‖ is 60 % of what it was; scaled: that · η²/(1−μ²);"
+    caption = "to 60%: steps until ‖∇L‖ is 60% of what it was; scaled: that · η²/(1−μ²);"
     caption += "\nturns: share of steps that go the other way than the one before"
     made = new_table(title, ["walk"], columns, caption)
     for (kind, eta, momentum, activation), rows in grouped(curves).items():
