@@ -16,7 +16,7 @@ from lightning_gr.callbacks.flooding import Flooding
 from lightning_gr.callbacks.recorder import Recorder, gradient_scale, loss_scale
 from lightning_gr.callbacks.step_counter import StepCounter
 from lightning_gr.callbacks.windows import is_window_end, is_window_start
-from lightning_gr.core.gradients import StashedGradients
+from lightning_gr.core.gradients import BackwardCheck, StashedGradients
 from lightning_gr.core.rules import ACCUMULATIONS, Accumulation, Rule, Update
 from lightning_gr.core.schedule import Schedule
 from lightning_gr.core.selection import match_names
@@ -47,6 +47,7 @@ class _Run:
         self.recorder: Recorder | None = None
         self.storage = WeightStorage(check_resolution=True)
         self.stashed = StashedGradients()
+        self.check: BackwardCheck | None = None
         self.update: Update | None = None
         self.begun = False  # a window was decided about
         self.passed = False  # it had its second pass, or was found to need none
@@ -212,12 +213,16 @@ class TwoPassCallback(CallbackBase):
             recorder.check_not_bypassed()
             if self._by_micro_batch(trainer) or recorder.is_at_start:
                 run.stashed.stash(_parameters(trainer))
+            run.check = BackwardCheck(_parameters(trainer), recorder.is_learning)
 
     def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """After the last micro-batch of a window (after each one, if so asked), run the second pass."""
         if not pl_module.automatic_optimization:
             return
-        _, recorder = self._recording(trainer)
+        run, recorder = self._recording(trainer)
+        if run.check is not None:
+            run.check.done()
+            run.check = None
         if self._by_micro_batch(trainer) or is_window_end(trainer, recorder.batch_idx):
             self._second_pass(trainer, pl_module)
 
@@ -249,7 +254,6 @@ class TwoPassCallback(CallbackBase):
         if recorder.is_empty:  # each step of the window returned None
             run.stashed.restore()
             return
-        self._check_gradients(params)
         observer = self.report.of_window(
             recorder.batch_idx if by_micro_batch else None, scale, self.is_local(trainer), bool(run.stashed)
         )
@@ -269,25 +273,13 @@ class TwoPassCallback(CallbackBase):
             )
         run.stashed.restore()
         if recorder.gave_up:
-            self._warn_once(
+            self.warn_once(
                 "training_step returned None in a second pass, at displaced weights: that step keeps its clean gradient"
                 " and counts as not regularized. If it happens often, take a smaller `epsilon` or `rho`"
             )
 
-    def _check_gradients(self, params: Sequence[Tensor]) -> None:
-        grads = [param.grad for param in params if param.grad is not None]
-        if params and not grads:
-            self._warn_once(
-                "No gradient is left after the backward pass, so nothing is regularized: an optimizer that steps in"
-                " backward hooks cannot be combined with a second pass"
-            )
-        if any(grad.requires_grad for grad in grads):
-            raise MisconfigurationException(
-                "The gradients have a graph of their own (`backward(create_graph=True)`, as for AdaHessian or SophiaH),"
-                " which a second pass would break: use another optimizer, or no second pass"
-            )
-
-    def _warn_once(self, message: str) -> None:
+    def warn_once(self, message: str) -> None:
+        """Warn of something that may happen in each step."""
         if message not in self._warned:
             self._warned.add(message)
             rank_zero_warn(message)
@@ -305,7 +297,7 @@ class TwoPassCallback(CallbackBase):
         missed = run.update is not None and not run.passed and not recorder.is_empty
         if missed and loss_scale(trainer, pl_module.device) is None and not self._by_micro_batch(trainer):
             raise self._overridden("on_after_backward")
-        self.report.count(run.regularized)
+        self.report.count(run.regularized, due=run.update is not None and not recorder.is_empty)
         recorder.forget()
         run.stashed.restore()  # if there was no second pass
         run.stashed.clear()
@@ -335,9 +327,9 @@ class TwoPassCallback(CallbackBase):
 
     # --- what the mixin asks for
 
-    def note_manual(self, optimizer: torch.optim.Optimizer, regularized: bool) -> None:
-        """Note whether the gradient of an optimizer is a regularized one, until it makes its step."""
-        self._steps.note(optimizer, regularized)
+    def note_manual(self, optimizer: torch.optim.Optimizer, regularized: bool, due: bool) -> None:
+        """Note whether the gradient of an optimizer is, and was to be, a regularized one, until it makes its step."""
+        self._steps.note(optimizer, regularized, due)
 
     def excluded(self, trainer: "Trainer", pl_module: "LightningModule") -> set[int]:
         """The ids of the parameters that are left out."""
@@ -379,6 +371,11 @@ class TwoPassCallback(CallbackBase):
         if stage == "fit":
             self._stop(trainer)
             self._runs.pop(trainer, None)
+            if self.report.missed and not self.report.regularized:
+                rank_zero_warn(
+                    f"{type(self).__name__} regularized no optimizer step, although {self.report.missed} were due: each"
+                    " time there was no gradient, a gradient that is not finite, or no loss at the displaced weights"
+                )
             if self.report.steps:
                 show_end(self.report, self.rule.name, trainer, verbose=self.verbose)
 

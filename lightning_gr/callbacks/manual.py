@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_gr._compat import gradient_scaler, pre_backward, static_graph, unsynced
@@ -150,7 +151,7 @@ class ManualRun:
                 observer=observer,
             )
         if callback is not None:
-            callback.note_manual(optimizer.optimizer, regularized)
+            callback.note_manual(optimizer.optimizer, regularized, due=update is not None)
         stashed.restore()
         return loss
 
@@ -195,10 +196,22 @@ class ManualRun:
                 without_sync=lambda: unsynced(self.trainer),
                 # only the last micro-batch reduces the gradients
                 local=(local or position < len(functions) - 1) and self._knows_graph,
+                on_no_loss=self._note_no_loss,
             )
             for position, function in enumerate(functions)
         ]
         return _Micro(passes)
+
+    def _note_no_loss(self, message: str) -> None:
+        if self.trainer.world_size > 1:
+            raise RuntimeError(
+                "The loss function returned a loss in the first pass and None in the second, at displaced weights, and"
+                " the other devices wait for its gradient: return the loss as it is, or take a smaller radius"
+            )
+        if self._two_pass is not None:
+            self._two_pass.warn_once(message)
+        else:
+            rank_zero_warn(message)
 
     def _flood(self, level: LevelChoice) -> Callable[[Tensor], object] | None:
         if level == "trainer":

@@ -149,6 +149,11 @@ class Recorder:
         return list(self._surroundings.trained())
 
     @property
+    def is_learning(self) -> bool:
+        """Whether the last call was one to learn from."""
+        return self._surroundings.learning
+
+    @property
     def is_at_start(self) -> bool:
         """Whether the last call was the first one of its window with a loss."""
         return len(self._calls) == 1

@@ -8,7 +8,59 @@ from torch import Tensor
 
 from lightning_gr.core.sharding import is_distributed, local_parts
 
-__all__ = ["StashedGradients", "hidden_gradients", "unchanged_gradients"]
+__all__ = ["BackwardCheck", "StashedGradients", "check_graphless", "hidden_gradients", "unchanged_gradients"]
+
+
+class BackwardCheck:
+    """Refuses an optimizer that steps within a backward pass: the second pass would start from other weights.
+
+    Args:
+        params: The parameters to regularize, before the backward pass.
+        thorough: Whether to read them as well, which shows a write through ``.data``.
+    """
+
+    def __init__(self, params: Sequence[Tensor], thorough: bool = False) -> None:
+        self._versions = [(param, param._version) for param in params]
+        self._norms = _norms(params) if thorough else []
+
+    def done(self) -> None:
+        """Check after the backward pass.
+
+        Raises:
+            RuntimeError: If a parameter was written to, or if a hook has dropped all gradients.
+        """
+        params = [param for param, _ in self._versions]
+        stepped = any(param._version != version for param, version in self._versions)
+        if self._norms:
+            stepped |= not all(map(torch.equal, self._norms, _norms(params)))
+        # an optimizer in a kernel of its own may move no version counter
+        dropped = all(param.grad is None for param in params) and any(
+            getattr(param, "_post_accumulate_grad_hooks", None) or param._backward_hooks for param in params
+        )
+        if stepped or dropped:
+            raise RuntimeError(
+                "An optimizer has stepped in a hook during the backward pass, so there is nothing left for a second"
+                " pass to regularize: let it step after the backward pass, or use no second pass"
+            )
+
+
+@torch.no_grad()
+def _norms(params: Sequence[Tensor]) -> list[Tensor]:
+    # each by itself: the step of one parameter would be lost in the norm of all
+    return [norm.nan_to_num() for norm in torch._foreach_norm(local_parts(params))] if params else []
+
+
+def check_graphless(grads: Sequence[Tensor]) -> None:
+    """Refuse gradients that can be differentiated themselves.
+
+    Raises:
+        RuntimeError: If one of them has a graph.
+    """
+    if any(grad.requires_grad for grad in grads):
+        raise RuntimeError(
+            "The gradients have a graph of their own (`backward(create_graph=True)`, as for AdaHessian or SophiaH),"
+            " which a second pass would break: use another optimizer, or no second pass"
+        )
 
 
 class StashedGradients:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_gr.core.gradients import StashedGradients, unchanged_gradients
+from lightning_gr.core.gradients import StashedGradients, check_graphless, unchanged_gradients
 from lightning_gr.core.perturb import Perturbation, direction_factor
 from lightning_gr.core.rules import Update
 from lightning_gr.core.sharding import local_parts, settle_gradients
@@ -85,6 +85,7 @@ def add_second_pass_(
     settle_gradients(params)
     targets = [p for p in params if p.grad is not None]
     grads = [p.grad for p in targets if p.grad is not None]
+    check_graphless(grads)
     target_ids = {id(p) for p in targets}
     stashed.restore([p for p in (*params, *excluded) if id(p) not in target_ids])
     if not grads:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_gr._validate import check_exclude
 from lightning_gr.core.flooding import flood_gradient_
+from lightning_gr.core.gradients import BackwardCheck
 from lightning_gr.core.rules import Rule
 from lightning_gr.core.selection import match_names
 from lightning_gr.core.storage import WeightStorage
@@ -34,6 +35,7 @@ class ClosurePasses:
         flood: Floods a loss in place; None does not.
         without_sync: A context in which gradients are not reduced over devices.
         local: Whether that holds for the first pass.
+        on_no_loss: Is told, in a sentence, that a second pass got no loss.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class ClosurePasses:
         flood: Callable[[Tensor], object] | None = None,
         without_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
         local: bool = False,
+        on_no_loss: Callable[[str], object] = warnings.warn,
     ) -> None:
+        self.on_no_loss = on_no_loss
         self.loss_fn, self.storage = loss_fn, storage
         self.backward, self.backward_again, self.flood = backward, backward_again, flood
         self.without_sync, self.local = without_sync, local
@@ -62,7 +66,11 @@ class ClosurePasses:
             loss = extract_loss(output)
             if not isinstance(loss, Tensor) or not loss.requires_grad:
                 raise ValueError(f"Expected `loss_fn` to return a loss with a graph but got {_describe(loss)}")
+            around = self._evaluation.surroundings
+            check = None if only else BackwardCheck(around.trained(), around.learning)
             self.backward(self._flooded(loss))
+            if check is not None:
+                check.done()
         return loss.detach()
 
     def replay(self, transform: Transform, last: bool = True) -> None:
@@ -74,10 +82,9 @@ class ClosurePasses:
             loss = extract_loss(output)
             if loss is None:
                 self._gave_up = True
-                warnings.warn(
+                self.on_no_loss(
                     "The loss function returned None in a second pass, at displaced weights: that step keeps its clean"
-                    " gradient and counts as not regularized. If it happens often, take a smaller `epsilon` or `rho`",
-                    stacklevel=2,
+                    " gradient and counts as not regularized. If it happens often, take a smaller `epsilon` or `rho`"
                 )
                 raise NoLossError
             self.backward_again(transform(self._flooded(loss)))

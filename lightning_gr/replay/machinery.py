@@ -28,22 +28,25 @@ class BindingPlace(AttributePlace):
 
     def children(self) -> Iterator[tuple[str, Any]]:
         for path, value in super().children():
-            if self.containers and type(value) in (dict, list, set):
+            if self.containers and type(value) is dict:
+                yield path, StatePlace(value, path, quiet=False)
+            elif self.containers and type(value) in (list, set):
                 yield path, value
 
 
 class StatePlace(EntryPlace):
-    """The state of an optimizer in training, which its own steps write to all the time, and training steps hardly ever.
+    """Entries whose tensors others write to all the time, and training steps hardly ever: an optimizer's, metrics.
 
     Args:
-        owner: A dictionary, that of the optimizer or of one parameter.
+        owner: A dictionary, such as that of an optimizer or of one parameter.
         path: Where it was found.
+        quiet: Whether its entries are not expected to change.
     """
 
     __slots__ = ()
 
-    def __init__(self, owner: dict[Any, Any], path: str) -> None:
-        super().__init__(owner, path, quiet=True)
+    def __init__(self, owner: dict[Any, Any], path: str, quiet: bool = True) -> None:
+        super().__init__(owner, path, quiet)
 
     def children(self) -> Iterator[tuple[str, Any]]:
         for position, (key, value) in enumerate(dict.items(self.owner)):

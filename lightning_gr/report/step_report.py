@@ -32,7 +32,7 @@ class StepReport:
         self.names = tuple(names)
         self.log = StepLog(prefix, ("grad_norm",) if prog_bar else ())
 
-        self.regularized = self.steps = 0
+        self.regularized = self.missed = self.steps = 0
         self.due = False
         self._layers: dict[str, list[Tensor]] = {}
         self._forget()
@@ -88,10 +88,11 @@ class StepReport:
             values = {"grad_norm": norm if scale is None else norm / scale} if "grad_norm" in self.names else {}
             self._plain[group] = values | {f"grad_norm/{n}": v for n, v in layer_norms(self._layers, scale).items()}
 
-    def count(self, regularized: bool) -> None:
+    def count(self, regularized: bool, due: bool) -> None:
         """Count an optimizer step."""
         self.steps += 1
         self.regularized += regularized
+        self.missed += due and not regularized
 
     def close(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Log the values of the step at its end."""

@@ -10,6 +10,10 @@ from modules import mlp, sgd
 from lightning_gr.callbacks.step_counter import StepCounter
 
 
+def ignore(regularized, due):
+    """Nobody is to be told."""
+
+
 @pytest.fixture
 def optimizers():
     return [sgd(mlp().parameters()) for _ in range(2)]
@@ -18,7 +22,7 @@ def optimizers():
 def test_each_optimizer_is_counted_by_itself(optimizers):
     first, second = optimizers
     steps = StepCounter()
-    steps.attach(optimizers, restart=True, on_step=bool)
+    steps.attach(optimizers, restart=True, on_step=ignore)
     for optimizer in (first, second, first, first):
         optimizer.step()
     assert (steps.count_of(first), steps.count_of(second)) == (3, 1)
@@ -29,21 +33,21 @@ def test_each_optimizer_is_counted_by_itself(optimizers):
 
 def test_goes_on_or_begins_again(optimizers):
     steps = StepCounter()
-    steps.attach(optimizers, restart=True, on_step=bool)
+    steps.attach(optimizers, restart=True, on_step=ignore)
     optimizers[0].step()
-    steps.attach(optimizers, restart=False, on_step=bool)
+    steps.attach(optimizers, restart=False, on_step=ignore)
     optimizers[0].step()
     assert steps.made == [2, 0]  # counted once though it was begun twice
-    steps.attach(optimizers, restart=True, on_step=bool)
+    steps.attach(optimizers, restart=True, on_step=ignore)
     assert steps.made == [0, 0]
-    steps.attach(optimizers[:1], restart=False, on_step=bool)
+    steps.attach(optimizers[:1], restart=False, on_step=ignore)
     assert steps.made == [0]
 
 
 def test_a_step_that_a_gradient_scaler_skips_does_not_count(optimizers):
     optimizer, scaler = optimizers[0], torch.amp.GradScaler("cpu")
     steps = StepCounter()
-    steps.attach([optimizer], restart=True, on_step=bool)
+    steps.attach([optimizer], restart=True, on_step=ignore)
     for bad in (0.0, float("inf"), 0.0):
         for param in optimizer.param_groups[0]["params"]:
             param.grad = torch.full_like(param, bad)
@@ -56,7 +60,7 @@ def test_a_step_that_a_gradient_scaler_skips_does_not_count(optimizers):
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda steps: pickle.loads(pickle.dumps(steps))])
 def test_a_copy_has_the_numbers_and_not_the_optimizers(optimizers, clone):
     steps = StepCounter()
-    steps.attach(optimizers, restart=True, on_step=bool)
+    steps.attach(optimizers, restart=True, on_step=ignore)
     optimizers[1].step()
     other = clone(steps)
     optimizers[1].step()
@@ -67,14 +71,14 @@ def test_a_copy_has_the_numbers_and_not_the_optimizers(optimizers, clone):
 
 def test_each_step_tells_once_whether_its_gradient_was_regularized(optimizers):
     told, steps = [], StepCounter()
-    steps.attach(optimizers, restart=True, on_step=told.append)
+    steps.attach(optimizers, restart=True, on_step=lambda *noted: told.append(noted))
     first, second = optimizers
     for regularized in (True, False):  # two parts of one step
-        steps.note(first, regularized)
-    steps.note(second, False)
+        steps.note(first, regularized, due=True)
+    steps.note(second, False, due=False)
     second.step()
-    assert told == [False]
+    assert told == [(False, False)]
     first.step()
-    assert told == [False, True]
+    assert told == [(False, False), (True, True)]
     first.step()  # of which nothing was said
-    assert told == [False, True]
+    assert told == [(False, False), (True, True)]

@@ -19,7 +19,7 @@ from contract import (
     train,
 )
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from oracle import FGR, by_hand, forward, sam
+from oracle import FGR, HUGE, by_hand, forward, sam
 from pytorch_optimizer import AdaHessian, SophiaH
 from torch import nn
 
@@ -98,6 +98,25 @@ class InBackward(Situation):
         self.inner[param].zero_grad()
 
 
+class Fused(InBackward):
+    """A kernel of its own, as of LOMO: no version counter moves, and the gradients are dropped as they come."""
+
+    def hook(self):
+        for param in self.net.parameters():
+            param.register_hook(
+                lambda grad, param=param: param.data.add_(grad, alpha=-0.1).new_zeros(()).item() or None
+            )
+            param.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+
+class KeepsGradients(InBackward):
+    """Steps and leaves the gradients, for the sake of a norm that is logged."""
+
+    def hook(self):
+        for param in self.net.parameters():
+            param.register_post_accumulate_grad_hook(lambda p: p.data.add_(p.grad, alpha=-0.1))
+
+
 class ByTorch(Situation):
     """torch's own helper."""
 
@@ -112,12 +131,43 @@ class ByTorch(Situation):
 
 
 @pytest.mark.parametrize("form", ["automatic", "accumulation", "mixin", "functional"])
-@pytest.mark.parametrize("kind", [InBackward, ByTorch])
+@pytest.mark.parametrize("kind", [InBackward, Fused, KeepsGradients, ByTorch])
 def test_an_optimizer_in_backward_is_refused(kind, form):
     if kind is ByTorch and form != "automatic":
         pytest.skip("the same as the other")
     with refused("backward|hook"):
         train(kind, form, sam(0.1))
+
+
+class WithoutGradients(Situation):
+    """A loss of no parameter where a batch has nothing to learn from, as detectors return it."""
+
+    none = frozenset({1, 2, 5})
+
+    def prepare(self):
+        self.calls = 0
+
+    def step(self, batch):
+        index, self.calls = self.calls, self.calls + 1
+        return torch.zeros((), requires_grad=True) if index in self.none else self.mse(batch)
+
+
+class NeverGradients(WithoutGradients):
+    none = frozenset(range(9))
+
+
+@pytest.mark.parametrize(("form", "expected"), [("automatic", (6, 9)), ("accumulation", (3, 3)), ("mixin", (6, 9))])
+def test_a_loss_of_no_parameter_is_as_in_plain_training(form, expected):
+    plain, found = train(WithoutGradients, form), train(WithoutGradients, form, HUGE)
+    same("what is left", found.state, plain.state)
+    assert [bool(g) for g in found.gradients] == [bool(g) for g in plain.gradients]
+    assert report(found.trainer.callbacks[0]) == expected
+
+
+@pytest.mark.parametrize("form", ["automatic", "accumulation", "mixin"])
+def test_a_training_of_which_no_step_could_be_regularized_says_so(form):
+    with pytest.warns(UserWarning, match="SAM regularized no optimizer step, although [39] were due"):
+        train(NeverGradients, form, sam(0.1))
 
 
 # --- what goes past the callback

@@ -125,7 +125,8 @@ def test_sixteen_bit_gradients_tell_norms_only():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_told(bad):
     module = TinyModule(loss=lambda net, batch: cross_entropy(net, batch) + net[0].weight[0, 0] * bad)
-    trainer = fit(module, SAM(0.1), limit_train_batches=1, **EVERY)
+    with pytest.warns(UserWarning, match="regularized no optimizer step"):
+        trainer = fit(module, SAM(0.1), limit_train_batches=1, **EVERY)
     assert not torch.isfinite(trainer.callback_metrics["gr/grad_norm"])
     assert trainer.callback_metrics["gr/sharpness"].isnan()
 
