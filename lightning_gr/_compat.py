@@ -5,6 +5,7 @@ Each private API is wrapped in one function, which states what it relies on and 
 
 import importlib
 import importlib.util
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,9 @@ __all__ = [
     "gradients_are_scaled",
     "has_base_named",
     "has_forward_hooks",
+    "hook_tables",
     "is_error_node",
+    "is_python_thread",
     "is_writer",
     "lightning_attributes",
     "logged_results",
@@ -90,6 +93,16 @@ def is_error_node(node: Any) -> bool:
     return str(node.name()) == "torch::autograd::Error"
 
 
+def is_python_thread() -> bool:
+    """Whether Python started this thread, and not a library of C++ such as autograd.
+
+    Relies on Python's private class for threads of others, which it makes when one of them asks for itself.
+    """
+    own = threading.get_ident()
+    kind = getattr(threading, "_DummyThread", ())
+    return any(each.ident == own and not isinstance(each, kind) for each in threading.enumerate())
+
+
 def skips_backward(trainer: "Trainer") -> bool:
     """Whether this epoch has no backward pass, like the one that StochasticWeightAveraging adds for BatchNorm."""
     return bool(getattr(trainer.fit_loop, "_skip_backward", False))
@@ -121,6 +134,16 @@ def storage_uses(tensor: Tensor) -> int | None:
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether a module's forward pass runs hooks. Relies on the names of torch's hook dictionaries."""
     return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def hook_tables(tensor: Tensor) -> list[dict[int, Callable[..., Any]]]:
+    """The hooks on a tensor by the number of their handle, which no other hook of the process has.
+
+    Those of ``register_hook`` come first, then those of ``register_post_accumulate_grad_hook``. Relies on the names of
+    torch's tables, and on that what is exchanged in them is what runs.
+    """
+    tables = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    return [{} if table is None else table for table in tables]
 
 
 def static_graph(model: object) -> bool:

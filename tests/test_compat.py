@@ -1,5 +1,8 @@
 """What each function of the compatibility layer relies on."""
 
+import _thread
+import threading
+
 import pytorch_lightning as pl
 import torch
 from modules import TinyModule, fit
@@ -9,7 +12,9 @@ from torch import nn
 from lightning_gr._compat import (
     forget_logged,
     gradients_are_scaled,
+    hook_tables,
     is_error_node,
+    is_python_thread,
     is_writer,
     lightning_attributes,
     logged_results,
@@ -131,3 +136,38 @@ def test_the_results_that_log_writes_to():
     assert {values["other"] for values in found[1::2]} == {1.0}
     assert 2.0 not in {values["mine"] for values in found[1::2]}
     assert logged_results(TinyModule()) is None
+
+
+def test_threads_of_others_are_told_from_pythons():
+    """`threading._DummyThread`, by which Python knows a thread that a library has started."""
+    found, done = [is_python_thread()], threading.Event()
+
+    def ask():
+        found.append(is_python_thread())
+        threading.current_thread()  # as `logging` does
+        found.append(is_python_thread())
+        done.set()
+
+    _thread.start_new_thread(ask, ())
+    done.wait(10)
+    thread = threading.Thread(target=lambda: found.append(is_python_thread()))
+    thread.start()
+    thread.join()
+    assert found == [True, False, False, True]
+
+
+def test_hooks_run_as_they_stand_in_the_tables_of_a_tensor():
+    """`Tensor._backward_hooks` and `_post_accumulate_grad_hooks`, which C++ reads in each backward pass."""
+    weight, seen = nn.Parameter(torch.ones(2)), []
+    assert hook_tables(weight) == [{}, {}]
+    first = weight.register_hook(lambda grad: seen.append("first"))
+    last = weight.register_post_accumulate_grad_hook(lambda param: seen.append("last"))
+    for table, name in zip(hook_tables(weight), ("other", "other last"), strict=True):
+        (number,) = table
+        table[number] = lambda tensor, name=name: seen.append(name)
+    weight.sum().backward()
+    assert seen == ["other", "other last"]
+    assert first.id != last.id
+    first.remove()
+    last.remove()
+    assert hook_tables(weight) == [{}, {}]

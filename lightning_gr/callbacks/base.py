@@ -157,6 +157,7 @@ class TwoPassCallback(CallbackBase):
         if not pl_module.automatic_optimization:
             self._steps.attach(trainer.optimizers, restart=trainer.global_step == 0, on_step=self.report.count)
             return
+        checks.check_hooks(_parameters(trainer), self.is_local(trainer))
         if run.recorder is not None:
             run.recorder.remove()
         floods = [callback.flood_gradient_ for callback in trainer.callbacks if isinstance(callback, Flooding)]  # type: ignore[attr-defined]
@@ -214,12 +215,14 @@ class TwoPassCallback(CallbackBase):
             if self._by_micro_batch(trainer) or recorder.is_at_start:
                 run.stashed.stash(_parameters(trainer))
             run.check = BackwardCheck(_parameters(trainer), recorder.is_learning)
+            recorder.watch_hooks()
 
     def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """After the last micro-batch of a window (after each one, if so asked), run the second pass."""
         if not pl_module.automatic_optimization:
             return
         run, recorder = self._recording(trainer)
+        recorder.unwatch_hooks()
         if run.check is not None:
             run.check.done()
             run.check = None
@@ -254,6 +257,7 @@ class TwoPassCallback(CallbackBase):
         if recorder.is_empty:  # each step of the window returned None
             run.stashed.restore()
             return
+        checks.check_hooks(params, self.is_local(trainer))
         observer = self.report.of_window(
             recorder.batch_idx if by_micro_batch else None, scale, self.is_local(trainer), bool(run.stashed)
         )

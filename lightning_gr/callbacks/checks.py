@@ -1,12 +1,14 @@
 """Rejects unsupported setups before training starts, with one-line errors that suggest a fix."""
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_gr._compat import REFUSED_STRATEGIES, SUPPORTED_STRATEGIES, has_base_named
+from lightning_gr.core.hooks import has_accumulation_hooks
 from lightning_gr.core.rules import Rule
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_accumulation",
     "check_flooding",
+    "check_hooks",
     "check_separable",
     "check_sharded",
     "check_sparse",
@@ -69,6 +72,16 @@ def check_sharded(trainer: "Trainer", rule: Rule, ascent_sync: bool) -> None:
         raise MisconfigurationException(
             "`ascent_sync=False` needs all parameters on each device, but ModelParallelStrategy shards them: keep"
             " `ascent_sync=True`, or use `Trainer(strategy='ddp')`"
+        )
+
+
+def check_hooks(params: Sequence[Tensor], local: bool) -> None:
+    """Refuse hooks that would see the first gradient, which is not reduced yet, together with the second one."""
+    if local and any(map(has_accumulation_hooks, params)):
+        raise MisconfigurationException(
+            "With `ascent_sync=False` both gradients are accumulated before they are reduced, so a hook by"
+            " `register_post_accumulate_grad_hook` cannot see each by itself: use `register_hook`, or"
+            " `ascent_sync=True`"
         )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_gr._compat import (
@@ -20,6 +21,7 @@ from lightning_gr._compat import (
 from lightning_gr._validate import check_bool, check_choice, check_int, check_number
 from lightning_gr.callbacks.recorder import loss_scale, surroundings_of
 from lightning_gr.core.tensors import global_norm
+from lightning_gr.core.two_pass import NoLossError, extract_loss
 from lightning_gr.report.measurement import layer_norms, layers_of
 from lightning_gr.report.step_log import StepLog
 from lightning_gr.sharpness.estimates import HessianEigenvalue, HessianTrace, estimate_trace, lanczos
@@ -106,10 +108,11 @@ class SharpnessMonitor(CallbackBase):
 
     ``hessian/eigenvalue`` is λ, by Lanczos iteration until ‖H u − λ u‖ ≤ ``tolerance`` · λ; ``hessian/trace`` is
     Hutchinson's estimate with ``hessian/trace_error``, its standard error. Both are those of the loss of
-    ``training_step`` on the first training batch of the run, in eval mode (dropout off, BatchNorm by its running
-    statistics) and without autocast. Measuring leaves no trace: training is bit for bit what it is without. It takes
-    about two passes over the batch per product with the Hessian. On several devices with DDP, H is that of the mean
-    over the batches of all ranks, for which each product is averaged over them.
+    ``training_step`` on the first training batch of the run that has one, in eval mode (dropout off, BatchNorm by its
+    running statistics) and without autocast. Measuring leaves no trace: training is bit for bit what it is without. It
+    takes about two passes over the batch per product with the Hessian. On several devices with DDP, H is that of the
+    mean over the batches of all ranks, for which each product is averaged over them. Hooks on parameters
+    (``register_hook``) do not run meanwhile: what they make of a gradient is no part of the loss.
 
     For another batch or another loss (in manual optimization, say), override :meth:`loss`.
 
@@ -164,6 +167,8 @@ class SharpnessMonitor(CallbackBase):
         self.max_iterations, self.tolerance, self.samples = max_iterations, tolerance, samples
         self.method, self.seed, self.prefix = method, seed, prefix
         self._batch: Any = None
+        self._batch_idx = 0
+        self._has_loss = False  # whether that batch is known to have one
         self.results: list[tuple[int, HessianEigenvalue | None, HessianTrace | None]] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -191,26 +196,45 @@ class SharpnessMonitor(CallbackBase):
 
         Args:
             pl_module: The module, in eval mode.
-            batch: The first training batch of the run, on the device.
+            batch: The first training batch of the run for which ``training_step`` returned a loss, on the device.
         """
         takes = inspect.signature(pl_module.training_step).parameters
-        return pl_module.training_step(batch, 0) if len(takes) > 1 else pl_module.training_step(batch)
+        return pl_module.training_step(batch, self._batch_idx) if len(takes) > 1 else pl_module.training_step(batch)
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Forget an earlier run."""
-        self._batch, self.results = None, []
+        self._batch, self._has_loss, self.results = None, False, []
 
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Keep the first batch."""
         if self._batch is None:
-            self._batch = copy.deepcopy(batch)
+            self._batch, self._batch_idx = copy.deepcopy(batch), batch_idx
+
+    def on_train_batch_end(
+        self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the next batch if this one has no loss."""
+        if not self._has_loss:
+            by_step = pl_module.automatic_optimization and type(self).loss is SharpnessMonitor.loss
+            self._has_loss = not by_step or extract_loss(outputs) is not None
+            if not self._has_loss:
+                self._batch = None
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Measure and log."""
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0 and self._batch is not None and not trainer.barebones:
-            values = self._measure(trainer, pl_module)
+            try:
+                values = self._measure(trainer, pl_module)
+            except NoLossError:
+                if trainer.world_size > 1:
+                    raise  # the others wait for this one
+                rank_zero_warn(
+                    "training_step returned None in eval mode or at displaced weights, on a batch for which it returned"
+                    " a loss in training, so its sharpness is not measured: override `SharpnessMonitor.loss`"
+                )
+                return
             tensors = {self.prefix + name: torch.tensor(v, device=pl_module.device) for name, v in values.items()}
             several = trainer.world_size > 1
             pl_module.log_dict(tensors, on_step=False, on_epoch=True, batch_size=1, sync_dist=several)

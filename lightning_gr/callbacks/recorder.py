@@ -168,6 +168,15 @@ class Recorder:
         self._calls.clear()
         self.batch_idx = -1
         self._unsynced.close()
+        self._surroundings.hooks.end()
+
+    def watch_hooks(self) -> None:
+        """Find out which hooks on parameters only look at a gradient, until :meth:`unwatch_hooks`."""
+        self._surroundings.hooks.begin(self.params, exactly=self._surroundings.learning)
+
+    def unwatch_hooks(self) -> None:
+        """Let hooks run by themselves again."""
+        self._surroundings.hooks.end()
 
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:
         first, self._started, self._called = not self._started, True, True

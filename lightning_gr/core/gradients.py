@@ -6,9 +6,18 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+from lightning_gr._compat import hook_tables
+from lightning_gr.core.hooks import Zero, has_accumulation_hooks, without_hooks
 from lightning_gr.core.sharding import is_distributed, local_parts
 
-__all__ = ["BackwardCheck", "StashedGradients", "check_graphless", "hidden_gradients", "unchanged_gradients"]
+__all__ = [
+    "BackwardCheck",
+    "StashedGradients",
+    "check_graphless",
+    "gradients_apart",
+    "hidden_gradients",
+    "unchanged_gradients",
+]
 
 
 class BackwardCheck:
@@ -34,9 +43,7 @@ class BackwardCheck:
         if self._norms:
             stepped |= not all(map(torch.equal, self._norms, _norms(params)))
         # an optimizer in a kernel of its own may move no version counter
-        dropped = all(param.grad is None for param in params) and any(
-            getattr(param, "_post_accumulate_grad_hooks", None) or param._backward_hooks for param in params
-        )
+        dropped = all(param.grad is None for param in params) and any(any(hook_tables(param)) for param in params)
         if stepped or dropped:
             raise RuntimeError(
                 "An optimizer has stepped in a hook during the backward pass, so there is nothing left for a second"
@@ -150,13 +157,31 @@ def unchanged_gradients(params: Sequence[Tensor]) -> Iterator[None]:
     """Let nothing of what is back-propagated to ``params`` be kept.
 
     It arrives as zero, so that DDP still sees it arrive. No hook sees what FSDP2 writes: there, the old gradient is put
-    back.
+    back. Hooks that would change what has been accumulated have done so already, and do not run.
     """
     with ExitStack() as stack:
+        stack.enter_context(without_hooks(params, after_accumulation=True))
         for param in params:
             if is_distributed(param):
                 stack.callback(setattr, param, "grad", param.grad)
                 param.grad = None
             elif param.requires_grad:
-                stack.callback(param.register_hook(torch.zeros_like).remove)  # type: ignore[no-untyped-call]
+                stack.callback(param.register_hook(Zero()).remove)  # type: ignore[no-untyped-call]
         yield
+
+
+@contextmanager
+def gradients_apart(params: Sequence[Tensor]) -> Iterator[bool]:
+    """Keep what is in ``.grad`` away from hooks that run after accumulation, and add it to what a pass leaves there.
+
+    Such a hook, as one that clips, sees the gradient of that pass by itself, as it did in the first one. It costs one
+    gradient more for each parameter that has such a hook. What is away is not reduced over devices together with the
+    gradient of the pass, so each of these passes has to be. Gives whether there are such hooks.
+    """
+    hooked = [param for param in params if has_accumulation_hooks(param)]
+    earlier = StashedGradients()
+    earlier.stash(hooked)
+    try:
+        yield bool(hooked)
+    finally:
+        earlier.restore()

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_gr.core.gradients import StashedGradients, check_graphless, unchanged_gradients
+from lightning_gr.core.gradients import StashedGradients, check_graphless, gradients_apart, unchanged_gradients
+from lightning_gr.core.hooks import without_hooks
 from lightning_gr.core.perturb import Perturbation, direction_factor
 from lightning_gr.core.rules import Update
 from lightning_gr.core.sharding import local_parts, settle_gradients
@@ -19,8 +20,8 @@ __all__ = ["NoLossError", "Observer", "Replay", "Transform", "add_second_pass_",
 Transform = Callable[[Tensor], Tensor]
 
 
-class NoLossError(Exception):
-    """A replay got no loss, as from a training step that returns None where its loss is not finite."""
+class NoLossError(ValueError):
+    """A repeated evaluation got no loss, as from a training step that returns None where its loss is not finite."""
 
 
 class Replay(Protocol):
@@ -122,7 +123,8 @@ def _add_probes_(
     """Make ``.grad`` = keep · ∇L(θ) + Σ weight · ∇L(θ + distance · d); returns whether each probe had a loss.
 
     Losses are back-propagated without their weights, which ``.grad`` is divided by before and multiplied by
-    afterwards: hooks in a backward pass that is not linear (one that clips a gradient) see that of a loss by itself.
+    afterwards: hooks in a backward pass that is not linear (one that clips a gradient) see that of a loss by itself,
+    and so do hooks that run after accumulation.
     """
     perturbation = Perturbation(params, storage)
     with deferred_signals():
@@ -140,7 +142,8 @@ def _add_probes_(
                     last = probe is (first, *others)[-1]
                     if last:
                         stashed.restore(params, 1.0 / weight)
-                    replay(_identity, last)
+                    with gradients_apart(params) as apart:
+                        replay(_identity, last or apart)
         except NoLossError:
             return False
         finally:
@@ -171,7 +174,8 @@ def _recompute_(params: Sequence[Tensor], replay: Replay, stashed: StashedGradie
         param.grad = None
     stashed.undo(params)
     stashed.restore(params)
-    replay(_identity, True)
+    with gradients_apart(params):
+        replay(_identity, True)
 
 
 def _add_exact_(
@@ -190,14 +194,18 @@ def _add_exact_(
         scale_(direction, factor)
 
     def inner_product(loss: Tensor) -> Tensor:
-        again = torch.autograd.grad(loss, list(params), create_graph=True, allow_unused=True, materialize_grads=True)
+        with without_hooks(params):  # they see the gradient of the penalty, as that of a loss by itself
+            again = torch.autograd.grad(
+                loss, list(params), create_graph=True, allow_unused=True, materialize_grads=True
+            )
         # 0 · p: a parameter that enters linearly has no second derivative, but DDP waits for its gradient
         terms = [((g + 0.0 * p) * d.conj()).sum().real for g, p, d in zip(again, params, direction, strict=True)]
         home = terms[0].device
         return update.curvature * torch.stack([term.to(home) for term in terms]).sum()
 
     stashed.restore(params)
-    replay(inner_product)
+    with gradients_apart(params):
+        replay(inner_product)
 
 
 def extract_loss(output: Any) -> Tensor | None:

@@ -52,7 +52,7 @@ class ClosurePasses:
         on_no_loss: Callable[[str], object] = warnings.warn,
     ) -> None:
         self.on_no_loss = on_no_loss
-        self.loss_fn, self.storage = loss_fn, storage
+        self.loss_fn, self.surroundings, self.storage = loss_fn, surroundings, storage
         self.backward, self.backward_again, self.flood = backward, backward_again, flood
         self.without_sync, self.local = without_sync, local
         self._gave_up = False
@@ -66,12 +66,16 @@ class ClosurePasses:
             loss = extract_loss(output)
             if not isinstance(loss, Tensor) or not loss.requires_grad:
                 raise ValueError(f"Expected `loss_fn` to return a loss with a graph but got {_describe(loss)}")
-            around = self._evaluation.surroundings
-            check = None if only else BackwardCheck(around.trained(), around.learning)
-            self.backward(self._flooded(loss))
+            check = None if only else BackwardCheck(self.surroundings.trained(), self.surroundings.learning)
+            with nullcontext() if only else self._watched_hooks():
+                self.backward(self._flooded(loss))
             if check is not None:
                 check.done()
         return loss.detach()
+
+    def _watched_hooks(self) -> AbstractContextManager[Any]:
+        around = self.surroundings
+        return around.hooks.watched(around.trained(), exactly=around.learning)
 
     def replay(self, transform: Transform, last: bool = True) -> None:
         """Evaluate again, see :class:`~lightning_gr.core.two_pass.Replay`."""

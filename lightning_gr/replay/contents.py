@@ -9,10 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_gr._compat import hook_tables
+from lightning_gr.core.hooks import OwnHook
 from lightning_gr.core.sharding import local_parts
 from lightning_gr.replay.places import Place
 
-__all__ = ["ArrayPlace", "GeneratorPlace", "TensorPlace", "is_lazy", "restore_tensors", "sample"]
+__all__ = [
+    "ArrayPlace",
+    "GeneratorPlace",
+    "Hooked",
+    "HooksPlace",
+    "TensorPlace",
+    "is_lazy",
+    "restore_tensors",
+    "sample",
+]
 
 _MOST_BYTES = 2**16
 # Tensors as small as counters and running means are cheaper to copy than to think about.
@@ -109,6 +120,50 @@ class ArrayPlace(Place):
         if self.owner.dtype.hasobject:
             for position, value in enumerate(self.owner.flat):
                 yield f"{self.path}[{position}]", value
+
+
+class Hooked:
+    """A tensor as the owner of its hooks."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class HooksPlace(Place):
+    """The hooks on a leaf, which a step may register and whose closures it can reach."""
+
+    __slots__ = ()
+
+    def _tables(self) -> list[dict[int, Any]]:
+        return hook_tables(self.owner.tensor)
+
+    @property
+    def is_watched(self) -> bool:
+        return any(self._tables())
+
+    def save(self) -> list[dict[int, Any]]:
+        return [{n: hook for n, hook in table.items() if not isinstance(hook, OwnHook)} for table in self._tables()]
+
+    def differs(self, saved: list[dict[int, Any]]) -> bool:
+        pairs = zip(self.save(), saved, strict=True)
+        return any(
+            now.keys() != before.keys() or any(now[number] is not before[number] for number in now)
+            for now, before in pairs
+        )
+
+    def restore(self, saved: list[dict[int, Any]]) -> None:
+        for table, before in zip(self._tables(), saved, strict=True):
+            own = {number: hook for number, hook in table.items() if isinstance(hook, OwnHook)}
+            table.clear()
+            table.update(before | own)
+
+    def values(self) -> list[Any]:
+        return [hook for table in self.save() for hook in table.values()]
+
+    def children(self) -> list[tuple[str, Any]]:
+        return [(f"{self.path}.hook", hook) for hook in self.values()]
 
 
 def is_lazy(tensor: Tensor) -> bool:

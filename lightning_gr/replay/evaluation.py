@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_gr.core.gradients import hidden_gradients
+from lightning_gr.core.hooks import without_hooks
 from lightning_gr.replay.contents import is_lazy
 from lightning_gr.replay.footprint import Fingerprint, Footprint, Marks, Snapshot, storages_of
+from lightning_gr.replay.hooks import ObservingHooks
 from lightning_gr.replay.isolation import RandomState, flagged, muted, noted_exceptions
 
 __all__ = ["Evaluation", "Surroundings"]
@@ -39,6 +41,7 @@ class Surroundings:
         trained: Callable[[], Sequence[Tensor]] = tuple,
     ) -> None:
         self.footprint, self.devices, self.muted, self.trained = footprint, devices, muted, trained
+        self.hooks = ObservingHooks()
         self.learning = False
         self.written_variables: set[str] = set()
 
@@ -85,30 +88,32 @@ class Evaluation(Generic[Output]):
     def learn(self) -> None:
         """Evaluate once, without a trace, to find out what is written to. :meth:`again` starts from where this did."""
         trained = self.surroundings.trained()
-        ids = {id(param) for param in trained}
         for each in self._footprints:
             each.begin()
         with ExitStack() as stack:
             stack.callback(RandomState(self.surroundings.devices).restore)
             for each in self._footprints:
-                everything = Snapshot(place for place in each.places if id(place.owner) not in ids)
-                stack.callback(everything.restore)
+                stack.callback(Snapshot(each.places).restore)
             stack.enter_context(_without_gradients(self._leaves(trained)))
             stack.enter_context(muted(self._muted()))
             stack.enter_context(flagged())
+            stack.enter_context(without_hooks(trained))
             with hidden_gradients(trained):
                 self.first()
         self._looked = None
         self._start = [Snapshot(each.protected) for each in self._footprints]
 
     @contextmanager
-    def again(self, moved: Sequence[Tensor] = (), *, adding: bool = True, second: bool = True) -> Iterator[Output]:
+    def again(
+        self, moved: Sequence[Tensor] = (), *, adding: bool = True, second: bool = True, hooks: bool = True
+    ) -> Iterator[Output]:
         """Compute once more, from the noted start; what the body does (a backward pass) leaves no trace either.
 
         Args:
             moved: Parameters that are displaced, whose values belong to whoever displaced them.
             adding: Whether gradients of ``moved`` that the computation itself leaves behind count.
             second: What :func:`~lightning_gr.in_second_pass` is to say meanwhile.
+            hooks: Whether hooks on parameters run, except for those that only look at a gradient.
         """
         storages, trained = storages_of(moved), self.surroundings.trained()
         footprint = self.surroundings.footprint
@@ -125,6 +130,7 @@ class Evaluation(Generic[Output]):
             for snapshot in self._start:
                 snapshot.restore(storages)
             self._numbers.restore()
+            stack.enter_context(self.surroundings.hooks.silenced(trained) if hooks else without_hooks(trained))
             stack.enter_context(muted(self._muted()))
             stack.enter_context(flagged(second))
             with hidden_gradients(trained, moved if adding else ()):

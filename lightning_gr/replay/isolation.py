@@ -5,21 +5,19 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 import torch
 
+from lightning_gr._compat import is_python_thread
+
 __all__ = ["RandomState", "flagged", "in_second_pass", "muted", "noted_exceptions"]
 
 
-class _Depth(threading.local):
-    """How many second passes this thread is in; None in a thread that has never evaluated a loss."""
-
-    value: int | None = None
-
-
-_depth = _Depth()
+# how many second passes this thread (or asynchronous task) is in; None where a loss was never evaluated
+_depth: ContextVar[int | None] = ContextVar("lightning_gr_depth", default=None)
 _active = 0
 _lock = threading.Lock()
 
@@ -29,6 +27,10 @@ def in_second_pass() -> bool:
 
     Logging, everything that is reachable from the module, random numbers and the Trainer are taken care of; what a
     ``training_step`` writes to a file, sends over a network or takes from an iterator is not.
+
+    Each thread is told about its own passes, and threads in which autograd runs a backward pass about those of the
+    program. One that a ``training_step`` starts by itself is told False, unless it runs in the context of the step:
+    ``pool.submit(contextvars.copy_context().run, function)``.
 
     Example::
 
@@ -40,16 +42,19 @@ def in_second_pass() -> bool:
         >>> in_second_pass()
         False
     """
+    depth = _depth.get()
+    if depth is not None:
+        return depth > 0
     # autograd's own threads, which run the hooks of a backward pass on an accelerator, belong to whoever is active
-    return _active > 0 if _depth.value is None else _depth.value > 0
+    return _active > 0 and not is_python_thread()
 
 
 @contextmanager
 def flagged(second: bool = True) -> Iterator[None]:
     """Let :func:`in_second_pass` say ``second`` to this thread during the body."""
     global _active
-    before = _depth.value
-    _depth.value = (before or 0) + 1 if second else before or 0
+    before = _depth.get() or 0
+    _depth.set(before + second)
     with _lock:
         _active += second
     try:
@@ -57,7 +62,7 @@ def flagged(second: bool = True) -> Iterator[None]:
     finally:
         with _lock:
             _active -= second
-        _depth.value = before or 0
+        _depth.set(before)
 
 
 class RandomState:

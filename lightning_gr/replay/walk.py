@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gr._compat import has_base_named, has_forward_hooks, is_writer
-from lightning_gr.replay.contents import ArrayPlace, GeneratorPlace, TensorPlace
+from lightning_gr.replay.contents import ArrayPlace, GeneratorPlace, Hooked, HooksPlace, TensorPlace
 from lightning_gr.replay.machinery import WriterPlace
 from lightning_gr.replay.places import (
     MOST_ENTRIES,
@@ -90,6 +90,8 @@ class Walk:
         if isinstance(value, Tensor):
             if not value.requires_grad or value.is_leaf:
                 self._add(TensorPlace(value, path))
+            if value.requires_grad and value.is_leaf:
+                self._add(HooksPlace(Hooked(value), path))
         elif isinstance(value, np.ndarray):
             if value.flags.writeable:
                 self._add(ArrayPlace(value, path), enter=value.size <= MOST_ENTRIES)

@@ -13,7 +13,7 @@ from lightning_gr._validate import check_choice
 from lightning_gr.core.signals import deferred_signals
 from lightning_gr.core.storage import CopyStorage
 from lightning_gr.core.tensors import inner_product, wide
-from lightning_gr.core.two_pass import extract_loss
+from lightning_gr.core.two_pass import NoLossError, extract_loss
 from lightning_gr.replay.evaluation import Evaluation, Surroundings
 from lightning_gr.replay.footprint import Footprint
 
@@ -29,8 +29,8 @@ HESSIAN_METHODS: tuple[HessianMethod, ...] = ("auto", "double_backward", "finite
 class LossAround:
     """A context manager that evaluates a loss and its gradient at displaced weights, without side effects.
 
-    Every evaluation sees the same random numbers and buffers. On exit, weights, buffers, random state and ``.grad`` are
-    as they were, bit for bit.
+    Every evaluation sees the same random numbers and buffers, and runs no hooks of parameters. On exit, weights,
+    buffers, random state and ``.grad`` are as they were, bit for bit.
 
     Args:
         loss_fn: Computes the loss at the current weights: a scalar, or a mapping with the key ``"loss"``.
@@ -56,7 +56,7 @@ class LossAround:
             raise ValueError("Expected `params` to contain trainable parameters, all of them real")
         self._evaluation = Evaluation(loss_fn, surroundings or _surroundings(module, self.params))
         self._storage = CopyStorage()
-        self._is_first = True
+        self._learned_moved: set[bool] = set()
         self._stack = ExitStack()
 
     def __enter__(self) -> "Self":
@@ -68,38 +68,37 @@ class LossAround:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._put_back()
         self._storage = CopyStorage()
         self._stack.close()
 
     @torch.no_grad()
     def loss_at(self, vector: Sequence[Tensor], distance: float) -> Tensor:
         """L(θ + distance · vector)."""
-        with self._moved(vector, distance), self._evaluate() as loss:
+        with self._moved(vector, distance), self._evaluate(distance != 0.0) as loss:
             return loss.detach()
 
     def gradient_at(self, vector: Sequence[Tensor], distance: float) -> tuple[Tensor, ...]:
         """∇L(θ + distance · vector), as one tensor per parameter."""
-        with self._moved(vector, distance), self._evaluate() as loss:
+        with self._moved(vector, distance), self._evaluate(distance != 0.0) as loss:
             return torch.autograd.grad(_with_graph(loss), self.params, allow_unused=True, materialize_grads=True)
 
     @contextmanager
-    def _evaluate(self) -> Iterator[Tensor]:
+    def _evaluate(self, moved: bool) -> Iterator[Tensor]:
         """Evaluate the loss at the current weights; its side effects are undone on exit."""
-        if self._is_first:
-            # the first evaluation, at the clean weights, reveals what the loss writes to
-            self._is_first = False
+        if moved not in self._learned_moved:
+            # reveals what the loss writes to; at the clean weights, a teacher may be given the value it has
+            self._learned_moved.add(moved)
             self._evaluation.learn()
-        with self._evaluation.again(self.params) as output:
+        with self._evaluation.again(self.params, adding=False, hooks=False) as output:
             loss = extract_loss(output)
             if not isinstance(loss, Tensor):
-                raise ValueError(f"Expected `loss_fn` to return a loss but got {type(loss).__name__}")
+                raise NoLossError(f"Expected `loss_fn` to return a loss but got {type(loss).__name__}")
             yield loss
 
     @contextmanager
     def _moved(self, vector: Sequence[Tensor], distance: float) -> Iterator[None]:
-        if not self._storage.copies:
-            with torch.no_grad():
-                self._storage.take(self.params)
+        self._take()
         with deferred_signals():
             try:
                 with torch.no_grad():
@@ -108,9 +107,18 @@ class LossAround:
                 torch.clear_autocast_cache()
                 yield
             finally:
-                with torch.no_grad():
-                    self._storage.put_back()
-                torch.clear_autocast_cache()
+                self._put_back()
+
+    @torch.no_grad()
+    def _take(self) -> None:
+        if not self._storage.copies:
+            self._storage.take(self.params)
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
+        """The weights, which a loss may write to as well, as where it clips them."""
+        self._storage.put_back()
+        torch.clear_autocast_cache()
 
 
 class HessianProducts(LossAround):
@@ -202,7 +210,8 @@ class HessianProducts(LossAround):
 
     def _differentiate(self) -> None:
         # the graph of this evaluation is kept, so its isolation stays active too
-        loss = _with_graph(self._isolated.enter_context(self._evaluate()))
+        self._take()
+        loss = _with_graph(self._isolated.enter_context(self._evaluate(False)))
         self._gradient = torch.autograd.grad(
             loss, self.params, create_graph=True, allow_unused=True, materialize_grads=True
         )

@@ -1,11 +1,13 @@
 """DESIGN §3, last row, ``in_second_pass()``: right after nested calls, after errors and in several threads."""
 
+import contextvars
 import threading
 
 import pytest
 import torch
 from contract import FORMS, Batches, Situation, make_trainer, over, seed, train
 from oracle import CENTRAL, sam
+from outside import Counter, Record
 from torch import nn
 
 from lightning_gr import (
@@ -19,7 +21,7 @@ from lightning_gr import (
     regularized_backward,
 )
 
-SEEN = []
+SEEN = Record()
 
 
 class Asks(Situation):
@@ -49,7 +51,7 @@ class Nested(Asks):
     """A step of another network, as of a meta-learner."""
 
     def nest(self, batch):
-        other, inside = nn.Linear(3, 2).double(), []
+        other, inside = nn.Linear(3, 2).double(), Record()
 
         def loss_fn():
             inside.append(in_second_pass())
@@ -72,11 +74,10 @@ class NestedFails(Asks):
     """The nested second pass ends with an error, which the step catches."""
 
     def nest(self, batch):
-        other, calls = nn.Linear(3, 2).double(), []
+        other, calls = nn.Linear(3, 2).double(), Counter()
 
         def loss_fn():
-            calls.append(1)
-            if len(calls) == 2:
+            if calls() == 1:
                 raise FloatingPointError
             return other(batch[0]).square().mean()
 
@@ -131,19 +132,19 @@ def test_a_monitor_and_its_loss():
 
 def test_threads():
     """Each of two loops in two threads sees its own passes."""
-    wrong, barrier = [], threading.Barrier(2, timeout=60)
+    wrong, barrier = Record(), threading.Barrier(2, timeout=60)
 
     def loop():
         torch.manual_seed(0)
         net = nn.Linear(3, 1).double()
         x = torch.randn(4, 3).double()
         for _ in range(20):
-            calls = []
+            calls = Counter()
 
             def loss_fn(calls=calls):
-                calls.append(1)
+                second = calls() == 1
                 barrier.wait()
-                wrong.extend(1 for _ in range(4) if in_second_pass() != (len(calls) == 2))
+                wrong.extend(1 for _ in range(4) if in_second_pass() != second)
                 barrier.wait()
                 return net(x).square().mean()
 
@@ -182,7 +183,7 @@ def test_a_plain_loop_beside_a_regularized_one():
 
 
 def test_two_trainers_in_two_threads():
-    wrong, lock = [], threading.Lock()
+    wrong = Record()
 
     class Checks(Situation):
         steps = 40
@@ -195,8 +196,7 @@ def test_two_trainers_in_two_threads():
             expected = CALLS.value % 2 == 0
             loss = self.mse(batch)
             if in_second_pass() != expected:
-                with lock:
-                    wrong.append(CALLS.value)
+                wrong.append(CALLS.value)
             return loss
 
     def fit():
@@ -205,6 +205,49 @@ def test_two_trainers_in_two_threads():
 
     run_in_threads(fit, fit)
     assert wrong == []
+
+
+def test_a_plain_trainer_beside_a_regularized_one():
+    """In a thread that has no second passes the answer is no, whatever others do."""
+    seen, running = Record(), threading.Event()
+
+    class Slow(Situation):
+        steps = 40
+
+        def step(self, batch):
+            running.wait(10)
+            return self.mse(batch)
+
+    class Plain(Situation):
+        steps = 200
+
+        def step(self, batch):
+            running.set()
+            seen.append(in_second_pass())
+            return self.mse(batch)
+
+    def fit(kind, *callbacks):
+        module = kind()
+        make_trainer(*callbacks).fit(module, Batches(module.make_batches()))
+
+    run_in_threads(lambda: fit(Slow, SAM(0.1)), lambda: fit(Plain))
+    assert seen == [False] * 200
+
+
+def test_a_thread_that_a_step_starts_is_told_in_the_context_of_the_step():
+    net, x, seen = nn.Linear(3, 1).double(), torch.randn(4, 3).double(), Record()
+
+    def ask():
+        seen.append(in_second_pass())
+
+    def loss_fn():
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(ask,))
+        thread.start()
+        thread.join()
+        return net(x).square().mean()
+
+    regularized_backward(loss_fn, net, SAMRule(0.1))
+    assert seen == [False, True]
 
 
 CALLS = threading.local()

@@ -86,7 +86,48 @@ class Logs(Situation):
         return loss
 
 
-KINDS = [Teacher, Target, Generators, Containers, Metrics, Logs]
+class SameContent(Target):
+    """By a write that the first evaluation cannot see: the teacher starts as a copy, and follows past its counters."""
+
+    def prepare(self):
+        super().prepare()
+        self.teacher.load_state_dict(self.net.state_dict())
+
+    def step(self, batch):
+        for t, p in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+            t.data.copy_(p.data)
+        return self.mse(batch) + (self.net(batch[0]) - 2 * self.teacher(batch[0])).square().mean()
+
+
+class Trainable(SameContent):
+    """One that is in the optimizer, as of a DQN whose target was not frozen."""
+
+    def prepare(self):
+        super().prepare()
+        self.teacher.requires_grad_(True)
+
+
+class Clips(Situation):
+    """Clips its own weights, as a Wasserstein critic does."""
+
+    def step(self, batch):
+        with torch.no_grad():
+            for p in self.net.parameters():
+                p.data.clamp_(-0.2, 0.2)
+        return self.mse(batch)
+
+
+class Adversarial(Situation):
+    """A backward pass within the step leaves gradients behind."""
+
+    def step(self, batch):
+        x = batch[0].clone().requires_grad_()
+        with torch.enable_grad():
+            (self.net(x) - batch[1]).square().mean().backward()
+        return self.mse((batch[0] + 0.1 * x.grad.sign(), batch[1]))
+
+
+KINDS = [Teacher, Target, Generators, Containers, Metrics, Logs, SameContent, Trainable, Clips, Adversarial]
 METHODS = ["double_backward", "finite_difference"]
 
 
@@ -110,7 +151,7 @@ def test_training_is_what_it_is_without(kind, method):
     assert torch.isfinite(trainer.callback_metrics["hessian/eigenvalue"])
 
 
-@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("kind", [Teacher, Target, SameContent, Trainable])
 def test_beside_sam(kind):
     _, found = fit(kind, SAM(0.1), SharpnessMonitor(samples=2, max_iterations=3))
     same("what is left", found, fit(kind, SAM(0.1))[1])
@@ -202,5 +243,17 @@ def test_batches_without_a_loss_do_not_end_the_run(none):
             return None if batch[0].mean() > 50 else self.step(batch)
 
     for kind in (Skips, First):
-        trainer, _ = fit(kind, SharpnessMonitor(samples=2, max_iterations=3))
+        monitor = SharpnessMonitor(samples=2, max_iterations=3)
+        trainer, _ = fit(kind, monitor)
         assert trainer.global_step == 18
+        assert len(monitor.results) == (0 if len(none) == 9 else 2)
+
+
+def test_a_loss_that_is_none_in_eval_mode_is_not_measured():
+    class OnlyInTraining(Situation):
+        def step(self, batch):
+            return self.mse(batch) if self.training else None
+
+    with pytest.warns(UserWarning, match="sharpness is not measured: override `SharpnessMonitor.loss`"):
+        trainer, _ = fit(OnlyInTraining, SharpnessMonitor(samples=2, max_iterations=3))
+    assert trainer.global_step == 18

@@ -21,6 +21,9 @@ class Record(types.ModuleType):
     def clear(self):
         self.items.clear()
 
+    def count(self, item):
+        return self.items.count(item)
+
     def __len__(self):
         return len(self.items)
 

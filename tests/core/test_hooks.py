@@ -1,0 +1,77 @@
+"""Exchanging hooks on parameters for a while."""
+
+from contextlib import suppress
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_gr.core.hooks import ExchangedHooks, OwnHook, Zero, has_accumulation_hooks, without_hooks
+
+
+@pytest.fixture
+def seen():
+    return []
+
+
+@pytest.fixture
+def weight(seen):
+    """Doubles its gradient, then notes it; notes what was accumulated."""
+    param = nn.Parameter(torch.ones(1))
+    param.register_hook(lambda grad: 2 * grad)
+    param.register_hook(lambda grad: seen.append(grad.item()))
+    param.register_post_accumulate_grad_hook(lambda param: seen.append(-param.grad.item()))
+    return param
+
+
+def backward(weight):
+    weight.grad = None
+    weight.sum().backward()
+    return weight.grad.item()
+
+
+@pytest.mark.parametrize(("after", "gradient", "noted"), [(None, 1.0, []), (True, 2.0, [2.0]), (False, 1.0, [-1.0])])
+def test_those_that_are_left_out_do_not_run_and_are_back_afterwards(weight, seen, after, gradient, noted):
+    with suppress(KeyboardInterrupt), without_hooks([weight], after_accumulation=after):
+        assert backward(weight) == gradient
+        assert seen == noted
+        raise KeyboardInterrupt
+    seen.clear()
+    assert backward(weight) == 2.0
+    assert seen == [2.0, -2.0]
+
+
+def test_others_run_in_their_place_in_order(weight, seen):
+    exchanged = ExchangedHooks([weight], lambda number, hook, after: None if after else Zero())
+    assert backward(weight) == 0.0
+    assert seen == [-0.0]
+    exchanged.put_back()
+    exchanged.put_back()
+    seen.clear()
+    assert backward(weight) == 2.0
+    assert seen == [2.0, -2.0]
+
+
+def test_one_that_was_removed_meanwhile_stays_away(weight, seen):
+    handle = weight.register_hook(lambda grad: 10 * grad)
+    with without_hooks([weight]):
+        handle.remove()
+        late = weight.register_hook(lambda grad: 3 * grad)
+    assert backward(weight) == 6.0
+    late.remove()
+    assert backward(weight) == 2.0
+
+
+def test_hooks_of_the_package_are_not_exchanged(weight, seen):
+    handle = weight.register_hook(Zero())
+    with without_hooks([weight]):
+        assert backward(weight) == 0.0
+    handle.remove()
+    assert OwnHook()(weight) is None
+
+
+def test_which_parameters_have_hooks_after_accumulation(weight):
+    assert has_accumulation_hooks(weight)
+    other = nn.Parameter(torch.ones(1))
+    other.register_hook(lambda grad: grad)
+    assert not has_accumulation_hooks(other)

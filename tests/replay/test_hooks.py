@@ -1,0 +1,205 @@
+"""Telling hooks that only look from those that change a gradient."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_gr.core.hooks import Zero
+from lightning_gr.replay.hooks import ObservingHooks, may_change
+
+SEEN = []
+
+
+class Watcher:
+    """All that looks only, in the ways in which it is written."""
+
+    def method(self, grad):
+        SEEN.append(grad.clone())
+
+    def gives_back(self, grad):
+        SEEN.append(grad.clone())
+        return grad
+
+    def sometimes(self, grad):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls % 2 == 0:
+            return
+        SEEN.append(grad.clone())
+
+    def with_name(self, name, grad):
+        SEEN.append((name, grad.clone()))
+
+    def __call__(self, grad):
+        for _ in range(2):
+            self.method(grad)
+
+
+class Changer:
+    """All that changes a gradient, even if not each time."""
+
+    limit = 1e9
+
+    def large_only(self, grad):
+        if grad.norm() > self.limit:
+            return grad / grad.norm()
+        return None
+
+    def in_place(self, grad):
+        if grad.norm() > self.limit:
+            grad.mul_(0.5)
+
+    def by_operator(self, grad):
+        if grad.norm() > self.limit:
+            grad /= 2
+
+    def gives_another(self, grad):
+        if grad.norm() > self.limit:
+            grad = grad / 2
+        return grad
+
+    def out(self, grad):
+        if grad.norm() > self.limit:
+            torch.mul(grad, 2.0, out=grad)
+
+    def after_accumulation(self, param):
+        if param.grad.norm() > self.limit:
+            param.grad = param.grad / 2
+
+    def with_name(self, name, grad):
+        return grad.sign() if name == "other" else None
+
+    def __call__(self, grad):
+        return grad * 2 if grad.norm() > self.limit else None
+
+
+watcher, changer = Watcher(), Changer()
+LOOK = [
+    watcher,
+    watcher.method,
+    watcher.gives_back,
+    watcher.sometimes,
+    partial(watcher.with_name, "weight"),
+    lambda grad: SEEN.append(grad.clone()),
+    SEEN.append,
+]
+CHANGE = [
+    changer,
+    changer.large_only,
+    changer.in_place,
+    changer.by_operator,
+    changer.gives_another,
+    changer.out,
+    changer.after_accumulation,
+    partial(changer.with_name, "weight"),
+    lambda grad: grad * 2 if grad.norm() > 1e9 else None,
+]
+
+
+@pytest.mark.parametrize("hook", LOOK)
+def test_no_way_to_change_a_gradient_is_seen_in_those_that_look(hook):
+    assert not may_change(hook)
+
+
+@pytest.mark.parametrize("hook", CHANGE)
+def test_a_way_to_change_a_gradient_is_seen_in_the_code(hook):
+    assert may_change(hook)
+
+
+def runs(hook, after=False, passes=1, exactly=True, grad=1.0):
+    """Whether a hook runs where those that only look do not."""
+    weight, hooks = nn.Parameter(torch.ones(3)), ObservingHooks()
+    calls = []
+    noted = lambda tensor: (calls.append(1), hook(tensor))[1]  # noqa: E731
+    (weight.register_post_accumulate_grad_hook if after else weight.register_hook)(noted)
+    for _ in range(passes):
+        weight.grad = None
+        with hooks.watched([weight], exactly=exactly):
+            (weight * torch.full((3,), grad)).sum().backward()
+    calls.clear()
+    with hooks.silenced([weight]):
+        (weight * torch.ones(3)).sum().backward()
+    silenced = not calls
+    (weight * torch.ones(3)).sum().backward()
+    assert calls  # it is back
+    return not silenced
+
+
+@pytest.mark.parametrize("exactly", [True, False])
+@pytest.mark.parametrize("hook", LOOK)
+def test_those_that_look_are_left_out(hook, exactly):
+    assert not runs(hook, exactly=exactly)
+
+
+@pytest.mark.parametrize("exactly", [True, False])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        torch.sign,
+        lambda grad: 2 * grad,
+        lambda grad: (grad.mul_(2), None)[1],
+        # past the version counter
+        lambda grad: (grad.data.mul_(2), None)[1],
+        lambda grad: grad.clone(),
+    ],
+)
+def test_those_that_change_a_gradient_run(hook, exactly):
+    assert runs(hook, exactly=exactly)
+
+
+def test_one_that_has_changed_nothing_so_far_and_then_does():
+    """It is in a function that the hook calls, where nobody looks."""
+
+    def scale(grad):
+        return grad * 0.5 if grad.sum() > 5 else None
+
+    assert not runs(scale)
+    assert runs(scale, grad=2.0)
+
+
+def test_after_accumulation():
+    weights = []
+
+    def keep(param):
+        weights.append(param.grad)
+
+    def replace(param):
+        param.grad = param.grad * 2
+
+    def drop(param):
+        param.grad = None
+
+    def step(param):
+        param.data = param.data
+        with torch.no_grad():
+            param.sub_(param.grad)
+
+    assert not runs(keep, after=True)
+    assert all(runs(hook, after=True) for hook in (replace, drop, step))
+
+
+def test_a_hook_that_fails_is_no_longer_watched():
+    weight, hooks = nn.Parameter(torch.ones(3)), ObservingHooks()
+
+    def fails(grad):
+        raise FloatingPointError
+
+    weight.register_hook(fails)
+    with pytest.raises(FloatingPointError), hooks.watched([weight], exactly=True):
+        weight.sum().backward()
+    assert list(weight._backward_hooks.values()) == [fails]
+    hooks.end()
+    with pytest.raises(FloatingPointError), hooks.silenced([weight]):
+        weight.sum().backward()
+
+
+def test_hooks_of_the_package_are_not_watched():
+    weight, hooks = nn.Parameter(torch.ones(3)), ObservingHooks()
+    handle = weight.register_hook(Zero())
+    with hooks.watched([weight], exactly=True):
+        weight.sum().backward()
+    with hooks.silenced([weight]):
+        weight.sum().backward()
+    assert weight.grad.tolist() == [0.0] * 3
+    handle.remove()
