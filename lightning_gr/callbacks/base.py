@@ -53,6 +53,8 @@ class _Run:
         self.passed = False  # it had its second pass, or was found to need none
         self.regularized = False
         self.param_count = 0
+        # of the run during which another Trainer was given the same callback
+        self.outer: tuple[StepReport, StepCounter] | None = None
 
 
 class TwoPassCallback(CallbackBase):
@@ -74,7 +76,8 @@ class TwoPassCallback(CallbackBase):
 
     Raises:
         ValueError: If an argument is out of its range, or at the start of ``fit`` if a pattern matches nothing.
-        MisconfigurationException: At the start of ``fit``, if this Trainer or module cannot be regularized.
+        MisconfigurationException: At the start of ``fit``, if this Trainer or module cannot be regularized; or at once,
+            if a subclass overrides a hook without ``super()``.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class TwoPassCallback(CallbackBase):
         verbose: bool = True,
     ) -> None:
         super().__init__()
+        checks.check_overrides(type(self), TwoPassCallback)
         for name, value in (("ascent_sync", ascent_sync), ("prog_bar", prog_bar), ("verbose", verbose)):
             check_bool(name, value)
         check_choice("accumulation", accumulation, ACCUMULATIONS)
@@ -153,6 +157,9 @@ class TwoPassCallback(CallbackBase):
         run = self._runs.get(trainer)
         if run is None:
             raise self._overridden("on_fit_start")
+        if len(self._runs) > 1 and run.outer is None:
+            run.outer = self.report, self._steps
+            self._steps = StepCounter()
         self.report = self._new_report()
         if not pl_module.automatic_optimization:
             self._steps.attach(trainer.optimizers, restart=trainer.global_step == 0, on_step=self.report.count)
@@ -369,19 +376,26 @@ class TwoPassCallback(CallbackBase):
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
         """Leave no trace."""
         self._stop(trainer)
+        self._leave(trainer)
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Show what happened."""
         if stage == "fit":
             self._stop(trainer)
-            self._runs.pop(trainer, None)
-            if self.report.missed and not self.report.regularized:
+            if self.report.missed and not self.report.regularized and not self._warned:
                 rank_zero_warn(
                     f"{type(self).__name__} regularized no optimizer step, although {self.report.missed} were due: each"
                     " time there was no gradient, a gradient that is not finite, or no loss at the displaced weights"
                 )
             if self.report.steps:
                 show_end(self.report, self.rule.name, trainer, verbose=self.verbose)
+            self._leave(trainer)
+
+    def _leave(self, trainer: "Trainer") -> None:
+        """Return to the run during which that of ``trainer`` took place, if there is one."""
+        run = self._runs.pop(trainer, None)
+        if run is not None and run.outer is not None:
+            self.report, self._steps = run.outer
 
     def _stop(self, trainer: "Trainer") -> None:
         run = self._runs.get(trainer)

@@ -2,12 +2,13 @@
 
 import inspect
 from collections.abc import Sequence
+from types import CodeType
 from typing import TYPE_CHECKING
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_gr._compat import REFUSED_STRATEGIES, SUPPORTED_STRATEGIES, has_base_named
+from lightning_gr._compat import REFUSED_STRATEGIES, SUPPORTED_STRATEGIES, CallbackBase, has_base_named
 from lightning_gr.core.hooks import has_accumulation_hooks
 from lightning_gr.core.rules import Rule
 
@@ -18,11 +19,41 @@ __all__ = [
     "check_accumulation",
     "check_flooding",
     "check_hooks",
+    "check_overrides",
     "check_separable",
     "check_sharded",
     "check_sparse",
     "check_two_pass",
 ]
+
+
+def check_overrides(kind: type, base: type) -> None:
+    """Refuse a subclass with a hook of its own that does not go on to the package's, which would not run then.
+
+    Args:
+        kind: The class of a callback.
+        base: The class of this package that it inherits from.
+
+    Raises:
+        MisconfigurationException: Naming the hook.
+    """
+    order = kind.__mro__
+    ours = [cls for cls in order if cls.__module__.startswith("lightning_gr.")]
+    hooks = {name for cls in ours for name in vars(cls) if hasattr(CallbackBase, name) and not name.startswith("__")}
+    for cls in order[: order.index(base)]:
+        for name in () if cls in ours else hooks & vars(cls).keys():
+            code = getattr(inspect.unwrap(vars(cls)[name]), "__code__", None)
+            if code is not None and not _mentions(code, name):
+                raise MisconfigurationException(
+                    f"{cls.__name__} overrides `{name}` without calling that of {base.__name__}, which does its work"
+                    f" there: add `super().{name}(...)`"
+                )
+
+
+def _mentions(code: CodeType, name: str) -> bool:
+    """Whether a function names an attribute, as in ``super().on_train_start``; by code, so that nothing runs."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return name in code.co_names or name in code.co_consts or any(_mentions(each, name) for each in inner)
 
 
 def check_flooding(trainer: "Trainer", pl_module: "LightningModule", kind: type) -> None:

@@ -63,11 +63,13 @@ class Flooding(CallbackBase):
         verbose: bool = True,
     ) -> None:
         super().__init__()
+        checks.check_overrides(type(self), Flooding)
         check_level(level)
         check_bool("sync", sync)
         check_bool("verbose", verbose)
         self.level = float(level)
         self.sync, self.verbose = sync, verbose
+        self._outer: list[FloodCounter] = []
         self.counter = FloodCounter(check_metrics(metrics, ("flooded",), ("flooded",)), prefix)
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
@@ -93,8 +95,9 @@ class Flooding(CallbackBase):
         return Summary("flooding", lines, self.verbose)
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Reset the count of flooded losses."""
-        self.counter.reset()
+        """Start to count flooded losses."""
+        self._outer.append(self.counter)  # of a Trainer that trains this one in the midst of its own training
+        self.counter = FloodCounter(self.counter.names, self.counter.prefix)
 
     def on_before_backward(self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor) -> None:
         """Flip the sign of the gradient if the loss, which is already divided and scaled, is below the level."""
@@ -123,6 +126,16 @@ class Flooding(CallbackBase):
             if self.verbose and shows(trainer) and total is not None:
                 stop_progress_bars(trainer)
                 show(f"flooded: {int(total):,} of {self.counter.count:,} losses below the level")
+            self._leave()
+
+    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
+        """Return to an outer run."""
+        self._leave()
+
+    def _leave(self) -> None:
+        if len(self._outer) > 1:
+            self.counter = self._outer[-1]
+        self._outer = self._outer[:-1]
 
 
 class FloodCounter:

@@ -19,6 +19,7 @@ from lightning_gr._compat import (
     will_log,
 )
 from lightning_gr._validate import check_bool, check_choice, check_int, check_number
+from lightning_gr.callbacks.checks import check_overrides
 from lightning_gr.callbacks.recorder import loss_scale, surroundings_of
 from lightning_gr.core.tensors import global_norm
 from lightning_gr.core.two_pass import NoLossError, extract_loss
@@ -58,6 +59,7 @@ class GradientNormMonitor(CallbackBase):
 
     def __init__(self, by_layer: bool = False, *, prefix: str = "", prog_bar: bool = False) -> None:
         super().__init__()
+        check_overrides(type(self), GradientNormMonitor)
         check_bool("by_layer", by_layer)
         check_bool("prog_bar", prog_bar)
         self.by_layer = by_layer
@@ -155,6 +157,7 @@ class SharpnessMonitor(CallbackBase):
         prefix: str = "hessian/",
     ) -> None:
         super().__init__()
+        check_overrides(type(self), SharpnessMonitor)
         for name, number in (("every_n_epochs", every_n_epochs), ("max_iterations", max_iterations)):
             check_int(name, number, minimum=1)
         check_int("samples", samples, minimum=2)

@@ -1,8 +1,10 @@
 """DESIGN §3, "never silently something else": optimizers and callbacks that go past the second pass, and reports."""
 
+import functools
 import warnings
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from contract import (
     Batches,
@@ -23,7 +25,17 @@ from oracle import FGR, HUGE, by_hand, forward, sam
 from pytorch_optimizer import AdaHessian, SophiaH
 from torch import nn
 
-from lightning_gr import SAM, GradientRegularization, SAMRule, regularized_backward
+from lightning_gr import (
+    SAM,
+    Flooding,
+    GradientNormMonitor,
+    GradientRegularization,
+    GradientRegularizationMixin,
+    SAMRule,
+    SharpnessMonitor,
+    regularized_backward,
+)
+from lightning_gr.callbacks.base import TwoPassCallback
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Using backward.. with create_graph=True", "ignore:.torch.jit.\\w+. is deprecated"
@@ -202,10 +214,10 @@ def test_a_hook_overridden_without_super_is_right_or_refused(kind):
     module = build(Plain, "automatic", 0.05)
     seed()
     batches = module.make_batches()
-    callback = kind(0.3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
+            callback = kind(0.3)
             make_trainer(callback).fit(module, Batches(batches))
         except MisconfigurationException as error:
             is_one_line(error, "super")
@@ -214,6 +226,43 @@ def test_a_hook_overridden_without_super_is_right_or_refused(kind):
         assert report(callback)[0] == 0
         return
     same("weights", as_dict(dict(module.state_dict())), as_dict(dict(expected.module.state_dict())), 1e-9)
+
+
+OURS = {
+    kind: [name for name in vars(base) if hasattr(pl.Callback, name) and not name.startswith("__")]
+    for kind, base in {
+        SAM: TwoPassCallback,
+        GradientRegularization: TwoPassCallback,
+        Flooding: Flooding,
+        GradientNormMonitor: GradientNormMonitor,
+        SharpnessMonitor: SharpnessMonitor,
+    }.items()
+}
+
+
+@pytest.mark.parametrize(("kind", "hook"), [(kind, hook) for kind, hooks in OURS.items() for hook in hooks])
+def test_any_hook_without_super_is_refused_and_with_it_is_not(kind, hook):
+    def silent(self, *args):
+        self.seen = True
+
+    def wrapped(self, *args):
+        return args
+
+    class Mixed:
+        """Without a base class of its own, before ours."""
+
+    setattr(Mixed, hook, silent)
+    arguments = (0.1,) if kind is Flooding else ()
+    for bases in ((kind,), (Mixed, kind)):
+        attributes = {hook: silent} if bases == (kind,) else {}
+        with pytest.raises(MisconfigurationException, match=rf"`{hook}`.*super\(\)\.{hook}"):
+            type("Mine", bases, attributes)(*arguments)
+    source = f"class Mine(kind):\n    def {hook}(self, *args):\n        return super().{hook}(*args)"
+    found = {"kind": kind}
+    exec(source, found)
+    found["Mine"](*arguments)
+    decorated = functools.wraps(vars(found["Mine"])[hook])(wrapped)
+    type("Mine", (kind,), {hook: decorated})(*arguments)
 
 
 class Outer(Plain):
@@ -244,6 +293,41 @@ def test_the_same_callback_in_an_inner_trainer_is_right_or_refused():
         found.append((as_dict(dict(module.state_dict())), report(callbacks[0])))
     same("weights", found[0][0], found[1][0])
     assert found[0][1] == found[1][1] == (9, 9)
+
+
+class OuterByHand(GradientRegularizationMixin, Outer):
+    """Both optimize manually, so that each step of each optimizer is counted."""
+
+    def training_step(self, batch, batch_idx):
+        self.regularized_step(self.optimizers(), lambda: self.evaluate(batch))
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 4:
+            inner = InnerByHand(0.1)
+            inner.automatic_optimization = False
+            make_trainer(*self.trainer.callbacks).fit(inner, Batches(inner.make_batches()))
+            REPORTS.append([report(c) for c in self.trainer.callbacks if isinstance(c, SAM)])
+
+
+class InnerByHand(OuterByHand):
+    def on_train_batch_start(self, batch, batch_idx):
+        """No training within this one."""
+
+
+REPORTS = []
+
+
+def test_the_schedule_and_the_count_of_each_trainer_are_its_own():
+    REPORTS.clear()
+    callbacks = [SAM(0.3, start_step=5), Flooding(0.0)]
+    module = OuterByHand(0.05)
+    module.automatic_optimization = False
+    trainer = make_trainer(*callbacks)
+    trainer.fit(module, Batches(module.make_batches()))
+    assert REPORTS == [[(0, 4)]]
+    assert report(callbacks[0]) == (4, 9)
+    # those of both passes of four steps are no losses more
+    assert callbacks[1].counter.count == 9
 
 
 # --- optimizers and gradients of the module's own
