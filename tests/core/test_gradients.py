@@ -51,14 +51,14 @@ def test_of_some_parameters_and_times_a_factor():
 
 
 def test_what_was_restored_can_be_undone_until_it_is_cleared():
-    params, stashed = make_params(1, 2), StashedGradients()
+    params, stashed = make_params(1, 2, 3), StashedGradients()
     stashed.stash(params)
     stashed.restore(params, 0.25)
     for param in params:  # to be made again
         param.grad = None
-    stashed.undo(params[:1])
+    stashed.undo(params[:2])
     stashed.restore()
-    assert grads(params) == [1, None]
+    assert grads(params) == [1, 2, None]
     stashed.clear()
     stashed.undo(params)
     assert not stashed

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import re
 
 import pytest
 from hypothesis import given
@@ -102,3 +103,50 @@ def test_equations_name_what_is_computed(scheme, normalize):
     assert "\n" not in equation
     assert "T²" in SAMRule(adaptive=True).equation
     assert "T²" not in SAMRule().equation
+
+
+GRADIENT, UNIT = "∇L(θ)", "∇L(θ)/‖∇L(θ)‖"
+IN_WORDS = [
+    (GRRule(0.1, 0.2), "F-GR", {"γ": 0.1, "ε": 0.2}, "(1 − γ/ε) ∇L(θ) + (γ/ε) ∇L(θ + ε d)"),
+    (GRRule(0.1, 0.2, "backward"), "B-GR", {"γ": 0.1, "ε": 0.2}, "(1 + γ/ε) ∇L(θ) − (γ/ε) ∇L(θ − ε d)"),
+    (GRRule(0.1, 0.2, "central"), "central GR", {"γ": 0.1, "ε": 0.2}, "∇L(θ) + (γ/2ε) [∇L(θ + ε d) − ∇L(θ − ε d)]"),
+    (GRRule(0.1, 0.2, "exact"), "exact GR (double backward)", {"γ": 0.1}, "∇L(θ) + γ H d"),
+]
+
+
+@pytest.mark.parametrize(("rule", "name", "constants", "equation"), IN_WORDS)
+def test_gr_in_words(rule, name, constants, equation):
+    assert (rule.name, rule.constants, rule.equation) == (name, constants, equation.replace("d", GRADIENT))
+    penalty = dataclasses.replace(rule, normalize=True)
+    assert (penalty.name, penalty.constants) == (f"{name}, gradient-norm penalty", constants)
+    assert penalty.equation == equation.replace("d", UNIT)
+
+
+def test_sam_in_words():
+    sam, asam = SAMRule(0.1), SAMRule(0.1, True, 0.01)
+    assert (sam.name, sam.constants) == ("SAM", {"ρ": 0.1})
+    assert (asam.name, asam.constants) == ("ASAM", {"ρ": 0.1, "η": 0.01})
+    assert sam.equation == "∇L(θ + ρ ∇L(θ)/‖∇L(θ)‖)"
+    assert asam.equation == "∇L(θ + ρ T²∇L/‖T∇L‖), T = |θ| + η"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (GRRule, "gamma", -0.1),
+        (GRRule, "epsilon", 0.0),
+        (GRRule, "scheme", "upward"),
+        (GRRule, "normalize", "false"),
+        (SAMRule, "rho", -0.1),
+        (SAMRule, "adaptive", 1),
+        (SAMRule, "eta", -0.1),
+        (SAMRule, "eta", 0.1),  # without `adaptive`
+        (Schedule, "start_step", -1),
+        (Schedule, "interval", 0),
+        (Schedule, "warmup_steps", 0.5),
+        (Schedule, "lazy", 1),
+    ],
+)
+def test_what_is_refused_is_named(kind, name, value):
+    with pytest.raises(ValueError, match=re.escape(f"`{name}`") + f".*{re.escape(repr(value))}"):
+        kind(**{name: value})

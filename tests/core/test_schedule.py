@@ -37,6 +37,7 @@ def test_the_strength_grows_in_equal_steps_and_stays(schedule, step):
         (Schedule(), "every step"),
         (Schedule(interval=3), "every 3 steps"),
         (Schedule(1000, 3, 2000), "every 3 steps from step 1,000, growing over 2,000 steps"),
+        (Schedule(interval=2, lazy=True), "every 2 steps, times 2"),
         (Schedule(interval=3, lazy=True), "every 3 steps, times 3"),
         (Schedule(lazy=True), "every step"),
     ],

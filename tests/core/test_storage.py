@@ -1,7 +1,7 @@
 """Parameters that are moved by a swap of storage: the same as by a copy, and only where nobody else reads them."""
 
 import functools
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -190,6 +190,31 @@ def test_a_model_that_reads_its_weights_through_a_view_is_perturbed():
     assert_same(gradients(net.net), gradients(plain))
     assert (second - first).norm().item() == pytest.approx(0.3)
     assert torch.equal(net.flat, first)
+
+
+# --- weights too coarse to move
+
+
+@pytest.mark.parametrize(("moved", "share"), [(0, "0.0%"), (2, "40.0%"), (3, None)])
+def test_a_share_of_sixteen_bit_weights_that_stay_is_told(moved, share):
+    """Of those with a direction to go, over all tensors; other dtypes do not count."""
+    direction = [torch.tensor([1.0, 2.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, -1.0]), torch.ones(9)]
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    before = [torch.zeros_like(d, dtype=dtype) for d, dtype in zip(direction, dtypes, strict=True)]
+    after = [torch.zeros_like(b) for b in before[:2]] + [torch.ones(9)]
+    for tensor, index in [(0, 0), (0, 3), (1, 0)][:moved]:
+        after[tensor][index] = 1.0
+    told = pytest.warns(UserWarning, match=rf"^Only {share} of the 16-bit weights move: .*'bf16-mixed'")
+    with nullcontext() if share is None else told:
+        swap._warn_if_unmoved(after, before, direction)
+
+
+def test_it_is_told_once():
+    param, storage = nn.Parameter(torch.ones(4, dtype=torch.bfloat16)), WeightStorage(check_resolution=True)
+    param.grad = torch.ones_like(param)
+    for expected in (pytest.warns(UserWarning, match=r"^Only 0\.0%"), nullcontext()):
+        with expected, Perturbation([param], storage) as perturbation:
+            perturbation.displace(Update("gradient", 0.5), 1e-6)
 
 
 # --- restored, whatever happens

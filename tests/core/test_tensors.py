@@ -39,6 +39,11 @@ def test_sixteen_bits_are_summed_up_in_float32(dtype):
     assert wide(double) is double
 
 
+def test_the_result_is_on_the_first_device():
+    xs = [torch.ones(2, device=device) for device in ("meta", "cpu")]
+    assert inner_product(xs, xs).device.type == "meta"
+
+
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="shorter"):
         inner_product([torch.ones(2), torch.ones(2)], [torch.ones(2)])
@@ -52,6 +57,24 @@ def test_signs_are_independent_and_fair():
     assert set(every.tolist()) == {-1.0, 1.0}
     assert abs(every.mean()) < 0.03
     assert abs((every[1:] * every[:-1]).mean()) < 0.03
+    again = random_signs(like, torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(again, signs, strict=True))
+
+
+@pytest.mark.parametrize("draw", [random_signs, random_unit])
+def test_the_default_dtype_draws_no_other_numbers(draw):
+    (single,) = draw([torch.empty(3)], torch.Generator().manual_seed(0))
+    torch.set_default_dtype(torch.float64)
+    try:
+        (again,) = draw([torch.empty(3, dtype=torch.float32)], torch.Generator().manual_seed(0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again, single)
+
+
+def test_signs_lie_on_the_device_of_what_they_are_like():
+    (signs,) = random_signs([torch.empty(3, device="meta")], torch.Generator())
+    assert signs.device.type == "meta"
 
 
 def test_unit_vectors_have_length_one_and_no_preferred_direction():

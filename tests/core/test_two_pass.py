@@ -26,8 +26,11 @@ from outside import Record
 from torch import nn
 
 from lightning_gr import GRRule, SAMRule, flood, regularized_backward
+from lightning_gr.core.gradients import StashedGradients
 from lightning_gr.core.rules import SCHEMES
 from lightning_gr.core.selection import match_names
+from lightning_gr.core.storage import WeightStorage
+from lightning_gr.core.two_pass import NoLossError, add_second_pass_
 
 
 def regularized(net, batch, rule, *, loss=cross_entropy, **options):
@@ -317,6 +320,51 @@ def test_patterns_match_any_name_of_a_tied_parameter():
     assert names_of(net, []) == set()
     with pytest.raises(ValueError, match=r"'0\.Weight' matches none of 0\.weight, 0\.bias, 1\.weight, 1\.bias;"):
         names_of(net, ["*", "0.Weight"])
+
+
+def test_exact_at_weights_that_are_zero():
+    """As biases are at first."""
+    net, batch, method = mlp(), make_batches()[0], METHODS["exact GR"]
+    for layer in (net[0], net[2]):
+        nn.init.zeros_(layer.bias)
+    expected = method.gradient(reference.loss_of(net, cross_entropy, [batch]), weights(net))
+    assert_near(regularized(net, batch, method.rule), expected)
+
+
+def test_exact_where_losses_use_different_parameters():
+    a, b = (nn.Parameter(torch.tensor([value])) for value in (2.0, 3.0))
+    losses = [lambda: (a**3).sum(), lambda: (b**2).sum()]
+
+    def replay(transform, last=True):
+        for loss in losses:
+            transform(loss()).backward()
+
+    replay(lambda loss: loss)
+    assert add_second_pass_(GRRule(0.1, scheme="exact").update(), [a, b], replay, WeightStorage())
+    assert a.grad.item() == pytest.approx(12 + 0.1 * 12 * 12)
+    assert b.grad.item() == pytest.approx(6 + 0.1 * 2 * 6)
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_second_pass_without_a_loss_leaves_the_clean_gradient(missing):
+    """Of this pass and of earlier ones, at whichever probe the loss is missing."""
+    params, stashed, calls = [nn.Parameter(torch.tensor([value])) for value in (2.0, 3.0)], StashedGradients(), []
+
+    def replay(transform, last):
+        calls.append(last)
+        if len(calls) == missing:
+            raise NoLossError
+        transform(sum((param**2).sum() for param in params)).backward()
+
+    for param in params:
+        param.grad = torch.tensor([5.0])
+    stashed.stash(params)
+    sum((param**2).sum() for param in params).backward()
+    update = GRRule(0.1, 0.1, "central").update()
+    assert not add_second_pass_(update, params, replay, WeightStorage(), stashed=stashed)
+    assert [param.item() for param in params] == [2, 3]
+    assert [param.grad.item() for param in params] == [9, 11]
+    assert calls == [False, True][:missing] + [True]
 
 
 def test_gradients_with_nan_are_left_alone():
