@@ -6,12 +6,14 @@ import subprocess
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 # tiny tensors: threads only get into each other's way
 torch.set_num_threads(1)
 
 settings.register_profile("small", deadline=None, max_examples=25, derandomize=True)
+# for mutmut, which runs the tests two thousand times and wants to know no smallest example
+settings.register_profile("few", settings.get_profile("small"), max_examples=3, phases=[Phase.explicit, Phase.generate])
 settings.load_profile("small")
 
 

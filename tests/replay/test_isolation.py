@@ -296,6 +296,8 @@ KEPT = {False: [], True: []}
 
 
 def test_tensors_in_list_states_are_not_copied():
+    for kept in KEPT.values():
+        kept.clear()
     fit(Keeps(), SAM(0.1), max_epochs=2)
     assert len(KEPT[False]) == len(KEPT[True]) == 6
 
