@@ -5,6 +5,7 @@ from contextlib import suppress
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lightning_gr.core.gradients import StashedGradients, hidden_gradients, unchanged_gradients
 
@@ -74,6 +75,17 @@ def test_a_view_of_a_bucket_is_copied():
     assert grads([param]) == [5]
 
 
+def test_a_sparse_gradient_is_stashed_as_it_is():
+    embedding, stashed = nn.Embedding(4, 2, sparse=True), StashedGradients()
+    embedding(torch.tensor([1, 3])).sum().backward()
+    grad = embedding.weight.grad
+    assert grad.is_sparse
+    stashed.stash([embedding.weight])
+    assert embedding.weight.grad is None
+    stashed.restore()
+    assert embedding.weight.grad is grad
+
+
 # --- hidden
 
 
@@ -120,3 +132,15 @@ def test_a_frozen_parameter_is_let_alone():
     with unchanged_gradients([frozen]):
         pass
     assert frozen.grad is None
+
+
+def test_of_a_distributed_parameter_the_old_gradient_is_put_back(mesh):
+    """FSDP2 writes gradients past the hooks of parameters."""
+    spread, plain = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, (Shard(0), Replicate()))), make_params(1)[0]
+    old = spread.grad = torch.ones_like(spread)
+    with suppress(KeyboardInterrupt), unchanged_gradients([spread, plain]):
+        assert spread.grad is None
+        spread.grad = 5 * old
+        raise KeyboardInterrupt
+    assert spread.grad is old
+    assert grads([plain]) == [1]

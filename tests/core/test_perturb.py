@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from modules import assert_near, assert_same
 
-from lightning_gr.core.perturb import Perturbation, direction_factor
+from lightning_gr.core.perturb import Perturbation, direction_factor, is_on_host
 from lightning_gr.core.rules import Update
 from lightning_gr.core.storage import WeightStorage
 from lightning_gr.core.tensors import global_norm, inverse, tensor_norms
@@ -84,6 +84,23 @@ def test_direction_factor():
     assert direction_factor(Update("gradient", 1.0), grads, None) is None
     assert direction_factor(Update("gradient", 1.0), grads, scale) == 1 / 8
     assert direction_factor(Update("normalized", 1.0), grads, scale) == 1 / 5
+    third = direction_factor(Update("gradient", 1.0), [grads[0].double()], torch.tensor(3.0))
+    assert third.dtype is torch.float64
+    assert third == 1 / 3
+
+
+def test_a_known_norm_is_not_taken_again():
+    """Except for the adaptive direction, whose norm is another one."""
+    grads, norm = [torch.tensor([3.0, 4.0])], torch.tensor(10.0)
+    assert direction_factor(Update("normalized", 1.0), grads, None, norm) == 1 / 10
+    assert direction_factor(Update("adaptive", 0.0), grads, None, norm) == 1 / 5
+
+
+def test_only_wide_numbers_on_the_host_are_looked_at():
+    wide = [torch.ones(1), torch.ones(1, dtype=torch.float64)]
+    assert is_on_host(wide)
+    for other in (torch.ones(1, device="meta"), torch.ones(1).half(), torch.ones(1).bfloat16()):
+        assert not is_on_host([*wide, other])
 
 
 def expected_direction(kind, theta, grads, eta):
@@ -153,9 +170,10 @@ def test_restores_bit_for_bit_after_an_exception(kind, dtype):
 def test_zero_gradients_move_nothing(kind, dtype):
     params = make_params([(3,), (2, 2)], dtype, scale=0.0)
     before = named(params)
-    with Perturbation(params, WeightStorage()) as perturbation:
-        perturbation.displace(Update(kind, 0.0), 10.0)
-        assert all(torch.equal(p, before[n]) for n, p in zip(before, params, strict=True))
+    for distance in (10.0, -10.0):
+        with Perturbation(params, WeightStorage()) as perturbation:
+            perturbation.displace(Update(kind, 0.0), distance)
+            assert all(torch.equal(p, before[n]) for n, p in zip(before, params, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["gradient", "normalized"])

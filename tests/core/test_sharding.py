@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from lightning_gr.core.sharding import (
@@ -16,14 +15,6 @@ from lightning_gr.core.sharding import (
     settle_gradients,
     sum_over_ranks,
 )
-
-
-@pytest.fixture
-def mesh():
-    """Of one rank, which needs no other process and no port."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
-    dist.destroy_process_group()
 
 
 @pytest.fixture

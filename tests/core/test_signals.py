@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import faults
 import pytest
@@ -75,6 +76,30 @@ def test_a_handler_installed_meanwhile_stays(handled):
     with deferred_signals():
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+
+
+def test_one_in_another_changes_nothing(handled):
+    seen, enter = handled
+    with deferred_signals():
+        enter(True)
+        with deferred_signals():
+            signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR2)
+        assert seen == []
+        enter(False)
+    assert seen == [(signal.SIGUSR1, False), (signal.SIGUSR2, False)]
+
+
+def test_another_thread_leaves_handlers_alone(handled):
+    """Only the main thread may set them."""
+
+    def run():
+        with deferred_signals():
+            return [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
+
+    before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(run).result() == before
 
 
 @pytest.mark.usefixtures("_ctrl_c")

@@ -139,14 +139,25 @@ def expanded():
     return nn.Parameter(torch.randn(256, 1).expand(LARGE)), None
 
 
-UNSAFE = [flat_view, data_alias, view_of_it, array, tied_data, shared_memory, small, half, subclass, expanded]
+def elsewhere():
+    return nn.Parameter(torch.empty(LARGE, device="meta")), None
+
+
+def complex_numbers():
+    return make_param(dtype=torch.complex64), None
+
+
+UNSAFE = [
+    flat_view, data_alias, view_of_it, array, tied_data, shared_memory, small, half, subclass, expanded, elsewhere,
+    complex_numbers,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("make", UNSAFE, ids=lambda make: make.__name__)
 def test_what_others_may_read_is_not_swapped(make):
     param, other = make()
     if param.grad is None:
-        param.grad = torch.randn(param.shape)
+        param.grad = torch.randn(param.shape, device=param.device)
     assert not swap.can_swap(param)
     del other
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gr.core.tensors import inner_product, random_signs, random_unit, wide
+from lightning_gr.core.tensors import inner_product, random_signs, random_unit, scale_, wide
 
 SHAPES = st.lists(st.sampled_from([(), (1,), (3,), (2, 3), (0,)]), min_size=1, max_size=4)
 
@@ -88,3 +88,12 @@ def test_unit_vectors_have_length_one_and_no_preferred_direction():
     torch.testing.assert_close(every.T @ every / 2000, torch.eye(10, dtype=torch.float64) / 10, rtol=0, atol=0.02)
     again = random_unit(like, torch.Generator().manual_seed(0))
     assert all(torch.equal(a, b) for a, b in zip(again, drawn[0], strict=True))
+
+
+@pytest.mark.parametrize("factor", [0.1, torch.tensor(0.1, dtype=torch.float64)])
+def test_scaling_is_in_place_in_full_precision_and_on_each_device(factor):
+    tensors = [torch.ones(2, dtype=torch.float64), torch.ones(2, device="meta"), torch.ones(3), torch.empty(0)]
+    tensor = tensors[0]
+    scale_(tensors, factor)
+    assert torch.equal(tensor, torch.full((2,), 0.1, dtype=torch.float64))
+    assert torch.equal(tensors[2], torch.full((3,), 0.1))

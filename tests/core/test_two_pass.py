@@ -27,7 +27,7 @@ from torch import nn
 
 from lightning_gr import GRRule, SAMRule, flood, regularized_backward
 from lightning_gr.core.gradients import StashedGradients
-from lightning_gr.core.rules import SCHEMES
+from lightning_gr.core.rules import SCHEMES, Probe, Update
 from lightning_gr.core.selection import match_names
 from lightning_gr.core.storage import WeightStorage
 from lightning_gr.core.two_pass import NoLossError, add_second_pass_
@@ -364,7 +364,88 @@ def test_a_second_pass_without_a_loss_leaves_the_clean_gradient(missing):
     assert not add_second_pass_(update, params, replay, WeightStorage(), stashed=stashed)
     assert [param.item() for param in params] == [2, 3]
     assert [param.grad.item() for param in params] == [9, 11]
-    assert calls == [False, True][:missing] + [True]
+    assert calls == [*[False, True][:missing], True]
+
+
+def square(param):
+    """A replay of the loss Σ p², and for each time whether it was the last."""
+    calls = []
+
+    def replay(transform, last=True):
+        calls.append(last)
+        transform((param**2).sum()).backward()
+
+    return replay, calls
+
+
+def test_a_probe_without_weight_is_left_out():
+    param = nn.Parameter(torch.tensor([2.0]))
+    param.grad = torch.tensor([4.0])
+    replay, calls = square(param)
+    update = Update("gradient", 1.0, (Probe(0.5, 0.0), Probe(0.25, 2.0), Probe(1.0, 0.0)))
+    assert add_second_pass_(update, [param], replay, WeightStorage())
+    assert param.grad.item() == 4 + 2 * (2 * (2 + 0.25 * 4))
+    assert calls == [True]
+
+
+@pytest.mark.parametrize("decides", [True, False])
+def test_a_gradient_that_is_not_finite_is_left_alone_where_this_process_may_decide(decides):
+    param, stashed = nn.Parameter(torch.tensor([2.0])), StashedGradients()
+    param.grad = torch.tensor([3.0])
+    stashed.stash([param])
+    param.grad = torch.tensor([torch.inf])
+    replay, calls = square(param)
+    update = SAMRule(0.1).update()
+    done = add_second_pass_(update, [param], replay, WeightStorage(), stashed=stashed, check_finite=decides)
+    assert done is not decides
+    assert calls == ([] if decides else [True])
+    assert not stashed
+    assert param.item() == 2.0
+
+
+def test_parameters_without_a_gradient_get_back_what_was_stashed():
+    used, unused, excluded = params = [nn.Parameter(torch.tensor([2.0])) for _ in range(3)]
+    stashed = StashedGradients()
+    for param in params:
+        param.grad = torch.tensor([1.0])
+    stashed.stash(params)
+    options = {"stashed": stashed, "excluded": [excluded]}
+    replay, _ = square(used)
+    used.grad = torch.tensor([4.0])
+    assert add_second_pass_(GRRule(0.1, 0.1).update(), [used, unused], replay, WeightStorage(), **options)
+    assert unused.grad.item() == excluded.grad.item() == 1
+    assert used.grad.item() == pytest.approx(1 + 2 * (2 + 0.1 * 4))
+    stashed.stash(params)
+    assert not add_second_pass_(GRRule(0.1, 0.1).update(), [used, unused], replay, WeightStorage(), **options)
+    assert unused.grad.item() == excluded.grad.item() == 1
+
+
+def test_an_observer_sees_both_gradients():
+    seen, (param, bare) = Record(), (nn.Parameter(torch.tensor([3.0, 4.0])), nn.Parameter(torch.ones(1)))
+    scale, update = torch.tensor(2.0), GRRule(0.1, 0.1).update()
+    param.grad = torch.tensor([6.0, 8.0])
+
+    class Observer:
+        def first(self, *args):
+            seen.append((*args, param.grad.tolist()))
+
+        def second(self, params):
+            seen.append((params, param.grad.tolist(), param.tolist()))
+
+    replay, _ = square(param)
+    for check_finite in (True, False):
+        seen.clear()
+        param.grad = torch.tensor([6.0, 8.0])
+        storage, options = WeightStorage(), {"check_finite": check_finite, "loss_scale": scale}
+        assert add_second_pass_(update, [param, bare], replay, storage, observer=Observer(), **options)
+        (row, first, norm, seen_scale, before), (second, after, values) = seen
+        assert row is update
+        assert seen_scale is scale
+        assert first == second == [param]
+        assert norm == 10
+        assert before == [6, 8]
+        assert after == param.grad.tolist() != before
+        assert values == [3, 4]
 
 
 def test_gradients_with_nan_are_left_alone():

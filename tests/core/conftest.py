@@ -1,0 +1,13 @@
+"""What tests of the core share."""
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+
+@pytest.fixture
+def mesh():
+    """Of one rank, which needs no other process and no port."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+    dist.destroy_process_group()
