@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_gr.replay.contents import TensorPlace, is_lazy, sample
@@ -71,4 +72,6 @@ class Batch(Footprint):
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not is_lazy(tensor) and not tensor.is_sparse and not tensor.is_nested
+    """Whether its entries lie in memory one by one, where they can be read at no cost."""
+    is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+    return is_dense and tensor.device.type == "cpu" and not is_lazy(tensor)

@@ -79,9 +79,15 @@ def test_the_module_is_not_entered_from_here():
     batch.check(LOADER)
 
 
-@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
+@pytest.mark.filterwarnings(
+    "ignore:Sparse .* tensor support is in beta", "ignore:The PyTorch API of nested tensors", "ignore:.*quantize_per"
+)
 def test_what_is_no_plain_tensor_may_be_there():
-    value = [torch.eye(3).to_sparse(), torch.empty(3, device="meta"), np.arange(3), torch.zeros(0), None, "x", 1j]
+    value = [
+        torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), torch.nested.nested_tensor([torch.ones(2)]),
+        torch.quantize_per_tensor(torch.ones(2), 0.5, 0, torch.qint8), torch.empty(3, device="meta"), np.arange(3),
+        torch.zeros(0), None, "x", 1j,
+    ]  # fmt: skip
     batch = Batch(tuple(value), {}, nn.Module())
     batch.note_after_first()
     batch.check(LOADER)

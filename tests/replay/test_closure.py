@@ -1,13 +1,21 @@
 """The functional form: its passes over a closure, what it takes and what it refuses."""
 
+import gc
+import weakref
+from contextlib import contextmanager
+
 import pytest
 import torch
 from modules import METHODS, assert_near, assert_same, cross_entropy, gradients, make_batches, mlp
 from outside import Record
 from torch import nn
 
-from lightning_gr import GRRule, SAMRule, regularized_backward
+from lightning_gr import GRRule, SAMRule, in_second_pass, regularized_backward
 from lightning_gr.core.rules import SCHEMES
+from lightning_gr.core.storage import WeightStorage
+from lightning_gr.replay.closure import ClosurePasses, _memory_of
+from lightning_gr.replay.evaluation import Surroundings
+from lightning_gr.replay.footprint import Footprint
 
 
 def regularized(net, batch, rule, *, loss=cross_entropy, **options):
@@ -102,3 +110,62 @@ def test_errors(loss_fn, params, options, message):
     with pytest.raises(ValueError, match=message) as caught:
         regularized_backward(loss_fn, params, GRRule(), **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_what_is_reduced_over_devices(local):
+    """The first pass unless it is local, and of the replays the last one."""
+    net, batch, unsynced, seen = mlp(), make_batches()[0], Record(), Record()
+
+    @contextmanager
+    def without_sync():
+        unsynced.append(1)
+        yield
+        unsynced.clear()
+
+    def loss_fn():
+        seen.append(len(unsynced))
+        return cross_entropy(net, batch)
+
+    def backward(loss):
+        seen.append(len(unsynced))
+        loss.backward()
+
+    surroundings = Surroundings(Footprint(lambda: {"net": net}), trained=lambda: list(net.parameters()))
+    options = {"backward": backward, "backward_again": backward, "without_sync": without_sync, "local": local}
+    passes = ClosurePasses(loss_fn, surroundings, WeightStorage(), **options)
+    passes.first()
+    passes.replay(lambda loss: loss, last=False)
+    passes.replay(lambda loss: loss)
+    assert seen == [local, local, 1, 1, 0, 0]
+
+
+def test_a_loss_that_is_missing_at_the_moved_weights():
+    net, batch, clean, flags = mlp(), make_batches()[0], mlp(), Record()
+    cross_entropy(clean, batch).backward()
+    clean_weight = clean[0].weight
+
+    def loss_fn():
+        flags.append(in_second_pass())
+        return cross_entropy(net, batch) if torch.equal(net[0].weight, clean_weight) else None
+
+    with pytest.warns(UserWarning, match=r"returned None in a second pass.*`epsilon` or `rho`") as caught:
+        regularized_backward(loss_fn, net, SAMRule(0.1))
+    assert len(caught) == 1
+    assert_same(gradients(net), gradients(clean))
+    assert flags == [False, True, False]  # the last one makes the clean gradient again
+
+
+def test_what_is_learned_of_a_module_is_kept_as_long_as_the_module():
+    net = mlp()
+    params = list(net.parameters())
+    memory = _memory_of(net, params)
+    assert _memory_of(net, params) is memory
+    surroundings, _ = memory
+    assert surroundings.trained() == params
+    assert _memory_of(None, params)[0] is not _memory_of(None, params)[0]
+    gone = weakref.ref(net)
+    del net, params
+    gc.collect()
+    assert gone() is None
+    assert surroundings.trained() == []

@@ -130,6 +130,22 @@ def test_sparse_tensors(layout):
     assert digest_of(getattr(dense, layout)()) == digest_of(tensors[0])
 
 
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
+@pytest.mark.parametrize("layout", ["to_sparse_bsr", "to_sparse_bsc"])
+def test_sparse_blocks(layout):
+    dense = torch.zeros(4, 6)
+    dense[1, 2], dense[3, 0] = 1.0, 2.0
+    tensors = [getattr(value, layout)((2, 2)) for value in (dense, 2 * dense, dense.roll(2, 0), dense.roll(2, 1))]
+    assert len(set(digests(tensors))) == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor.*")
+def test_quantized_tensors():
+    codes = [torch.tensor(values, dtype=torch.float32) for values in ((1, 2, 3), (1, 2, 4))]
+    first, second, again = (torch.quantize_per_tensor(x, 0.5, 0, torch.qint8) for x in (*codes, codes[0]))
+    assert digest_of(first) == digest_of(again) != digest_of(second)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors():
     parts = [torch.arange(3.0), torch.arange(2.0)]

@@ -8,7 +8,10 @@ import copy
 import csv
 import pickle
 import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +25,8 @@ from torchmetrics import CatMetric, MeanMetric, MetricCollection, MinMaxMetric
 from torchmetrics.classification import MulticlassF1Score, MulticlassPrecision, MulticlassRecall
 
 from lightning_gr import SAM, GradientRegularization, in_second_pass
-from lightning_gr.replay.isolation import muted
+from lightning_gr.core.two_pass import NoLossError
+from lightning_gr.replay.isolation import RandomState, flagged, muted, noted_exceptions
 
 
 def standing(params):
@@ -272,6 +276,71 @@ def test_muting_puts_back_what_was_there_whatever_happens():
         raise KeyboardInterrupt
     assert owner.log is print
     assert "log_dict" not in vars(owner)
+
+
+def test_generators_of_accelerators_are_put_back(monkeypatch):
+    """On devices that this machine need not have."""
+    states = {("cuda", 1): "old", ("mps",): "old"}
+
+    def key(device, given):
+        assert given == (() if device.type == "mps" else (device,))  # Apple's functions take no device
+        return (device.type, device.index) if given else (device.type,)
+
+    def module_of(device):
+        return SimpleNamespace(
+            get_rng_state=lambda *given: states[key(device, given)],
+            set_rng_state=lambda state, *given: states.update({key(device, given): state}),
+        )
+
+    monkeypatch.setattr(torch, "get_device_module", module_of)
+    numbers = RandomState([torch.device("cuda:1"), torch.device("mps")])
+    states.update(dict.fromkeys(states, "new"))
+    numbers.restore()
+    assert set(states.values()) == {"old"}
+
+
+def ask_in_a_thread(prepare=int):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(prepare).result()
+        return pool.submit(in_second_pass).result()
+
+
+def evaluate():
+    with flagged(second=False):
+        pass
+
+
+def test_the_flag_is_of_this_thread_and_of_those_that_never_evaluate():
+    """Autograd's own threads run hooks for whoever is in a second pass; another Trainer's thread has its own answer."""
+    assert not ask_in_a_thread()
+    with flagged():
+        assert in_second_pass()
+        assert ask_in_a_thread()
+        assert not ask_in_a_thread(evaluate)
+        with flagged():
+            assert in_second_pass()
+        assert in_second_pass()
+        with flagged(second=False):  # a first pass that runs within a second one
+            assert in_second_pass()
+        assert ask_in_a_thread()
+    assert not in_second_pass()
+    assert not ask_in_a_thread()
+    with suppress(KeyboardInterrupt), flagged():
+        raise KeyboardInterrupt
+    assert not in_second_pass()
+    assert not ask_in_a_thread()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
+def test_an_exception_says_where_it_comes_from():
+    with pytest.raises(ValueError, match="nan") as caught, noted_exceptions():
+        raise ValueError("nan")
+    (note,) = caught.value.__notes__
+    assert "second pass" in note
+    assert "`epsilon` or `rho`" in note
+    with pytest.raises(NoLossError) as caught, noted_exceptions():  # which is handled
+        raise NoLossError
+    assert not hasattr(caught.value, "__notes__")
 
 
 class Keeps(Logs):
