@@ -26,6 +26,7 @@ from torchmetrics.classification import MulticlassF1Score, MulticlassPrecision, 
 
 from lightning_gr import SAM, GradientRegularization, in_second_pass
 from lightning_gr.core.two_pass import NoLossError
+from lightning_gr.replay import isolation
 from lightning_gr.replay.isolation import RandomState, flagged, muted, noted_exceptions
 
 
@@ -310,19 +311,21 @@ def evaluate():
         pass
 
 
-def test_the_flag_is_of_this_thread_and_of_those_that_never_evaluate():
-    """Autograd's own threads run hooks for whoever is in a second pass; another Trainer's thread has its own answer."""
+@pytest.mark.parametrize("python", [True, False])
+def test_the_flag_is_of_this_thread_and_of_those_of_autograd(python, monkeypatch):
+    """Autograd's own threads, which are none of Python's, run hooks for whoever is in a second pass."""
+    monkeypatch.setattr(isolation, "is_python_thread", lambda: python)
     assert not ask_in_a_thread()
     with flagged():
         assert in_second_pass()
-        assert ask_in_a_thread()
+        assert ask_in_a_thread() is not python
         assert not ask_in_a_thread(evaluate)
         with flagged():
             assert in_second_pass()
         assert in_second_pass()
         with flagged(second=False):  # a first pass that runs within a second one
             assert in_second_pass()
-        assert ask_in_a_thread()
+        assert ask_in_a_thread() is not python
     assert not in_second_pass()
     assert not ask_in_a_thread()
     with suppress(KeyboardInterrupt), flagged():
