@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gr._compat import storage_uses
-from lightning_gr.core.sharding import local_parts
+from lightning_gr.core.sharding import is_distributed, local_parts
 from lightning_gr.core.tensors import HALVES
 
 __all__ = ["SMALLEST", "CopyStorage", "Storage", "SwapStorage", "WeightStorage", "can_swap"]
@@ -104,10 +104,18 @@ class CopyStorage:
     def put_back(self) -> None:
         if self._weights:
             torch._foreach_copy_(self._weights, self.copies)
+            _point(self.params, self._weights)
 
     def release(self) -> None:
         """Drop the references to the parameters, since each counts as a user of the parameter's storage."""
         self.params, self._weights, self._scales = [], [], []
+
+
+def _point(params: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """Point those of ``params`` at their memory again that a training step has pointed elsewhere, by ``.data``."""
+    for param, weight in zip(params, weights, strict=True):
+        if param.data_ptr() != weight.data_ptr() and not is_distributed(param):
+            param.data = weight
 
 
 def _warn_if_unmoved(weights: Sequence[Tensor], before: Sequence[Tensor], direction: Sequence[Tensor]) -> None:

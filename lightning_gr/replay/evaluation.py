@@ -13,6 +13,7 @@ from lightning_gr.replay.contents import is_lazy
 from lightning_gr.replay.footprint import Fingerprint, Footprint, Marks, Snapshot, storages_of
 from lightning_gr.replay.hooks import ObservingHooks
 from lightning_gr.replay.isolation import RandomState, flagged, muted, noted_exceptions
+from lightning_gr.replay.weights import WrittenWeights
 
 __all__ = ["Evaluation", "Surroundings"]
 
@@ -44,6 +45,7 @@ class Surroundings:
         self.hooks = ObservingHooks()
         self.learning = False
         self.written_variables: set[str] = set()
+        self.weights = WrittenWeights(footprint, trained)
 
 
 class Evaluation(Generic[Output]):
@@ -80,6 +82,7 @@ class Evaluation(Generic[Output]):
                 self._start.append(self._looked.without(late))
         for each, start in zip(self._footprints, self._start, strict=False):
             each.warn_about_opaque(start)
+        self._written = self.surroundings.weights.note(self._start)
         return output
 
     def _budget(self) -> int:
@@ -100,7 +103,7 @@ class Evaluation(Generic[Output]):
             stack.enter_context(without_hooks(trained))
             with hidden_gradients(trained):
                 self.first()
-        self._looked = None
+        self._looked, self._written = None, []
         self._start = [Snapshot(each.protected) for each in self._footprints]
 
     @contextmanager
@@ -129,6 +132,7 @@ class Evaluation(Generic[Output]):
             stack.enter_context(_without_gradients(self._leaves(trained)))
             for snapshot in self._start:
                 snapshot.restore(storages)
+            stack.enter_context(self.surroundings.weights.started(moved, self._written))
             self._numbers.restore()
             stack.enter_context(self.surroundings.hooks.silenced(trained) if hooks else without_hooks(trained))
             stack.enter_context(muted(self._muted()))

@@ -174,6 +174,10 @@ class Footprint:
             self._moved |= new
             self._sort()
 
+    def written_weights(self) -> set[int] | None:
+        """The ids of displaced parameters that have been seen to be written; None before any was displaced."""
+        return self._known & self._moved if self._moved else None
+
     def owners(self) -> Iterable[object]:
         """What has been looked through, for another footprint that is not to enter it again."""
         return [*self._roots().values(), *(place.owner for place in self.places)]
