@@ -114,7 +114,8 @@ class _Walk:
         if torch.nn.parameter.is_lazy(value):
             self.note(path, "lazy")
             return
-        detached = value.detach()
+        with torch._C.DisableTorchFunctionSubclass():  # of libraries, whose methods may refuse
+            detached = torch.Tensor.detach(value)
         meta = (type(value).__name__, value.dtype, value.layout, value.requires_grad, value.is_nested)
         self.note(path + "!", meta)
         if value.is_nested:

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from real import assert_close, check_library, run
+from real import QUIET, assert_close, check_library, run
 
 from lightning_gr import SAM, Flooding, GradientRegularization
 
@@ -15,13 +15,6 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # theirs, not ours to mend
     pytest.mark.timeout(600),
 ]
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 @pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
