@@ -1,7 +1,7 @@
-"""Cost, accuracy and sharpness of ways to pay less than two passes, on the demonstration's digits.
+"""Cost, accuracy and sharpness of methods that are cheaper than two passes, on the demo's digits.
 
-``python benchmarks/cheaper.py`` takes about five minutes on one core and reports on the test split, with constants that
-were chosen on the validation split, with seeds of its own (``--choose``). ``--read`` shows what an earlier run wrote.
+``python benchmarks/cheaper.py`` takes about five minutes on one core and reports on the test split. The constants were
+selected on the validation split with different seeds (``--choose``). ``--read`` shows the results of an earlier run.
 """
 
 import argparse
@@ -28,7 +28,7 @@ EPOCHS, CHOOSING, REPORTING = 60, (100, 101), (0, 1, 2, 3, 4)
 
 
 class Row(NamedTuple):
-    """One number."""
+    """One measured value of one run."""
 
     way: str
     constants: str
@@ -38,38 +38,38 @@ class Row(NamedTuple):
 
 
 class Sharpness(pl.Callback):
-    """The largest eigenvalue of the Hessian of the training loss, at the end."""
+    """Computes the largest eigenvalue of the training loss's Hessian at the end of training."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Measure."""
+        """Compute the eigenvalue on the full training set."""
         images, labels = Digits.load(self.seed).train
         with torch.enable_grad():
-            found = hessian_eigenvalue(
+            result = hessian_eigenvalue(
                 lambda: torch.nn.functional.cross_entropy(module.net(images), labels), module.net, tolerance=0.01
             )
-        self.value = found.value
+        self.value = result.value
 
 
 class Clock(pl.Callback):
-    """Seconds of the processor in training steps. To be the first of the callbacks."""
+    """Measures the CPU time of training steps, in seconds. Must be the first callback."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def on_train_batch_start(self, *args: Any) -> None:
-        """Start."""
+        """Start the clock before the other callbacks' hooks."""
         self._start = time.process_time()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Stop."""
+        """Add the CPU time of the step."""
         self.seconds += time.process_time() - self._start
 
 
 def choose(show: Callable[..., Iterable[Any]]) -> list[Row]:
-    """The accuracy of each constant on the validation split."""
+    """Measure the accuracy of all candidate constants on the validation split."""
     rows = []
     runs = [(way, constants) for way in GRID for constants in GRID[way]]
     for way, constants in show(runs, "choosing"):
@@ -80,14 +80,14 @@ def choose(show: Callable[..., Iterable[Any]]) -> list[Row]:
 
 
 def report(seeds: Sequence[int], show: Callable[..., Iterable[Any]]) -> list[Row]:
-    """Accuracy on the test split, sharpness, and the time of training against plain training of the same seed."""
+    """Measure test accuracy, sharpness, and training time relative to plain training with the same seed."""
     rows = []
     for seed in show(seeds, "testing"):
         plain = 0.0
         for way, constants in CHOSEN.items():
             clock, sharpness = Clock(), Sharpness(seed)
             records = train(way, [clock, *GRID[way][constants](), sharpness], seed, EPOCHS)
-            plain = plain or clock.seconds  # it is the first
+            plain = plain or clock.seconds  # plain training comes first
             values = {"accuracy": records[-1].accuracy, "sharpness": sharpness.value, "cost": clock.seconds / plain}
             rows += [Row(way, constants, quantity, seed, value) for quantity, value in values.items()]
     return rows
@@ -102,10 +102,8 @@ def _mean(rows: Sequence[Row], way: str, quantity: str, constants: str | None = 
 
 
 def make_table(rows: Sequence[Row]) -> Table:
-    """One row for each way."""
-    table = Table(
-        title=f"digits, 20 % of the labels random, {STEPS} steps, {len({r.seed for r in rows})} seeds", **LOOK
-    )
+    """Build a table with one row per method."""
+    table = Table(title=f"digits, 20% of the labels random, {STEPS} steps, {len({r.seed for r in rows})} seeds", **LOOK)
     for name in ("", "constants"):
         table.add_column(name)
     for name in ("cost", "accuracy", "sharpness"):
@@ -123,7 +121,7 @@ def make_table(rows: Sequence[Row]) -> Table:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """What an earlier run wrote."""
+    """Read the results of an earlier run."""
     with path.open(newline="", encoding="utf-8") as file:
         return [
             Row(r["way"], r["constants"], r["quantity"], int(r["seed"]), float(r["value"]))
@@ -132,12 +130,12 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def main() -> None:
-    """Choose, measure or read, and show."""
+    """Parse the command line, then measure or read the values and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--choose", action="store_true", help="print validation accuracies of all constants instead")
+    parser.add_argument("--choose", action="store_true", help="print the validation accuracy of all constants instead")
     parser.add_argument("--seeds", type=int, nargs="+", default=REPORTING, help="default: 0 1 2 3 4")
-    parser.add_argument("--csv", type=Path, help="write all numbers to this file")
-    parser.add_argument("--read", type=Path, nargs="+", help="show the numbers of such files; measure nothing")
+    parser.add_argument("--csv", type=Path, help="write all values to this file")
+    parser.add_argument("--read", type=Path, nargs="+", help="show the values in such files instead of measuring")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.choose:

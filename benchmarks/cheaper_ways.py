@@ -1,6 +1,6 @@
-"""Ways to pay less than two passes: those that the package has, and prototypes of those that it leaves out.
+"""Methods cheaper than two passes: those in the package, and prototypes of those that are not.
 
-The prototypes are for one device, float32, SGD with momentum and no accumulation.
+The prototypes only support one device, float32, SGD with momentum and no accumulation.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from lightning_gr.core.tensors import global_norm
 
 __all__ = ["CHOSEN", "GRID", "STEPS"]
 
-STEPS, EVERY = 480, 5  # 60 epochs of 8 steps; one step in five has a second pass, at 1.2 passes in the mean
+STEPS, EVERY = 480, 5  # 60 epochs of 8 steps; a second pass in every fifth step averages 1.2 passes
 LATE = STEPS - STEPS // EVERY
 
 
@@ -29,7 +29,7 @@ def _grads(module: pl.LightningModule) -> list[Tensor]:
 
 
 class Ascending(pl.Callback):
-    """Lets Lightning's own pass, the only one on the whole batch, run at θ + ρ d/‖d‖."""
+    """Runs Lightning's own pass, the only one on the full batch, at θ + ρ d/‖d‖."""
 
     def __init__(self, rho: float) -> None:
         self.rho = rho
@@ -53,7 +53,7 @@ class Ascending(pl.Callback):
 
 
 class Momentum(Ascending):
-    """A single pass at θ + ρ v/‖v‖, v the optimizer's momentum: where the last steps came from, or ahead if ρ < 0."""
+    """A single pass at θ + ρ v/‖v‖, where v is the momentum: toward the previous weights, or ahead if ρ < 0."""
 
     def direction(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> list[Tensor]:
         state = trainer.optimizers[0].state
@@ -61,7 +61,7 @@ class Momentum(Ascending):
 
 
 class PartAscends(Ascending):
-    """d is the gradient of the first fifth of the batch."""
+    """Ascends along the gradient of the first fifth of the batch."""
 
     def direction(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> list[Tensor]:
         loss = module.training_step([part[: -(-len(part) // EVERY)] for part in batch])
@@ -69,14 +69,14 @@ class PartAscends(Ascending):
 
 
 class PartDescends(SAM):
-    """The second pass sees the first fifth of the batch only."""
+    """Runs the second pass on the first fifth of the batch."""
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, module, batch, batch_idx)
-        own = module.training_step
+        original = module.training_step
 
         def on_part(batch: Any) -> Tensor:
-            return own(batch if self._first else [part[: -(-len(part) // EVERY)] for part in batch])
+            return original(batch if self._first else [part[: -(-len(part) // EVERY)] for part in batch])
 
         self._first = True
         module.training_step = on_part
@@ -92,7 +92,7 @@ class PartDescends(SAM):
 
 @contextmanager
 def _difference(module: pl.LightningModule) -> Iterator[list[Tensor]]:
-    """What the body adds to the gradients."""
+    """Record what the body adds to the gradients."""
     first = [g.clone() for g in _grads(module)]
     added: list[Tensor] = []
     yield added
@@ -100,7 +100,7 @@ def _difference(module: pl.LightningModule) -> Iterator[list[Tensor]]:
 
 
 class Reuses(GradientRegularization):
-    """Adds the last penalty's gradient γ(∇L(θ + εg) − g)/ε again on the steps between."""
+    """Reuses the last penalty gradient γ(∇L(θ + εg) − g)/ε on the steps in between."""
 
     _added: list[Tensor]
 
@@ -112,8 +112,8 @@ class Reuses(GradientRegularization):
             torch._foreach_add_(_grads(module), self._added)
 
 
-class Looks(SAM):
-    """LookSAM (Liu et al. 2022): adds the part of SAM's last gradient across the plain one, α‖g‖ long."""
+class LookSAM(SAM):
+    """LookSAM (Liu et al. 2022): adds the part of SAM's last gradient orthogonal to the plain one, with norm α‖g‖."""
 
     alpha = 0.7
 
@@ -122,15 +122,15 @@ class Looks(SAM):
             plain = [g.clone() for g in _grads(module)]
             super().on_after_backward(trainer, module)
             square = sum((g * g).sum() for g in plain)
-            share = float(sum((a * b).sum() for a, b in zip(_grads(module), plain, strict=True)) / square)
-            self._across = [a - share * b for a, b in zip(_grads(module), plain, strict=True)]
+            along = float(sum((a * b).sum() for a, b in zip(_grads(module), plain, strict=True)) / square)
+            self._orthogonal = [a - along * b for a, b in zip(_grads(module), plain, strict=True)]
         else:
-            length = self.alpha * float(global_norm(_grads(module)) / (global_norm(self._across) + 1e-12))
-            torch._foreach_add_(_grads(module), self._across, alpha=length)
+            length = self.alpha * float(global_norm(_grads(module)) / (global_norm(self._orthogonal) + 1e-12))
+            torch._foreach_add_(_grads(module), self._orthogonal, alpha=length)
 
 
 Callbacks = Callable[[], list[pl.Callback]]
-# those of the first four are the demonstration's, chosen in the same way from a wider grid
+# the first four use the demo's constants, which were selected in the same way from a larger grid
 PAIRS = [(1.0, 0.5), (1.0, 1.0)]
 RADII = (0.5, 1.0)
 
@@ -156,13 +156,13 @@ GRID: dict[str, dict[str, Callbacks]] = {
     "SAM, 1 step in 5": _sam((1.0, 2.0, 4.0), interval=EVERY),
     "F-GR, last fifth": _gr([*PAIRS, (2.0, 1.0), (5.0, 2.0)], start_step=LATE),
     "F-GR, reused": _gr(PAIRS, Reuses, interval=EVERY),
-    "LookSAM": _sam(kind=Looks, interval=EVERY),
+    "LookSAM": _sam(kind=LookSAM, interval=EVERY),
     "point back along momentum": _sam((0.1, 0.3), Momentum),
     "point ahead along momentum": _sam((-0.5, -1.0, -2.0), Momentum),
     "SAM, 1/5 of batch ascends": _sam(kind=PartAscends),
     "SAM, 1/5 of batch descends": _sam(kind=PartDescends),
 }
-# of the grid, by the accuracy on the validation split (``cheaper.py --choose``)
+# selected from the grid by validation accuracy (``cheaper.py --choose``)
 CHOSEN = {
     "plain": "",
     "flooding": "b=0.8",

@@ -1,6 +1,6 @@
-"""What an optimizer step sends, counted on two CPU ranks; and when sending it dominates, calculated.
+"""The communication of an optimizer step, counted on two CPU ranks, and when it dominates, calculated.
 
-``python benchmarks/communication.py`` counts, ``--calculate`` calculates. ``docs/scaling.md`` explains both.
+``python benchmarks/communication.py`` counts; ``--calculate`` calculates. ``docs/scaling.md`` explains both.
 """
 
 import argparse
@@ -23,7 +23,7 @@ HEADINGS = {
 
 
 def tables(sent: list[Sent]) -> list[Table]:
-    """DDP, and FSDP2."""
+    """Build one table for DDP and one for FSDP2."""
     made = []
     for name, bulk in BULK.items():
         chosen = {(s.case, s.kind): s for s in sent if CASES[s.case].sharded == (name == "FSDP2")}
@@ -43,12 +43,12 @@ def tables(sent: list[Sent]) -> list[Table]:
 def _cells(sent: Sent | None, relative: bool) -> tuple[str, str]:
     if sent is None:
         return "–", "–"
-    much = f"{sent.bytes_per_parameter:.1f}" if relative else f"{sent.bytes:,.0f}"
-    return f"{sent.number - sent.in_second_pass:g} + {sent.in_second_pass:g}", much
+    size = f"{sent.bytes_per_parameter:.1f}" if relative else f"{sent.bytes:,.0f}"
+    return f"{sent.number - sent.in_second_pass:g} + {sent.in_second_pass:g}", size
 
 
 def show(made: list[Table]) -> None:
-    """Print tables, with a line between them."""
+    """Print tables, separated by blank lines."""
     console = Console()
     for table in made:
         console.print(table)
@@ -56,12 +56,12 @@ def show(made: list[Table]) -> None:
 
 
 def main() -> None:
-    """Count or calculate."""
+    """Parse the command line, then count or calculate, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps to count, default: 3")
-    parser.add_argument("--csv", type=Path, help="write what was counted to this file")
-    parser.add_argument("--limit", type=float, default=300, help="seconds after which to give up, default: 300")
-    parser.add_argument("--calculate", action="store_true", help="calculate step times instead; nothing is run")
+    parser.add_argument("--csv", type=Path, help="write the counts to this file")
+    parser.add_argument("--limit", type=float, default=300, help="timeout in seconds, default: 300")
+    parser.add_argument("--calculate", action="store_true", help="calculate step times without running anything")
     args = parser.parse_args()
     if args.calculate:
         return show(step_time.tables())

@@ -1,4 +1,4 @@
-"""What one optimizer step sends, counted on two CPU ranks with gloo."""
+"""Counts the collectives of one optimizer step, on two CPU ranks with gloo."""
 # ruff: noqa: RUF012
 
 import logging
@@ -32,11 +32,11 @@ CENTRAL = {"scheme": "central"}
 
 
 class Case(NamedTuple):
-    """One training."""
+    """The settings of one training run."""
 
     method: type[pl.Callback] | None = None
     options: dict[str, Any] = {}
-    batches: int = 1  # accumulated in a step
+    batches: int = 1  # per step, accumulated
     compressed: bool = False
     sharded: bool = False
 
@@ -89,9 +89,9 @@ class Sent(NamedTuple):
 
 
 class Collectives(TorchDispatchMode):
-    """Sees every collective that this thread calls, those of DDP's C++ reducer included.
+    """Sees every collective that this thread calls, including those of DDP's C++ reducer.
 
-    On the CPU, the backward pass runs in this thread, too.
+    On the CPU, the backward pass also runs in this thread.
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.counting and func.namespace in ("c10d", "_c10d_functional"):
-            # the largest argument: all of what is gathered or scattered, not one rank's part of it
+            # the largest argument is the full tensor that is gathered or scattered, not one rank's shard
             nbytes, numel = max(map(_size, args))
             kind = KINDS.get(func._opname, func._opname)
             self.calls.append(("scalar" if kind == "all-reduce" and numel == 1 else kind, in_second_pass(), nbytes))
@@ -109,14 +109,14 @@ class Collectives(TorchDispatchMode):
 
 
 def _size(value: Any) -> tuple[int, int]:
-    """Bytes and elements of the tensors in an argument."""
+    """The bytes and elements of the tensors in an argument."""
     items = value if isinstance(value, (list, tuple)) else [value]
     tensors = [item for item in items if isinstance(item, Tensor)]
     return sum(t.nbytes for t in tensors), sum(t.numel() for t in tensors)
 
 
 class Net(pl.LightningModule):
-    """An MLP of several buckets, with buffers. Lets whole steps be counted, from one start of a step to another."""
+    """An MLP with buffers whose gradients fill several buckets. It starts and stops counting at step boundaries."""
 
     def __init__(self, case: Case, steps: int, mode: Collectives) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Net(pl.LightningModule):
         return DataLoader(torch.randn(BATCH * batches, WIDTH), batch_size=BATCH)
 
     def on_train_start(self) -> None:
-        if self.case.compressed:  # not by Lightning's `ddp_comm_hook`, which it leaves aside on the CPU
+        if self.case.compressed:  # Lightning ignores its own `ddp_comm_hook` on the CPU
             self.trainer.model.register_comm_hook(None, halved)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -148,12 +148,12 @@ class Net(pl.LightningModule):
 
 
 def halved(state: Any, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
-    """bf16_compress_hook, which DDP, seeing its name, would refuse to run on gloo."""
+    """Wrap bf16_compress_hook, which DDP recognizes by name and does not allow with gloo."""
     return bf16_compress_hook(state, bucket)
 
 
 def measure(name: str, steps: int) -> list[Sent]:
-    """Train on this rank, and say what one step sends."""
+    """Train on this rank and return the collectives of one step."""
     torch.manual_seed(0)
     case = CASES[name]
     module = Net(case, steps, mode := Collectives())
@@ -177,18 +177,18 @@ def measure(name: str, steps: int) -> list[Sent]:
 
 
 def work(rank: int, port: int, steps: int, results: Any) -> None:
-    """One rank: all cases."""
-    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": 0, "LOCAL_RANK": rank}
-    os.environ.update({name: str(value) for name, value in here.items()})
+    """Run all cases on one rank."""
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": 0, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in variables.items()})
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")  # of too few dataloader workers and the like
+    warnings.simplefilter("ignore")  # about few dataloader workers, for example
     results.put([tuple(sent) for name in CASES for sent in measure(name, steps)])
     torch.distributed.destroy_process_group()
 
 
 def start(steps: int, limit: float) -> list[list[Sent]]:
-    """Run all cases on two ranks; returns what each one counted."""
+    """Run all cases on two ranks and return the counts of each rank."""
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     with socket.socket() as sock:
@@ -197,7 +197,7 @@ def start(steps: int, limit: float) -> list[list[Sent]]:
     ranks = torch.multiprocessing.spawn(work, args=(port, steps, results), nprocs=RANKS, join=False, daemon=True)
     end = time.monotonic() + limit
     try:
-        while not ranks.join(timeout=1):  # which raises what a rank raises
+        while not ranks.join(timeout=1):  # re-raises errors of the ranks
             if time.monotonic() > end:
                 raise TimeoutError(f"not finished after {limit} s")
     finally:

@@ -1,4 +1,4 @@
-"""How the cost of a step grows with parameters, tensors, batch size and world size.
+"""The growth of a step's cost with parameters, tensors, batch size and world size.
 
 ``python benchmarks/growth.py`` takes about ten minutes on two cores. ``docs/performance.md`` explains the table.
 """
@@ -27,7 +27,7 @@ CHOSEN = ("plain", "F-GR", "SAM")
 
 
 class Row(NamedTuple):
-    """Seconds of the processor for a step, the median of a round."""
+    """The median CPU time of a step in one round, in seconds."""
 
     axis: str
     size: int
@@ -44,7 +44,7 @@ def _deep(tensors: int) -> Workload:
     return Workload(lambda: Deep(tensors), lambda: (torch.randn(16, 8), torch.randint(8, (16,))))
 
 
-# parameters: six square layers, a batch of 2; tensors: of 36 numbers in the mean; batch: 0.4 M parameters
+# parameters: six square layers, batch 2; tensors: 36 elements on average; batch: 0.4 M parameters
 AXES: dict[str, dict[int, Workload]] = {
     "parameters": {6 * w * (w + 1): _mlp(w, 2) for w in (128, 408, 1290, 4082)},
     "tensors": {n: _deep(n) for n in (10, 100, 1000, 5000)},
@@ -53,7 +53,7 @@ AXES: dict[str, dict[int, Workload]] = {
 
 
 def measure(axis: str, size: int, rounds: int) -> list[Row]:
-    """One model, the ways in turn."""
+    """Measure one model with all methods, alternating between them."""
     steps = 2 if size >= 10**6 else 6
     times = time_steps(AXES[axis][size], CHOSEN, rounds, steps, warm_up=1)
     return [
@@ -64,7 +64,7 @@ def measure(axis: str, size: int, rounds: int) -> list[Row]:
 
 
 def measure_ranks(rounds: int) -> list[Row]:
-    """DDP on one rank and on two, both in processes of their own, by the first rank's processor time."""
+    """Measure DDP on one and two ranks in new processes, using the CPU time of the first rank."""
     rows = []
     for ranks in (1, 2):
         results = torch.multiprocessing.get_context("spawn").SimpleQueue()
@@ -77,8 +77,8 @@ def measure_ranks(rounds: int) -> list[Row]:
 
 
 def _work(rank: int, ranks: int, port: int, rounds: int, results: Any) -> None:
-    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": 0, "LOCAL_RANK": rank}
-    os.environ.update({name: str(value) for name, value in here.items()})
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": 0, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in variables.items()})
     work = _mlp(512, 128)
     with quiet():
         rows = [(way, number, _ddp_step(work, way, ranks)) for number in range(rounds) for way in CHOSEN]
@@ -97,9 +97,9 @@ def _ddp_step(work: Workload, way: str, ranks: int) -> float:
 
 
 def make_table(rows: Sequence[Row]) -> Table:
-    """Ratios, and what a method adds to two plain steps, for each parameter or tensor."""
-    table = Table(title="A step, by size: processor time", **LOOK)
-    for name in ("", "size", "plain, ms", "F-GR", "SAM", "F-GR beyond\n2 plain, ms"):
+    """Build a table of ratios to plain training, and of the difference between F-GR and two plain steps."""
+    table = Table(title="Step time by size (CPU time)", **LOOK)
+    for name in ("", "size", "plain, ms", "F-GR", "SAM", "F-GR minus\n2 plain, ms"):
         table.add_column(name, justify="left" if not name else "right")
     for axis in dict.fromkeys(row.axis for row in rows):
         for size in dict.fromkeys(row.size for row in rows if row.axis == axis):
@@ -118,11 +118,11 @@ def _cells(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Measure, or read, and show."""
+    """Parse the command line, then measure or read the values and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="how often each way has its turn, default: 3")
-    parser.add_argument("--csv", type=Path, help="write all numbers to this file")
-    parser.add_argument("--read", type=Path, help="show the numbers of such a file; measure nothing")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds per method, default: 3")
+    parser.add_argument("--csv", type=Path, help="write all values to this file")
+    parser.add_argument("--read", type=Path, help="show the values in such a file instead of measuring")
     args = parser.parse_args()
     if args.read:
         with args.read.open(newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Time, memory and operators of a training step, of several ways to train in turn."""
+"""Measures the time, memory and operators of training steps for several training methods."""
 
 import gc
 import logging
@@ -25,7 +25,7 @@ SYNCS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """One thread; nothing of what Lightning says about devices and loaders."""
+    """Use one thread and silence Lightning's messages and all warnings."""
     threads = torch.get_num_threads()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -39,14 +39,14 @@ def quiet() -> Iterator[None]:
 
 
 def make_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    """One epoch on the CPU, without logger, checkpoints and bars."""
+    """Create a Trainer for one epoch on the CPU, without logger, checkpoints and progress bar."""
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, **dict.fromkeys(off, False), **options}
     return pl.Trainer(callbacks=list(callbacks), **options)
 
 
 class Same:
-    """A loader that gives the same batch again and again. Lightning takes a list for several loaders."""
+    """A loader that repeats one batch; Lightning would treat a list as several loaders."""
 
     def __init__(self, batch: Any, count: int) -> None:
         self.batch, self.count = batch, count
@@ -59,26 +59,26 @@ class Same:
 
 
 class Timing(NamedTuple):
-    """Seconds of a step, by the clock and of the processor."""
+    """The wall-clock and CPU time of a step, in seconds."""
 
     wall: float
     cpu: float
 
 
 class Clock(pl.Callback):
-    """Takes the time from the start of a step to that of the next one, so that nothing is left out."""
+    """Measures from the start of one step to the start of the next, so that nothing is missed."""
 
     def __init__(self, warm_up: int) -> None:
         self.warm_up = warm_up
         self.starts: list[tuple[float, float]] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
-        """Look at the clocks."""
+        """Record the start of the step."""
         self.starts.append((time.perf_counter(), time.process_time()))
 
     @property
     def steps(self) -> list[Timing]:
-        """All but those of the warm-up."""
+        """The durations of all steps after the warm-up."""
         starts = self.starts[self.warm_up :]
         return [Timing(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(starts)]
 
@@ -86,7 +86,7 @@ class Clock(pl.Callback):
 def time_steps(
     workload: Workload, ways: Sequence[str], rounds: int, steps: int, warm_up: int = 2
 ) -> dict[str, list[list[Timing]]]:
-    """For each way the steps of each round. In each round every way trains in turn."""
+    """Time the steps of each method in each round. Every round runs all methods."""
     torch.manual_seed(0)
     modules = {way: WAYS[way].module(workload.model()) for way in ways}
     batches = Same(workload.batch(), warm_up + steps + 1)
@@ -97,15 +97,15 @@ def time_steps(
             make_trainer(clock, *WAYS[way].callbacks()).fit(module, batches)
             times[way].append(clock.steps)
             module.zero_grad()
-            module.trainer = None  # which holds the optimizer's state and the callbacks' copies
+            module.trainer = None  # frees the optimizer's state and the callbacks' copies
             gc.collect()
     return times
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators, the bytes that they read and write, and those for which an accelerator would have to be waited.
+    """Counts operators, the bytes that they read and write, and those that would wait for an accelerator.
 
-    On the CPU the backward pass runs in this thread, too.
+    On the CPU, the backward pass also runs in this thread.
     """
 
     def __init__(self) -> None:
@@ -124,12 +124,12 @@ class Operators(TorchDispatchMode):
 
 
 def _moved(arguments: Sequence[Any], args: Any, kwargs: Any, copies: bool) -> int:
-    """What is read, once, and what is written in place."""
+    """The bytes that are read, each input once, plus the bytes written in place."""
     total = 0
     for position, argument in enumerate(arguments):
         value = args[position] if position < len(args) else kwargs.get(argument.name)
         written = argument.alias_info is not None and argument.alias_info.is_write
-        only_written = copies or argument.kwarg_only  # as ``out`` is
+        only_written = copies or argument.kwarg_only  # like ``out``
         total += _nbytes(value) * (1 if only_written or not written else 2)
     return total
 
@@ -140,7 +140,7 @@ def _nbytes(value: Any) -> int:
 
 
 class Counts(NamedTuple):
-    """Of one step: operators, bytes, synchronizations, and the most bytes allocated at once beyond what there was."""
+    """Operators, bytes, synchronizations and peak of additionally allocated bytes of one step."""
 
     operators: int
     bytes: int
@@ -148,13 +148,13 @@ class Counts(NamedTuple):
     peak: int
 
 
-# The step that is counted, from 0. In the first, second, fourth, … second passes are learned from, which costs more.
+# The index of the counted step. Learning evaluations (the first, second, fourth, … second pass) cost more.
 STEADY = 4
 _STEADY_STEP = "steady step"
 
 
 class Counter(pl.Callback):
-    """Counts one step that is neither the first nor the last, from its start to the start of the next one."""
+    """Enters ``mode`` for step ``at``, from its start to the start of the next step."""
 
     def __init__(self, at: int, mode: Any) -> None:
         self.at, self.mode = at, mode
@@ -167,13 +167,13 @@ class Counter(pl.Callback):
 
 
 def count(workload: Workload, way: str) -> Counts:
-    """What one step does, and how much memory it takes above that of the weights and what the optimizer keeps."""
+    """Count one step, with the memory that it needs in addition to the weights and the optimizer's state."""
     torch.manual_seed(0)
     module, batches = WAYS[way].module(workload.model()), Same(workload.batch(), STEADY + 2)
     operators = Operators()
     make_trainer(Counter(STEADY, operators), *WAYS[way].callbacks()).fit(module, batches)
     module.zero_grad()
-    gc.collect()  # what the first Trainer leaves behind must not be freed in the middle
+    gc.collect()  # so that the first Trainer's memory is not freed during the profile
     with _no_chatter(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
         marked = Counter(STEADY, torch.profiler.record_function(_STEADY_STEP))
         make_trainer(marked, *WAYS[way].callbacks()).fit(module, batches)
@@ -182,19 +182,19 @@ def count(workload: Workload, way: str) -> Counts:
 
 @contextmanager
 def _no_chatter() -> Iterator[None]:
-    """Drop what the profiler's C++ code writes to standard error."""
-    kept = os.dup(2)
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    """Discard what the profiler's C++ code writes to standard error."""
+    saved = os.dup(2)
+    with open(os.devnull, "w", encoding="utf-8") as null:
+        os.dup2(null.fileno(), 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _peak(profile: Any) -> int:
-    """The most bytes that were allocated at once in the steady step, counted from where the profile began."""
+    """The peak of allocated bytes in the steady step, relative to the start of the profile."""
     events = profile.profiler.kineto_results.events()
     [step] = [event for event in events if event.name() == _STEADY_STEP]
     end = step.start_ns() + step.duration_ns()
@@ -207,7 +207,7 @@ def _peak(profile: Any) -> int:
 
 
 def count_pass(workload: Workload) -> Counts:
-    """One forward and backward pass by itself, without gradients from before."""
+    """Count a single forward and backward pass without existing gradients."""
     torch.manual_seed(0)
     module, batch = WAYS["plain"].module(workload.model()), workload.batch()
     with Operators() as operators:

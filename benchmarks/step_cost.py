@@ -1,7 +1,7 @@
-"""What a step costs: plain training, ours, SAM of others and double backward, measured in turn in one run.
+"""The cost of a step: plain training, our methods, other SAM implementations and double backward, in one run.
 
-``python benchmarks/step_cost.py`` takes about half an hour on one core, ``--quick`` half a minute, and ``--read`` shows
-what an earlier run wrote. ``docs/performance.md`` explains the tables.
+``python benchmarks/step_cost.py`` takes about half an hour on one core, and ``--quick`` half a minute. ``--read`` shows
+the results of an earlier run. ``docs/performance.md`` explains the tables.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from workloads import WORKLOADS
 
 LOOK = {"box": SIMPLE, "title_justify": "left", "title_style": "bold", "padding": (0, 1), "pad_edge": False}
 NARROW = {**LOOK, "padding": (0, 1, 0, 0)}
-# steps in a round, besides one or two in front that are left out
+# steps per round, in addition to one or two warm-up steps
 STEPS = {"MLP, 32": 12, "MLP, 256": 6, "100 M": 2}
 COUNTED = ("MLP, 32", "1,000 tensors")
 QUICK = ("MLP, 32",)
 
 
 class Row(NamedTuple):
-    """One number."""
+    """One measured value."""
 
     workload: str
     way: str
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 def measure_times(workload: str, ways: Sequence[str], rounds: int, steps: int) -> list[Row]:
-    """The median step of each round, in seconds."""
+    """Measure the median step time of each round, in seconds."""
     times = time_steps(WORKLOADS[workload], ways, rounds, steps, warm_up=1 if steps < 5 else 2)
     rows = []
     for way, of_rounds in times.items():
@@ -50,26 +50,26 @@ def measure_times(workload: str, ways: Sequence[str], rounds: int, steps: int) -
 
 
 def measure_counts(workload: str, ways: Sequence[str]) -> list[Row]:
-    """What each way does beyond plain training and a further forward and backward pass."""
+    """Count what each method does in addition to plain training and its further forward and backward passes."""
     chosen = WORKLOADS[workload]
     size = sum(p.nbytes for p in chosen.model().parameters())
     plain, one_pass = count(chosen, "plain"), count_pass(chosen)
     rows = []
     for way in [name for name in ways if name != "plain"]:
         further = 0 if way == "flooding" else 2 if way == "central" else 1
-        found = count(chosen, way)
+        counts = count(chosen, way)
         values = {
-            "operators": found.operators - plain.operators - further * one_pass.operators,
-            "passes": (found.bytes - plain.bytes - further * one_pass.bytes) / size,
-            "syncs": found.syncs - plain.syncs,
-            "memory": (found.peak - plain.peak) / size,
+            "operators": counts.operators - plain.operators - further * one_pass.operators,
+            "passes": (counts.bytes - plain.bytes - further * one_pass.bytes) / size,
+            "syncs": counts.syncs - plain.syncs,
+            "memory": (counts.peak - plain.peak) / size,
         }
         rows += [Row(workload, way, quantity, 0, value) for quantity, value in values.items()]
     return rows
 
 
 def measure_imports(repeats: int) -> list[Row]:
-    """Seconds of the processor to import Lightning, and Lightning and this package, in processes of their own."""
+    """Measure the CPU time to import Lightning without and with this package, in new processes."""
     rows = []
     for number in range(repeats):
         for what in ("pytorch_lightning", "pytorch_lightning, lightning_gr"):
@@ -80,23 +80,23 @@ def measure_imports(repeats: int) -> list[Row]:
 
 
 def ratios(rows: Iterable[Row], workload: str, way: str, clock: str) -> list[float]:
-    """Of each round: a step against that of plain training in the same round."""
+    """The step time relative to plain training in the same round, for each round."""
     chosen = {(row.way, row.round): row.value for row in rows if (row.workload, row.quantity) == (workload, clock)}
     rounds = sorted(number for name, number in chosen if name == way)
     return [chosen[way, number] / chosen["plain", number] for number in rounds]
 
 
 def time_table(rows: Sequence[Row], clock: str) -> Table:
-    """Ratios to plain training: median over rounds, and half of what lies between the quartiles."""
-    title = {"cpu": "processor time", "wall": "time by the clock"}[clock]
-    table = Table(title=f"A step against one of plain training, {title}", **NARROW)
+    """Build a table of ratios to plain training: the median over rounds and half the interquartile range."""
+    title = {"cpu": "CPU time", "wall": "wall-clock time"}[clock]
+    table = Table(title=f"Step time relative to plain training ({title})", **NARROW)
     table.add_column("", no_wrap=True)
-    found = {row.workload for row in rows if row.quantity == clock}
-    timed = [workload for workload in WORKLOADS if workload in found]
+    measured = {row.workload for row in rows if row.quantity == clock}
+    timed = [workload for workload in WORKLOADS if workload in measured]
     for workload in timed:
         table.add_column(workload.replace(" ", "\n").replace("transformer", "trans-\nformer"), justify="right")
-    found_ways = {row.way for row in rows if row.quantity == clock}
-    for way in [way for way in WAYS if way in found_ways]:
+    measured_ways = {row.way for row in rows if row.quantity == clock}
+    for way in [way for way in WAYS if way in measured_ways]:
         shown = way.replace("optimizer", "opt.")
         table.add_row(shown, *(_ratio(ratios(rows, workload, way, clock)) for workload in timed))
     plain = [[r.value for r in rows if (r.workload, r.way, r.quantity) == (w, "plain", clock)] for w in timed]
@@ -120,32 +120,32 @@ COUNTS = {"operators": "opera-\ntors", "passes": "passes", "syncs": "syncs", "me
 
 
 def count_table(rows: Sequence[Row], workload: str) -> Table:
-    """What is done beyond the passes."""
-    table = Table(title=f"{workload}: beyond plain training and a further pass", **LOOK)
+    """Build a table of the counts of :func:`measure_counts`."""
+    table = Table(title=f"{workload}: beyond plain training and extra passes", **LOOK)
     table.add_column("")
     for heading in COUNTS.values():
         table.add_column(heading, justify="right")
-    found = {(row.way, row.quantity): row.value for row in rows if row.workload == workload}
-    for way in [way for way in WAYS if (way, "passes") in found]:
-        cells = [found[way, quantity] for quantity in COUNTS]
+    values = {(row.way, row.quantity): row.value for row in rows if row.workload == workload}
+    for way in [way for way in WAYS if (way, "passes") in values]:
+        cells = [values[way, quantity] for quantity in COUNTS]
         table.add_row(way, f"{cells[0]:.0f}", f"{cells[1]:.1f}", f"{cells[2]:.0f}", f"{cells[3]:.1f}")
     return table
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """All that there are numbers for."""
+    """Build all tables for which there are values."""
     counted = {row.workload: None for row in rows if row.quantity == "passes"}
     return [*(time_table(rows, clock) for clock in ("cpu", "wall")), *(count_table(rows, name) for name in counted)]
 
 
 def import_line(rows: Sequence[Row]) -> str:
-    """The import time."""
+    """Summarize the import times."""
     seconds: dict[str, list[float]] = {}
     for row in rows:
         if row.quantity == "import":
             seconds.setdefault(row.workload, []).append(row.value)
     without, with_it = (min(values) for values in seconds.values())
-    return f"import pytorch_lightning: {without:.2f} s of the processor; and lightning_gr: {with_it - without:+.2f} s"
+    return f"import pytorch_lightning: {without:.2f} s of CPU time; with lightning_gr: {with_it - without:+.2f} s"
 
 
 def measure(
@@ -163,7 +163,7 @@ def measure(
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """As CSV. Rows of other workloads that the file has are kept."""
+    """Write rows to a CSV file, keeping its rows of other workloads."""
     new = {row.workload for row in rows}
     old = [row for row in read_rows(path) if row.workload not in new] if path.exists() else []
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -171,7 +171,7 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """What :func:`write_rows` wrote."""
+    """Read rows that :func:`write_rows` wrote."""
     with path.open(newline="", encoding="utf-8") as file:
         return [
             Row(r["workload"], r["way"], r["quantity"], int(r["round"]), float(r["value"]))
@@ -180,15 +180,15 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def main() -> None:
-    """Measure, or read, and show."""
+    """Parse the command line, then measure or read the values and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="how often each way has its turn, default: 5")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per method, default: 5")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME")
     others = [way for way in WAYS if way != "plain"]
     parser.add_argument("--ways", nargs="+", choices=others, default=others, metavar="NAME")
-    parser.add_argument("--quick", action="store_true", help="one short round of the smallest model")
-    parser.add_argument("--csv", type=Path, help="write all numbers to this file, after each model")
-    parser.add_argument("--read", type=Path, help="show the numbers of such a file; measure nothing")
+    parser.add_argument("--quick", action="store_true", help="one short round with the smallest model")
+    parser.add_argument("--csv", type=Path, help="write all values to this file after each model")
+    parser.add_argument("--read", type=Path, help="show the values in such a file instead of measuring")
     args = parser.parse_args()
     console = Console()
     workloads = QUICK if args.quick else args.workloads

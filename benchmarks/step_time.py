@@ -1,7 +1,7 @@
-"""When communication dominates a step: plain, synced and local ascent, calculated from stated bandwidths.
+"""Calculates from published bandwidths when communication dominates a step: plain, synced and local ascent.
 
-``python benchmarks/communication.py --calculate`` prints the tables. ``docs/scaling.md`` gives the sources of the
-numbers and what the model leaves out.
+``python benchmarks/communication.py --calculate`` prints the tables. ``docs/scaling.md`` lists the sources and the
+limitations of the model.
 """
 
 import math
@@ -16,26 +16,26 @@ GPU_COUNTS = (8, 64, 1024)
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of several GPUs. Bandwidths in byte/s and in one direction, times in seconds."""
+    """Nodes with several GPUs each. Bandwidths are unidirectional, in byte/s; times are in seconds."""
 
     name: str
-    between: float  # bandwidth of a node to the others
-    inside: float = 450e9  # bandwidth of a GPU to the others of its node: H100, NVLink 4
+    between: float  # bandwidth between nodes, per node
+    inside: float = 450e9  # bandwidth within a node, per GPU: H100, NVLink 4
     gpus_per_node: int = 8
     peak: float = 989e12  # FLOP/s of a GPU: H100, bfloat16, dense
     call: float = 14e-6  # to start an all-reduce
-    hop_inside: float = 1.25e-6  # to pass something on in its tree
+    hop_inside: float = 1.25e-6  # latency of one hop in its tree
     hop_between: float = 8.5e-6
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, and what one GPU does with it in a step."""
+    """A model, and the work of one GPU in a step."""
 
     name: str
     parameters: float
-    sent: int  # bytes for each parameter's gradient
-    flop: float  # for each sample, forward and backward
+    sent: int  # bytes of gradient per parameter
+    flop: float  # per sample, forward and backward
     utilization: float  # of the peak
     samples: int
     unit: str
@@ -51,7 +51,7 @@ BUCKET = 25 * 2**20  # bytes, DDP's default
 
 
 def all_reduce_time(cluster: Cluster, gpus: int, nbytes: float) -> float:
-    """Seconds to average one gradient: a GPU sends 2(n − 1)/n of it, and each bucket goes up and down a tree."""
+    """Seconds to average a gradient: each GPU sends 2(n − 1)/n of it, and each bucket goes up and down a tree."""
     nodes = math.ceil(gpus / cluster.gpus_per_node)
     bandwidth = cluster.inside if nodes == 1 else min(cluster.inside, cluster.between)
     hops = (min(gpus, cluster.gpus_per_node) - 1) * cluster.hop_inside + math.log2(nodes) * cluster.hop_between
@@ -64,7 +64,7 @@ def compute_time(cluster: Cluster, work: Workload) -> float:
 
 
 def step_times(compute: float, communication: float, *, overlap: bool) -> dict[str, float]:
-    """Seconds for a step whose all-reduces run beside the backward pass, or after it."""
+    """Seconds for a step whose all-reduces overlap with the backward pass, or run after it."""
     forward, backward = compute / 3, 2 * compute / 3
     reduced = forward + (max(backward, communication) if overlap else backward + communication)
     return {"plain": reduced, "synced": 2 * reduced, "local": compute + reduced}
@@ -77,7 +77,7 @@ def break_even(cluster: Cluster, gpus: int, work: Workload) -> float:
 
 
 def table(work: Workload) -> Table:
-    """One workload on all clusters; a pair is with and without overlap."""
+    """Build the table of one workload on all clusters; pairs are with and without overlap."""
     compute = 1e3 * compute_time(CLUSTERS[0], work)
     title = f"{work.name}, {work.samples:,} {work.unit} per GPU\n"
     title += f"forward {compute / 3:.1f} ms, backward {2 * compute / 3:.1f} ms"
@@ -105,5 +105,5 @@ def _pair(values: list[str]) -> str:
 
 
 def tables() -> list[Table]:
-    """One for each workload."""
+    """Build one table per workload."""
     return [table(work) for work in WORKLOADS]

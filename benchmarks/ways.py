@@ -1,4 +1,4 @@
-"""The ways to train that ``step_cost.py`` compares: ours, and those of others in manual optimization."""
+"""The training methods that ``step_cost.py`` compares: ours, and other implementations in manual optimization."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,12 +16,12 @@ GAMMA, EPSILON, RHO = 0.01, 0.05, 0.05
 
 
 def sgd(params: Any) -> torch.optim.Optimizer:
-    """SGD with momentum. So small a step that a long measurement does not train the model to bits."""
+    """SGD with momentum, with a learning rate so small that long measurements do not make training diverge."""
     return torch.optim.SGD(params, lr=1e-6, momentum=0.9)
 
 
 class Plain(pl.LightningModule):
-    """Knows nothing of regularization."""
+    """A module without any regularization code."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Plain(pl.LightningModule):
 
 
 class Manual(Plain):
-    """Optimizes by itself."""
+    """A module with manual optimization."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
@@ -47,14 +47,14 @@ class Manual(Plain):
 
 
 class Mixed(GradientRegularizationMixin, Manual):
-    """Ours in manual optimization."""
+    """Our mixin in manual optimization."""
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> None:
         self.regularized_step(self.optimizers(), lambda: self.loss(batch))
 
 
 class TwoSteps(torch.optim.Optimizer):
-    """SAM as it is usually written by hand: an optimizer around another one, with a loop over the parameters."""
+    """The usual hand-written SAM: an optimizer that wraps another one, with a loop over the parameters."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {})
@@ -79,7 +79,7 @@ class TwoSteps(torch.optim.Optimizer):
         self.base.step()
         self.zero_grad()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # Lightning wants there to be one
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # required by Lightning
         raise NotImplementedError
 
 
@@ -98,7 +98,7 @@ class ByHand(Manual):
 
 
 class Package(Manual):
-    """SAM of the package pytorch_optimizer, as its documentation uses it."""
+    """SAM from the package pytorch_optimizer, used as in its documentation."""
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> None:
         optimizer = self.optimizers().optimizer
@@ -112,7 +112,7 @@ class Package(Manual):
 
 
 class DoubleBackward(Manual):
-    """The penalty (γ/2)‖∇L‖² written down and differentiated, in one graph."""
+    """Adds the penalty (γ/2)‖∇L‖² to the loss and differentiates it, in one graph."""
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> None:
         optimizer = self.optimizers().optimizer
@@ -124,7 +124,7 @@ class DoubleBackward(Manual):
 
 
 class Way(NamedTuple):
-    """How to train: the module around the net, and callbacks."""
+    """A training method: the module around the network, and the callbacks."""
 
     module: Callable[[nn.Module], pl.LightningModule] = Plain
     callbacks: Callable[[], list[pl.Callback]] = list

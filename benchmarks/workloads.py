@@ -1,4 +1,4 @@
-"""The models of ``step_cost.py``, small enough for a CPU, each with the batch that it is trained on."""
+"""The models of ``step_cost.py`` and their batches, small enough for a CPU."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -11,7 +11,7 @@ __all__ = ["WORKLOADS", "Workload", "make_mlp"]
 
 
 class Workload(NamedTuple):
-    """A model, and a function that makes a batch (x, y) of class labels."""
+    """Factories for a model and for a batch (x, y) with class labels y."""
 
     model: Callable[[], nn.Module]
     batch: Callable[[], tuple[Tensor, Tensor]]
@@ -46,7 +46,7 @@ def make_resnet() -> nn.Module:
 
 
 class Transformer(nn.Module):
-    """An encoder of two layers with dropout, width 128, whose last token is classified; 0.6 M parameters."""
+    """A two-layer encoder with dropout and width 128 that classifies the last token; 0.6 M parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,14 +67,14 @@ class Deep(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(tensors // 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        share = 1 / len(self.layers)
+        alpha = 1 / len(self.layers)
         for layer in self.layers:
-            x = torch.add(x, layer(x), alpha=share)
+            x = torch.add(x, layer(x), alpha=alpha)
         return x
 
 
 def make_mlp(*sizes: int) -> nn.Module:
-    """ReLU between linear layers."""
+    """An MLP with ReLU between linear layers of these sizes."""
     layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 

@@ -1,4 +1,4 @@
-"""For mkdocstrings: this package's docstrings, which are reStructuredText here and there, as Markdown."""
+"""A mkdocstrings extension that converts the reStructuredText in this package's docstrings to Markdown."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""For MkDocs: README.md is the first page, the changelog and the examples are pages, and links go on working."""
+"""MkDocs hooks that turn README.md, the changelog and the examples into pages and adjust their links."""
 
 import ast
 import posixpath
@@ -14,7 +14,7 @@ KINDS = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".sbatch": "bash", ".e
 
 
 def sources():
-    """Pages that are made, by their path in the repository: the path of the page and its text."""
+    """Yield the generated pages: the path in the repository, the path of the page, and its text."""
     for source, page in PAGES.items():
         yield source, page, (ROOT / source).read_text(encoding="utf-8")
     programs = sorted((ROOT / "examples").glob("*.py"))
@@ -30,12 +30,12 @@ def sources():
 
 
 def entry(path):
-    """A line of the list of examples."""
+    """One line in the list of examples."""
     return f"- [{path.name}]({path.name}): {docstring(path).splitlines()[0]}"
 
 
 def example(path):
-    """What the program says of itself, and the program."""
+    """The page of an example: its docstring and its code."""
     return f"# {path.name}\n\n{docstring(path)}\n\n{fenced(path)}"
 
 
@@ -54,19 +54,19 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Let links that are right in the repository be right here, and leave the others as text."""
-    made = {source: target for source, target, _ in sources()}
-    home = {target: source for source, target in made.items()}
-    here = home.get(page.file.src_uri, f"docs/{page.file.src_uri}")
-    folder = here if (ROOT / here).is_dir() else posixpath.dirname(here)
+    """Convert links within the repository to links between pages; keep only the text of all others."""
+    page_of = {source: target for source, target, _ in sources()}
+    source_of = {target: source for source, target in page_of.items()}
+    source = source_of.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    folder = source if (ROOT / source).is_dir() else posixpath.dirname(source)
 
     def replace(match):
         text, target, anchor = match.groups(default="")
         path = posixpath.normpath(posixpath.join(folder, target))
-        found = made.get(path) or (path[len("docs/") :] if path.startswith("docs/") else None)
-        if found is None or files.get_file_from_path(found) is None:
+        linked = page_of.get(path) or (path[len("docs/") :] if path.startswith("docs/") else None)
+        if linked is None or files.get_file_from_path(linked) is None:
             return text.strip("![]")
-        return f"{text}({posixpath.relpath(found, posixpath.dirname(page.file.src_uri) or '.')}{anchor})"
+        return f"{text}({posixpath.relpath(linked, posixpath.dirname(page.file.src_uri) or '.')}{anchor})"
 
     return LINK.sub(replace, markdown)
 

@@ -1,4 +1,4 @@
-"""Two optimizers that take turns, one of them with SAM: `python examples/alternating_optimizers.py [--epochs 20]`."""
+"""Two alternating optimizers, one of them with SAM: `python examples/alternating_optimizers.py [--epochs 20]`."""
 
 import argparse
 
@@ -12,7 +12,7 @@ from lightning_gr import SAM, GradientRegularizationMixin
 
 
 class Alternating(GradientRegularizationMixin, pl.LightningModule):
-    """SGD trains the backbone and Adam the head, in alternate steps. Only the backbone's steps are regularized."""
+    """SGD trains the backbone and Adam trains the head, in alternating steps. Only the backbone is regularized."""
 
     def __init__(self):
         super().__init__()

@@ -1,7 +1,7 @@
-"""A convolutional network with BatchNorm, plain and with each method: `python examples/batchnorm_cnn.py`.
+"""A convolutional network with BatchNorm, trained without and with each method: `python examples/batchnorm_cnn.py`.
 
-Digits of 8 × 8 pixels, a fifth of the training labels random. BatchNorm's statistics are those of the clean passes:
-each batch is counted once, as the last column shows.
+The data are digits of 8 × 8 pixels with 20% random training labels. BatchNorm's statistics come from the clean passes
+only: each batch is counted once, as the last column shows.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Digits by LightningCLI, everything set by flags or YAML: `python examples/cli.py fit --config=examples/cli.yaml`.
+"""Digits with LightningCLI, configured by flags or YAML: `python examples/cli.py fit --config=examples/cli.yaml`.
 
-A method is chosen by `--gr.gamma=0.1`, `--sam.rho=0.1`, `--flooding.level=0.1`; see `fit --help` and `fit --gr.help`.
-The same without this file's last lines, for any module: `lightning-gr fit --model=cli.Classifier --data=cli.Digits`.
+Choose a method with `--gr.gamma=0.1`, `--sam.rho=0.1` or `--flooding.level=0.1`; see `fit --help` and `fit --gr.help`.
+`lightning-gr fit --model=cli.Classifier --data=cli.Digits` does the same without this file's last two lines.
 """
 
 import pytorch_lightning as pl
@@ -17,7 +17,7 @@ class Digits(pl.LightningDataModule):
     """Handwritten digits of 8 × 8 pixels.
 
     Args:
-        batch_size: The number of images in a step.
+        batch_size: The number of images per step.
     """
 
     def __init__(self, batch_size: int = 64) -> None:
@@ -39,7 +39,7 @@ class Classifier(pl.LightningModule):
 
     Args:
         width: The number of units in the hidden layer.
-        learning_rate: Of SGD with momentum.
+        learning_rate: The learning rate of SGD with momentum.
     """
 
     def __init__(self, width: int = 128, learning_rate: float = 0.05) -> None:

@@ -1,7 +1,7 @@
-"""A compiled module, and the same one not compiled: `python examples/compiled.py`.
+"""The same module with and without torch.compile: `python examples/compiled.py`.
 
-Giving `torch.compile(module)` to `trainer.fit` is all that it takes; the second pass runs the same compiled graph. The
-default backend needs a C++ compiler on a CPU; `--backend aot_eager` needs none.
+Just pass `torch.compile(module)` to `trainer.fit`; the second pass runs the same compiled graph. On a CPU, the default
+backend needs a C++ compiler. `--backend aot_eager` does not.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from lightning_gr import GradientRegularization
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--backend", default="inductor", help="of torch.compile (default: inductor)")
+    parser.add_argument("--backend", default="inductor", help="backend of torch.compile (default: inductor)")
     args = parser.parse_args()
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -46,7 +46,7 @@ def main():
         with torch.no_grad():
             loss = torch.nn.functional.cross_entropy(model.net(data.tensors[0]), data.tensors[1])
         results[name] = torch.cat([param.detach().flatten() for param in model.parameters()])
-        print(f"{name:9} training loss {loss:.5f} after {trainer.global_step} steps, {seconds:.1f} s with compiling")
+        print(f"{name:9} training loss {loss:.5f} after {trainer.global_step} steps, {seconds:.1f} s with compilation")
     difference = (results["compiled"] - results["eager"]).norm() / results["eager"].norm()
     print(f"relative difference of the weights {difference:.1e}")
 

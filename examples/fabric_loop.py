@@ -1,6 +1,6 @@
 """The loop of plain_loop.py with Lightning Fabric: `python examples/fabric_loop.py [--epochs 20]`.
 
-What Fabric adds (precision, devices) goes through the wrapped model and `fabric.backward`, in both passes.
+Both passes use the wrapped model and `fabric.backward`, so Fabric's precision and device settings apply to both.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from lightning_gr import GRRule
 
 
 def run(rule, epochs, **options):
-    """Train and return the module and its test accuracy."""
+    """Train; return the module and its test accuracy."""
     fabric = Fabric(accelerator="cpu", devices=1, **options)
     fabric.launch()
     model = network()
@@ -25,7 +25,7 @@ def run(rule, epochs, **options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--precision", default="32-true", help="of Fabric, as in bf16-mixed")
+    parser.add_argument("--precision", default="32-true", help="Fabric's precision, for example bf16-mixed")
     args = parser.parse_args()
     for name, rule in {"plain": GRRule(gamma=0.0), "regularized": GRRule(gamma=0.5, epsilon=0.1)}.items():
         print(f"{name}: test accuracy {run(rule, args.epochs, precision=args.precision)[1]:.3f}")

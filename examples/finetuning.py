@@ -1,8 +1,8 @@
-"""Fine-tune a pretrained network, its backbone left out of the perturbation: `python examples/finetuning.py`.
+"""Fine-tune a pretrained network without perturbing its backbone: `python examples/finetuning.py`.
 
-The backbone learns the digits 0 to 4 from many images; then a new head and, with a small learning rate, the backbone
-learn 5 to 9 from a few. `exclude=["backbone.*"]` perturbs and regularizes the head only, which keeps what the backbone
-knows out of the ascent step. Each line is the mean over five draws of the few images.
+The backbone learns the digits 0 to 4 from many images. Then a new head and, with a small learning rate, the backbone
+learn 5 to 9 from only 50. `exclude=["backbone.*"]` perturbs and regularizes only the head, which keeps the pretrained
+weights out of the ascent step. Each line is the mean over five random choices of the 50 images.
 """
 
 import argparse
@@ -81,9 +81,9 @@ def main():
     train(pretrained, TensorDataset(images[known], labels[known]), epochs=10)
     for name, make in METHODS.items():
         data = images[new], labels[new] - 5
-        found = [finetuned_accuracy(pretrained.backbone, *data, seed, args.epochs, make()) for seed in range(5)]
-        spread = statistics.stdev(found)
-        print(f"{name:15} accuracy on 5 to 9 from 50 images: {statistics.mean(found):.3f} ± {spread:.3f}")
+        accuracies = [finetuned_accuracy(pretrained.backbone, *data, seed, args.epochs, make()) for seed in range(5)]
+        mean, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
+        print(f"{name:15} accuracy on 5 to 9 from 50 images: {mean:.3f} ± {spread:.3f}")
 
 
 if __name__ == "__main__":

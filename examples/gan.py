@@ -1,8 +1,8 @@
 """A GAN on handwritten digits with a regularized discriminator, in manual optimization.
 
-Run it with `python examples/gan.py [--picture samples.png]`, or on two processes with `--devices 2`. It prints how far
-the samples are from real digits, before and after training: the mean distance of each to its nearest real one, and how
-many of the real ones are the nearest of some sample (a GAN that draws the same digit all the time has few).
+Run it with `python examples/gan.py [--picture samples.png]`, or with `--devices 2` for two processes. It prints how
+close the samples are to real digits, before and after training: the mean distance to the nearest real digit, and the
+number of distinct nearest digits (which is small for a GAN that always draws the same one).
 """
 
 import argparse
@@ -19,7 +19,7 @@ NOISE = 16
 
 
 def real_digits() -> Tensor:
-    """1,797 images of 8 × 8 pixels from −1 to 1."""
+    """1,797 images of 8 × 8 pixels with values from −1 to 1."""
     return torch.tensor(load_digits().data / 8 - 1, dtype=torch.float32)
 
 
@@ -29,7 +29,7 @@ def network(inputs: int, outputs: int, *last: nn.Module) -> nn.Sequential:
 
 
 class GAN(GradientRegularizationMixin, pl.LightningModule):
-    """Goodfellow et al. (2014) with the non-saturating loss."""
+    """The GAN of Goodfellow et al. (2014) with the non-saturating loss."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ class GAN(GradientRegularizationMixin, pl.LightningModule):
 
 def quality(samples: Tensor) -> str:
     nearest = torch.cdist(samples, real_digits()).min(1)
-    return f"distance {nearest.values.mean():.2f}, {len(nearest.indices.unique())} different nearest digits"
+    return f"distance {nearest.values.mean():.2f}, {len(nearest.indices.unique())} distinct nearest digits"
 
 
 def draw(path: str, before: Tensor, after: Tensor) -> None:
@@ -89,9 +89,9 @@ def draw(path: str, before: Tensor, after: Tensor) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=300)
-    parser.add_argument("--gamma", type=float, default=0.05, help="strength of the discriminator's penalty; 0: plain")
+    parser.add_argument("--gamma", type=float, default=0.05, help="penalty strength for the discriminator; 0 is plain")
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--picture", help="where to draw samples before and after")
+    parser.add_argument("--picture", help="image file for samples before and after training")
     args = parser.parse_args()
     pl.seed_everything(0)
     module, data = GAN(), TensorDataset(real_digits())
@@ -100,7 +100,7 @@ def main():
         callbacks=[GradientRegularization(gamma=args.gamma, epsilon=0.05)],
         accelerator="cpu",
         devices=args.devices,
-        # the two players take turns: in each backward pass the other one's parameters are unused
+        # the networks alternate, so each backward pass leaves the other network's parameters unused
         strategy="ddp_find_unused_parameters_true" if args.devices > 1 else "auto",
         logger=False,
         enable_checkpointing=False,
@@ -111,7 +111,7 @@ def main():
     trainer.fit(module, DataLoader(data, batch_size=128 // args.devices, shuffle=True, drop_last=True))
     after = module.samples(256)
     total = sum(p.detach().double().abs().sum() for p in module.parameters())
-    print(f"rank {trainer.global_rank}: the weights' absolute values sum up to {total:.12f}")
+    print(f"rank {trainer.global_rank}: absolute weights sum up to {total:.12f}")
     if trainer.is_global_zero:
         print(f"before: {quality(before)}\nafter: {quality(after)}")
         if args.picture:

@@ -1,8 +1,8 @@
-"""A small transformer that writes Python's documentation, character by character: `python examples/language_model.py`.
+"""A small character-level transformer, trained on Python's documentation: `python examples/language_model.py`.
 
-Adam with a learning-rate warm-up, so the penalty is also warmed up; embeddings and norms are left out of it. The text
-is what `help("topics")` shows, which comes with Python. It prints the bits per character of a held-out part before and
-after training, plain and regularized.
+It uses Adam with a learning-rate warm-up, so the penalty is also warmed up. Embeddings and norms are excluded from it.
+The text is that of `help("topics")`, which is part of Python. The example prints the bits per character on held-out
+text before and after training, without and with regularization.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def run(callbacks, train, validation, characters, epochs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--characters", type=int, default=50_000, help="how much of the text is used")
+    parser.add_argument("--characters", type=int, default=50_000, help="length of the text to use")
     args = parser.parse_args()
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -88,7 +88,7 @@ def main():
     codes = torch.tensor([alphabet.index(character) for character in text])
     split = int(0.9 * len(codes))
     data = Windows(codes[:split]), Windows(codes[split:])
-    print(f"{len(codes):,} characters of {len(alphabet)} kinds; bits per character of the held-out tenth:")
+    print(f"{len(codes):,} characters, {len(alphabet)} distinct; bits per character on the held-out tenth:")
     penalty = GradientRegularization(
         gamma=0.01, epsilon=0.05, warmup_steps=50, exclude=["embedding.*", "position", "*norm*"]
     )

@@ -1,7 +1,7 @@
-"""Search for gamma and epsilon with Optuna, which stops hopeless trials early: `python examples/optuna_search.py`.
+"""Search for gamma and epsilon with Optuna, which prunes unpromising trials: `python examples/optuna_search.py`.
 
-Needs `pip install optuna optuna-integration lightning`. Digits, a fifth of the training labels random. Constants are
-chosen on a validation split, and the best ones are then compared with plain training on a test split.
+Needs `pip install optuna optuna-integration lightning`. The data are digits with 20% random training labels. Constants
+are selected on a validation split, and the best ones are compared with plain training on a test split.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The smallest whole program: digits, a LightningModule, one callback. Run it with `python examples/quickstart.py`."""
+"""The smallest complete program: digits, a LightningModule and one callback. Run `python examples/quickstart.py`."""
 
 import pytorch_lightning as pl
 import torch

@@ -1,9 +1,9 @@
-"""Gradient regularization with Ray Train: digits, on a Ray cluster of two workers that starts and ends on this machine.
+"""Gradient regularization with Ray Train: digits, on a temporary local Ray cluster with two workers.
 
     pip install -e . 'ray[train]>=2.56' scikit-learn
     python examples/ray_train.py
 
-`--engine lightning` trains the same on two processes that Lightning itself starts: to the same weights, bit for bit.
+`--engine lightning` does the same in two processes started by Lightning, and reaches the same weights, bit for bit.
 """
 
 import argparse
@@ -11,7 +11,9 @@ import hashlib
 import os
 import tempfile
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports its use over the internet, unless told before
+os.environ.setdefault(
+    "RAY_USAGE_STATS_ENABLED", "0"
+)  # opt out of Ray's usage reports, which must happen before the import
 
 import ray
 import torch
@@ -24,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from lightning_gr import GradientRegularization
 
-try:  # Ray's own choice, and its strategies fit only into a Trainer from there
+try:  # Ray prefers this namespace, and its strategies only work in a Trainer from the same one
     import lightning.pytorch as pl
 except ModuleNotFoundError:
     import pytorch_lightning as pl
@@ -50,7 +52,7 @@ class Classifier(pl.LightningModule):
 
 
 def train(epochs, callbacks=(), ckpt_path=None, **engine):
-    """What each worker does; returns the last metrics, and a digest of the weights of each worker."""
+    """Train on each worker; return the final metrics and a digest of each worker's weights."""
     pl.seed_everything(0)
     pixels, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(labels))

@@ -1,8 +1,8 @@
-"""Digits with noisy labels, plain and regularized: what is logged, shown and drawn.
+"""Train on digits with noisy labels, without and with regularization, to see the logs, tables and plots.
 
-Run it with ``python examples/see_it.py``; it needs scikit-learn and matplotlib (``pip install -e '.[demo]'``) and takes
-about half a minute on two cores. It prints the panel and the table of F-GR, and writes what each run logged,
-``runs.png`` (the same as ``lightning-gr plot`` draws) and ``slices.png`` to ``outputs/see_it``.
+Run it with ``python examples/see_it.py``. It needs scikit-learn and matplotlib (``pip install -e '.[demo]'``) and takes
+about half a minute on two cores. It prints the panel and the table for F-GR, and writes the logs of each run,
+``runs.png`` (as drawn by ``lightning-gr plot``) and ``slices.png`` to ``outputs/see_it``.
 """
 
 import argparse
@@ -27,7 +27,7 @@ METHODS = {
 
 
 class Classifier(DigitsModule):
-    """An MLP that logs its training loss and its accuracy on clean images."""
+    """The demo's MLP, which also logs its training loss and its accuracy on clean images."""
 
     def training_step(self, batch):
         loss = super().training_step(batch)
@@ -40,7 +40,7 @@ class Classifier(DigitsModule):
 
 
 def fit(name, data, epochs, folder):
-    """Train with one method; returns the module."""
+    """Train with one method and return the module."""
     torch.manual_seed(0)
     module = Classifier(epochs)
     loader = DataLoader(TensorDataset(*data.train), batch_size=64, shuffle=True)

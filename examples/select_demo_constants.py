@@ -1,7 +1,7 @@
-"""Choose the constants of `lightning-gr demo` on its validation split: the grid, its table and the winners.
+"""Select the constants of `lightning-gr demo` with a grid search on its validation split.
 
-Run it with `python examples/select_demo_constants.py` (about five minutes on two cores). The demonstration itself
-reports on the test split, with other seeds.
+Run it with `python examples/select_demo_constants.py` (about five minutes on two cores). The demo itself reports on the
+test split, with different seeds.
 """
 
 import argparse
@@ -30,11 +30,13 @@ GRID = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101], help="not the demonstration's 0, 1, 2")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[100, 101], help="should differ from the demo's 0, 1, 2"
+    )
     parser.add_argument("--methods", nargs="+", choices=list(GRID), default=list(GRID))
     args = parser.parse_args()
 
-    table = Table("method", "constants", "validation accuracy", "chosen")
+    table = Table("method", "constants", "validation accuracy", "selected")
     runs = [(method, name) for method in args.methods for name in GRID[method]]
     means = {}
     for method, name in track(runs, "validating"):

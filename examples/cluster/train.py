@@ -1,7 +1,7 @@
-"""The program of a cluster job: digits, a small network and gradient regularization, by LightningCLI.
+"""A cluster job: digits, a small network and gradient regularization, with LightningCLI.
 
-It stops cleanly when it is preempted, and goes on where it was when it is started again, to the same weights as if
-nothing had happened. See README.md here.
+It stops cleanly when it is preempted, resumes when it is started again, and reaches the same weights as an
+uninterrupted run. See README.md in this folder.
 """
 
 import os
@@ -20,14 +20,14 @@ from torch.utils.data import TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
-import lightning_gr  # noqa: F401  (makes its callbacks known by their short names)
+import lightning_gr  # noqa: F401  (registers its callbacks' short names)
 
 
 class Digits(pl.LightningDataModule):
-    """Handwritten digits, in an order that depends on the epoch only: a run can go on in the middle of one.
+    """Handwritten digits, in an order that only depends on the epoch, so that a run can resume within one.
 
     Args:
-        batch_size: The number of images in a step, over all devices.
+        batch_size: The number of images per step, over all devices.
     """
 
     def __init__(self, batch_size: int = 64) -> None:
@@ -47,7 +47,7 @@ class Classifier(pl.LightningModule):
 
     Args:
         width: The number of units in each hidden layer.
-        learning_rate: Of SGD with momentum.
+        learning_rate: The learning rate of SGD with momentum.
     """
 
     def __init__(self, width: int = 256, learning_rate: float = 0.05) -> None:
@@ -68,32 +68,32 @@ class Classifier(pl.LightningModule):
 
 
 class Preemption(pl.Callback):
-    """On SIGUSR1, save and requeue after the step in which all ranks know of it.
+    """On SIGUSR1, saves a checkpoint and requeues the job at the end of the step, once all ranks know about it.
 
-    Lightning's own requeueing saves from inside the signal handler, in the middle of whatever the program does: the
-    checkpoint may count a step that was not made, and ranks that are at different points wait for each other for ever
-    (Lightning issues 21406 and 21407). Here the handler only takes a note, and the ranks agree once per step.
+    Lightning's own requeueing saves from inside the signal handler, wherever the program happens to be. The checkpoint
+    may then count a step that was not taken, and ranks at different points can deadlock (Lightning issues 21406 and
+    21407). Here the handler only sets a flag, and the ranks agree on it once per step.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        signal.signal(signal.SIGUSR1, self._take_note)
+        signal.signal(signal.SIGUSR1, self._request)
 
-    def _take_note(self, number: int, frame: object) -> None:
-        self.asked = True
+    def _request(self, number: int, frame: object) -> None:
+        self.requested = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        # before the checkpoint callback's own hook, since Lightning calls that last
-        if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+        # this runs before the checkpoint callback's hook, which Lightning calls last
+        if trainer.strategy.reduce_boolean_decision(self.requested, all=False):
             trainer.save_checkpoint(Path(trainer.checkpoint_callback.dirpath) / "last.ckpt")
-            rank_zero_info(f"Preempted after step {trainer.global_step}: start the same command again to go on.")
+            rank_zero_info(f"Preempted after step {trainer.global_step}: run the same command again to resume.")
             if trainer.is_global_zero and "SLURM_JOB_ID" in os.environ:
                 subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-            raise SystemExit(0)  # not an error, which would make srun and torchrun kill the rank that requeues
+            raise SystemExit(0)  # on an error, srun and torchrun would kill the rank that requeues the job
 
 
 if __name__ == "__main__":
@@ -102,5 +102,5 @@ if __name__ == "__main__":
         Classifier,
         Digits,
         trainer_defaults={"callbacks": [Preemption()], "plugins": plugins},
-        save_config_kwargs={"overwrite": True},  # a run that goes on finds its own
+        save_config_kwargs={"overwrite": True},  # a resumed run finds the file of the first one
     )

@@ -1,12 +1,12 @@
-"""Three further questions: ReLU or a smooth activation, ascent along parts of a batch (m), warm-up with Adam.
+"""Three ablations: ReLU or a smooth activation, ascent along parts of a batch (m), and warm-up with Adam.
 
-`python examples/paper/ablations.py` runs what is missing in results/: `curvature.csv`, `activations.csv`,
-`ascent_sync.csv` and `warmup.csv`. Nothing is chosen here: all constants that were tried are shown, on the test split.
+`python examples/paper/ablations.py` measures the runs missing in results/: `curvature.csv`, `activations.csv`,
+`ascent_sync.csv` and `warmup.csv`. No constants are selected: all that were tried are shown, on the test split.
 """
 
 import torch
 from common import (
-    COLOURS,
+    COLORS,
     arguments,
     console,
     main,
@@ -36,7 +36,7 @@ CURVATURE_STEPS = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)
 
 
 class Penalty:
-    """A rule of our own: the gradient of the penalty alone, (∇L(θ + ε∇L) − ∇L)/ε, or H∇L exactly where ε is None."""
+    """A custom rule: the gradient of the penalty alone, (∇L(θ + ε∇L) − ∇L)/ε, or the exact H∇L if ε is None."""
 
     equation = "H∇L"
 
@@ -52,16 +52,16 @@ class Penalty:
 def penalty_gradient(net: nn.Module, loss, epsilon: float | None) -> torch.Tensor:
     net.zero_grad()
     regularized_backward(loss, net, Penalty(epsilon))
-    found = nn.utils.parameters_to_vector([p.grad for p in net.parameters()]).clone()
-    if epsilon is None:  # ∇L is in there, too
+    gradient = nn.utils.parameters_to_vector([p.grad for p in net.parameters()]).clone()
+    if epsilon is None:  # subtract ∇L, which the exact update includes
         net.zero_grad()
         loss().backward()
-        found -= nn.utils.parameters_to_vector([p.grad for p in net.parameters()])
-    return found
+        gradient -= nn.utils.parameters_to_vector([p.grad for p in net.parameters()])
+    return gradient
 
 
 def measure_curvature(activation: str, seed: int, epochs: int) -> list[dict]:
-    """What finite steps see beside H∇L of autodiff, in float64, at the end of short plain training."""
+    """Compare finite steps with autodiff's H∇L, in float64, after a short plain training."""
     net, data = train(TASKS[NOISY], Method(), seed, epochs, activation=activation)
     net.double()
     x, y = data.train[0].double(), data.train[1]
@@ -93,13 +93,13 @@ def measure_activation(activation: str, kind: str, gamma: float | None, epochs: 
 
 
 def measure_parts(method: str, strength: float, m: int, epochs: int, seed: int) -> dict:
-    """m micro-batches of a step, each with an ascent of its own: `ascent_sync=False` on m devices."""
+    """Train with m micro-batches per step, each with its own ascent, like `ascent_sync=False` on m devices."""
     rule = SAMRule(strength) if method == "SAM" else GRRule(strength, 0.1)
     return accuracy(NOISY, Method(rule), seed, epochs, micro_batches=m)
 
 
 def measure_warmup(variant: str, gamma: float | None, epochs: int, seed: int) -> dict:
-    """F-GR with Adam, whose learning rate rises over the first fifth of the steps."""
+    """Train with F-GR and Adam, whose learning rate rises over the first fifth of the steps."""
     task = TASKS[VIT]
     rise = int(task.warmup * epochs * task.steps_per_epoch())
     schedule = {
@@ -112,7 +112,7 @@ def measure_warmup(variant: str, gamma: float | None, epochs: int, seed: int) ->
 
 
 def grid(**values) -> list[dict]:
-    """All combinations, the last name running fastest."""
+    """All combinations of values; the last name varies fastest."""
     made: list[dict] = [{}]
     for name, choices in values.items():
         made = [{**row, name: choice} for row in made for choice in choices]
@@ -120,7 +120,7 @@ def grid(**values) -> list[dict]:
 
 
 def runs(fast: bool) -> dict[str, tuple[list[dict], object]]:
-    """The settings of each CSV file, and what measures them."""
+    """The settings of each CSV file and the function that measures them."""
     seeds, long = (range(1), [1]) if fast else (range(3), [TASKS[NOISY].epochs])
     vit = [1] if fast else [TASKS[VIT].epochs]
     everything, activations = (["relu"], ["relu"]) if fast else (list(ACTIVATIONS), ["relu", "gelu"])
@@ -164,17 +164,17 @@ def show(title: str, rows: list[dict], names: tuple[str, ...], values: dict[str,
 
 
 def draw(args, rows: dict[str, list[dict]]) -> None:
-    """A panel for each question."""
+    """Draw one panel per ablation."""
     figure, axes = new_figure(1, 4, 14, 3.3)
-    colours = {"relu": "#D55E00", "gelu": "#0072B2", "softplus": "#009E73"}
+    colors = {"relu": "#D55E00", "gelu": "#0072B2", "softplus": "#009E73"}
     for (activation,) in means(rows["curvature"], ("activation",), "apart"):
         found = [row for row in rows["curvature"] if row["activation"] == activation]
         points = means(found, ("epsilon",), "apart")
-        look = {"color": colours[activation], "label": activation}
+        look = {"color": colors[activation], "label": activation}
         axes[0, 0].plot(
             [key[0] for key in points], [sum(v) / len(v) for v in points.values()], "o-", markersize=4, **look
         )
-    axes[0, 0].set(xscale="log", yscale="log", xlabel="ε", ylabel="‖Δ_F(ε) − H∇L‖/‖H∇L‖", title="beside autodiff's H∇L")
+    axes[0, 0].set(xscale="log", yscale="log", xlabel="ε", ylabel="‖Δ_F(ε) − H∇L‖/‖H∇L‖", title="vs. autodiff's H∇L")
     axes[0, 0].legend(fontsize="x-small")
     _bars(axes[0, 1], rows["activations"], ("activation", "kind", "gamma"), "digits-noise20", "kind")
     _bars(axes[0, 2], rows["ascent_sync"], ("method", "strength", "m"), "digits-noise20: m parts", "m")
@@ -184,9 +184,9 @@ def draw(args, rows: dict[str, list[dict]]) -> None:
 
 PALETTE = {
     "plain": "#000000",
-    "DB": COLOURS["DB"],
+    "DB": COLORS["DB"],
     "F-GR ε=.03": "#56B4E9",
-    "F-GR ε=.3": COLOURS["F-GR"],
+    "F-GR ε=.3": COLORS["F-GR"],
     1.0: "#E69F00",
     8.0: "#0072B2",
     "from the first step": "#D55E00",
@@ -195,12 +195,12 @@ PALETTE = {
 }
 
 
-def _bars(one, rows: list[dict], names: tuple[str, ...], title: str, coloured: str) -> None:
-    """Points with standard errors, from top to bottom; what is coloured is in the legend, the rest at the side."""
+def _bars(one, rows: list[dict], names: tuple[str, ...], title: str, colored: str) -> None:
+    """Draw points with standard errors, top to bottom; ``colored`` names go to the legend, the others to the side."""
     ticks, seen = [], set()
     for height, (key, values) in enumerate(means(rows, names).items()):
         parts = dict(zip(names, key, strict=True))
-        what = parts.pop(coloured)
+        what = parts.pop(colored)
         what = float(what) if isinstance(what, int) else what
         mean, error = mean_and_error(values)
         name = f"m = {what:g}" if isinstance(what, float) else what
@@ -220,7 +220,7 @@ def experiment() -> None:
     args = arguments(__doc__.splitlines()[0])
     rows = {name: run_missing(args, name, settings, measure) for name, (settings, measure) in runs(args.fast).items()}
     two = {"apart": 3, "along_gradient": 2}
-    show("what a finite step sees beside H∇L", rows["curvature"], ("activation", "epsilon"), two)
+    show("finite steps vs. autodiff's H∇L", rows["curvature"], ("activation", "epsilon"), two)
     show("activations, digits-noise20", rows["activations"], ("activation", "kind", "gamma"), {"accuracy": 1})
     for activation in dict.fromkeys(row["activation"] for row in rows["activations"]):
         by_kind = means([row for row in rows["activations"] if row["activation"] == activation], ("kind",))

@@ -1,4 +1,4 @@
-"""What the experiments share: resumable results in CSV files, where they came from, and the style of the figures."""
+"""Code shared by the experiments: resumable results in CSV files, their provenance, and the style of the figures."""
 
 import argparse
 import csv
@@ -21,9 +21,8 @@ HERE = Path(__file__).parent
 FAST = HERE.parent.parent / "outputs" / "paper-fast"
 PACKAGES = ("lightning_gr", "torch", "pytorch-lightning", "numpy", "scipy", "scikit-learn", "mnist1d")
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; a colour and a mark stand for the same method
-# in each figure
-COLOURS = {
+# Okabe and Ito's color-blind-safe palette. Each method has the same color and marker in all figures
+COLORS = {
     "plain": "#000000",
     "DB": "#D55E00",
     "B-GR": "#E69F00",
@@ -48,17 +47,17 @@ console = Console(highlight=False)
 
 
 def arguments(doc: str, **more) -> argparse.Namespace:
-    """The command line of an experiment; ``more`` are further flags."""
+    """Parse the command line of an experiment; ``more`` adds flags."""
     parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument("--fast", action="store_true", help="a small form, a few seconds; does not touch the results")
-    parser.add_argument("--draw-only", action="store_true", help="table and figure from the results that are there")
-    parser.add_argument("--results", type=Path, help="folder of the CSV files; default: results/ beside this file")
-    parser.add_argument("--figures", type=Path, help="folder of the figures; default: figures/ beside this file")
+    parser.add_argument("--fast", action="store_true", help="a small version of a few seconds; keeps the results")
+    parser.add_argument("--draw-only", action="store_true", help="show table and figure from the existing results")
+    parser.add_argument("--results", type=Path, help="folder for the CSV files; default: results/ next to this file")
+    parser.add_argument("--figures", type=Path, help="folder for the figures; default: figures/ next to this file")
     for name, options in more.items():
         parser.add_argument(f"--{name}", **options)
     args = parser.parse_args()
-    home = FAST if args.fast else HERE
-    args.results, args.figures = args.results or home / "results", args.figures or home / "figures"
+    root = FAST if args.fast else HERE
+    args.results, args.figures = args.results or root / "results", args.figures or root / "figures"
     args.results.mkdir(parents=True, exist_ok=True)
     args.figures.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -66,7 +65,7 @@ def arguments(doc: str, **more) -> argparse.Namespace:
 
 
 def text(value) -> str:
-    """How a value stands in a CSV file; the same for one that was read from there."""
+    """Format a value for a CSV file. Values read from a file format to the same text."""
     if isinstance(value, float):
         return f"{value:.7g}"
     return "" if value is None else str(value)
@@ -80,7 +79,7 @@ def parse(value: str):
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a CSV file, numbers as floats."""
+    """Read the rows of a CSV file, with numbers as floats."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -88,15 +87,15 @@ def read(path: Path) -> list[dict]:
 
 
 def run_missing(args, name: str, runs: list[dict], measure) -> list[dict]:
-    """Measure what is missing in a CSV file and return the rows of ``runs``, in their order.
+    """Measure the runs that are missing in a CSV file, and return the rows of all ``runs`` in order.
 
-    Each finished run is written at once, so that a run that was stopped goes on where it was.
+    Each finished run is written immediately, so that an interrupted experiment can resume.
 
     Args:
-        args: The command line: the folder, and whether to measure at all.
-        name: Of the CSV file. Beside it, a JSON file says with which command and versions it was made.
-        runs: The settings, each with the same names.
-        measure: Gets the settings as keywords and returns what it measured, for several rows (a curve) a list.
+        args: The command line, with the folder and whether to measure.
+        name: The name of the CSV file. A JSON file next to it records the command and versions that produced it.
+        runs: The settings of each run, all with the same names.
+        measure: Takes the settings as keywords and returns the measured values, or a list of them for several rows.
     """
     path, names = args.results / f"{name}.csv", list(runs[0])
     done: dict[tuple, list[dict]] = {}
@@ -115,7 +114,7 @@ def run_missing(args, name: str, runs: list[dict], measure) -> list[dict]:
 def _key(row: dict, names: list[str]) -> tuple:
     absent = [name for name in names if name not in row]
     if absent:
-        raise SystemExit(f"A CSV file of an earlier form lacks the columns {absent}: delete it to run anew")
+        raise SystemExit(f"A CSV file in an older format lacks the columns {absent}: delete it to run again")
     return tuple(text(parse(text(row[name]))) for name in names)
 
 
@@ -129,7 +128,7 @@ def _append(path: Path, rows: list[dict]) -> None:
 
 
 def _with_progress(name: str, runs: list[dict], measure):
-    """Each run and what it gave; a bar in a terminal, else a line now and then."""
+    """Yield each run with its values; show a progress bar in a terminal, or else a line every 30 seconds."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     last = began = time.monotonic()
     with Progress(*columns, TextColumn("left:"), TimeRemainingColumn(), console=console) as progress:
@@ -145,7 +144,7 @@ def _with_progress(name: str, runs: list[dict], measure):
 
 
 def _write_origin(path: Path) -> None:
-    """Say where the numbers came from."""
+    """Record the command and the versions that produce the values."""
     file = path.with_suffix(".json")
     origins = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     program = Path(sys.argv[0])
@@ -162,7 +161,7 @@ def _write_origin(path: Path) -> None:
 
 
 def _public(flags: list[str]) -> list[str]:
-    """Flags without this machine's folders."""
+    """Strip local folders from flags."""
     return [Path(flag).name if "/" in flag else flag for flag in flags]
 
 
@@ -174,7 +173,7 @@ def _version(package: str) -> str:
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
+    """The mean and its standard error."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return statistics.mean(values), spread / len(values) ** 0.5
 
@@ -185,7 +184,7 @@ def plus_minus(values: list[float], digits: int = 1, factor: float = 1.0) -> str
 
 
 def new_table(title: str, text_columns: list[str], number_columns: list[str], caption: str | None = None) -> Table:
-    """A table for 80 columns."""
+    """Create a table that fits 80 columns."""
     made = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in text_columns:
         made.add_column(column)
@@ -200,7 +199,7 @@ def say(sentence: str) -> None:
 
 
 def new_figure(rows: int, columns: int, width: float, height: float):
-    """A figure and its axes, always as a two-dimensional array."""
+    """Create a figure and its axes, always as a two-dimensional array."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -216,16 +215,16 @@ def new_figure(rows: int, columns: int, width: float, height: float):
 
 
 def save(figure, folder: Path, name: str) -> None:
-    """As PNG and SVG, byte for byte the same for the same numbers."""
+    """Save as PNG and SVG; the same values give the same bytes."""
     figure.savefig(folder / f"{name}.png", dpi=95)
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     say(f"Figure: {folder / name}.png")
 
 
 def main(experiment) -> None:
-    """Run, and end quietly on Ctrl-C."""
+    """Run an experiment, and exit quietly on Ctrl-C."""
     try:
         experiment()
     except KeyboardInterrupt:
-        console.print("Interrupted: what had finished is kept; the same command goes on from there.")
+        console.print("Interrupted: finished runs are saved; run the same command again to continue.")
         sys.exit(130)

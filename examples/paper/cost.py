@@ -1,14 +1,14 @@
-"""Cost of a step against plain SGD: F-GR, B-GR, SAM and double backward, over depth and width, in time and memory.
+"""Time and memory of a step of F-GR, B-GR, SAM and double backward relative to plain SGD, over depth and width.
 
-`python examples/paper/cost.py` measures what results/cost.csv lacks. Double backward is the cheapest form there is: one
-graph, (L + γ/2 ‖∇L‖²).backward() with ∇L by autograd.grad(..., create_graph=True).
+`python examples/paper/cost.py` measures the runs that results/cost.csv lacks. Double backward is the cheapest variant:
+one graph, (L + γ/2 ‖∇L‖²).backward(), with ∇L from autograd.grad(..., create_graph=True).
 """
 
 import statistics
 import time
 
 import torch
-from common import COLOURS, MARKS, arguments, console, main, new_figure, new_table, run_missing, save
+from common import COLORS, MARKS, arguments, console, main, new_figure, new_table, run_missing, save
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +25,7 @@ THEORY = {"two passes": 2.0, "double backward": 3.0}
 
 
 class Block(nn.Module):
-    """Two convolutions of 3 × 3 with BatchNorm, beside a shortcut that is as wide and fine as they are."""
+    """Two 3 × 3 convolutions with BatchNorm, and a shortcut with matching width and resolution."""
 
     def __init__(self, inside: int, outside: int, stride: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Steps:
 
 
 def peak_bytes(steps: Steps, method: str) -> int:
-    """The most that is allocated at once in a step, weights included: from the allocator's events in a profile."""
+    """The peak of allocated bytes in a step, including the weights, from the allocator events in a profile."""
     steps.step(method)
     steps.optimizer.zero_grad()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -97,14 +97,14 @@ def peak_bytes(steps: Steps, method: str) -> int:
 
 
 def count_flops(steps: Steps, method: str) -> int:
-    """Of matrix products and convolutions in a step."""
+    """Count the FLOPs of matrix products and convolutions in a step."""
     with FlopCounterMode(display=False) as counter:
         steps.step(method)
     return counter.get_total_flops()
 
 
 def measure(kind: str, depth: int, width: int, batch: int, rounds: int) -> list[dict]:
-    """All methods in turn, round by round; medians, and medians of the ratios within a round."""
+    """Measure all methods in alternating rounds: medians, and medians of the ratios within a round."""
     steps = Steps(kind, depth, width, batch)
     flops = {method: count_flops(steps, method) for method in METHODS}
     memory = {method: peak_bytes(steps, method) for method in METHODS}
@@ -159,7 +159,7 @@ def show(rows: list[dict]) -> None:
 
 
 def draw(args, rows: list[dict]) -> None:
-    """Ratios of time over depth and width and for ResNets; memory."""
+    """Plot ratios of time over depth and width and for ResNets, and of memory."""
     figure, axes = new_figure(1, 4, 14, 3.2)
     mlps, resnets = ([row for row in rows if row["kind"] == kind] for kind in ("MLP", "ResNet"))
     depths = [row for row in mlps if row["width"] == 512] or mlps
@@ -182,7 +182,7 @@ def _ratios(one, rows: list[dict], y: str, title: str, label: str, name) -> None
     for number, method in enumerate(METHODS[1:]):
         points = [(places[name(row)] + 0.12 * (number - 1.5), row[y]) for row in rows if row["method"] == method]
         if points:
-            look = {"color": COLOURS[method], "label": method, "markersize": 5}
+            look = {"color": COLORS[method], "label": method, "markersize": 5}
             one.plot(*zip(*points, strict=True), MARKS[method], **look)
     if y == "cpu_ratio":
         for text, value in THEORY.items():

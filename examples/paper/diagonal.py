@@ -1,7 +1,7 @@
-"""Diagonal linear network: a larger ascent step of F-GR biases to the rich regime and to a smaller test error.
+"""Diagonal linear network: a larger ascent step of F-GR biases training to the rich regime and lowers the test error.
 
-`python examples/paper/diagonal.py` runs what is missing in results/: `diagonal.csv` (the table, by the package's update
-and by a closed form of our own), `diagonal_steps.csv` (plain steps of SGD against the flow) and `diagonal_map.csv`.
+`python examples/paper/diagonal.py` measures the runs missing in results/: `diagonal.csv` (the table, with the package's
+update and with a closed form), `diagonal_steps.csv` (SGD steps vs. the gradient flow) and `diagonal_map.csv`.
 """
 
 import math
@@ -9,7 +9,7 @@ import math
 import numpy as np
 import torch
 from common import (
-    COLOURS,
+    COLORS,
     arguments,
     console,
     main,
@@ -37,7 +37,7 @@ METHODS = {
     "F-GR ε=.2": (GAMMA, 0.2),
     "F-GR ε=.4": (GAMMA, 0.4),
 }
-# test error and geometric mean of α_eff that other code, written before this, had given
+# test error and geometric mean of α_eff from earlier, independent code
 EXPECTED = {
     "GD": (0.01427, 0.300),
     "DB": (0.01442, 0.299),
@@ -52,7 +52,7 @@ ASCENDING = ["B-GR ε=.1", "B-GR ε=.03", "DB", "F-GR ε=.03", "F-GR ε=.1", "F-
 
 
 def measure(mean: float, method: str, source: str, gamma: float, epsilon: float | None, seed: int, **_) -> dict:
-    """One network to its end."""
+    """Train one network to convergence."""
     problem = Problem(seed, mean, 5.0 if mean else 1.0)
     ended = flow(problem, gamma, epsilon, source=source)
     names = ("test_error", "alpha_eff", "alpha_predicted", "worst_coordinate", "loss", "time", "evaluations")
@@ -69,18 +69,17 @@ def measure(mean: float, method: str, source: str, gamma: float, epsilon: float 
 def measure_steps(
     method: str, gamma: float, epsilon: float | None, rate: float, time: float, late_rate, late_time, seeds: int
 ) -> dict:
-    """SGD with the package's update, all data seeds at once, against the flow at the same time.
+    """Compare SGD with the package's update, for all data seeds at once, with the flow at the same time.
 
     Args:
-        method: Name.
+        method: The method's name.
         gamma: γ.
-        epsilon: Signed.
-        rate: The learning rate of the first steps, where the flow is stiff: eigenvalues of H reach 1,000, and γH²
-            comes on top.
-        time: Sum of the learning rates of these steps.
-        late_rate: The learning rate afterwards.
-        late_time: Sum of these.
-        seeds: Number of data seeds.
+        epsilon: The signed ε.
+        rate: The learning rate of the first steps, where the flow is stiff: eigenvalues of H reach 1,000, plus γH².
+        time: The sum of the learning rates of these steps.
+        late_rate: The learning rate of the remaining steps.
+        late_time: The sum of the learning rates of the remaining steps.
+        seeds: The number of data seeds.
     """
     problems = [Problem(seed) for seed in range(seeds)]
     net, chosen = DiagonalNetworks(problems), rule(gamma, epsilon)
@@ -106,7 +105,7 @@ def measure_steps(
 
 
 def runs_of_steps(seeds: int, methods: dict, fast: bool) -> list[dict]:
-    """The first, stiff part with smaller and smaller learning rates; two methods to the end."""
+    """Settings for the first, stiff phase with decreasing learning rates, and for two methods to convergence."""
     none = {"late_rate": None, "late_time": None, "seeds": seeds}
     rates = (2e-5,) if fast else (2e-5, 1e-5, 5e-6, 2.5e-6)
     runs = [
@@ -153,8 +152,8 @@ def choose(rows: list[dict], **wanted) -> list[dict]:
 
 def show(rows: list[dict], steps: list[dict], cells: list[dict]) -> None:
     columns = ["test error", "before*", "α_eff", "α·exp(−γ∫)", "before*", "zero mean"]
-    title = f"diagonal network, γ = {GAMMA}: non-centred data, means over data seeds"
-    made = new_table(title, ["method"], columns, "*: by other code; zero mean: the test error of the control")
+    title = f"diagonal network, γ = {GAMMA}: non-centered data, means over data seeds"
+    made = new_table(title, ["method"], columns, "*: from earlier code; zero mean: the test error of the control")
     for name in METHODS:
         found = choose(rows, mean=5.0, method=name, source="package")
         control = choose(rows, mean=0.0, method=name)
@@ -172,29 +171,31 @@ def show(rows: list[dict], steps: list[dict], cells: list[dict]) -> None:
 
 
 def check(rows: list[dict], steps: list[dict]) -> None:
-    """Print the claims as sentences with their numbers."""
+    """Print the claims with their measured values."""
     ours = choose(rows, mean=5.0, source="package")
     by_hand = {(row["method"], row["seed"]): row for row in choose(rows, mean=5.0, source="closed form")}
     pairs = [(row, by_hand[row["method"], row["seed"]]) for row in ours if (row["method"], row["seed"]) in by_hand]
     for key in ("test_error", "alpha_eff"):
         most = max((abs(a[key] / b[key] - 1) for a, b in pairs), default=math.nan)
-        say(f"package against closed form, {key}: at most {most:.0e} apart (relative, of 7 digits)")
-    say(f"α_eff against α·exp(−γ∫g∘g′dt): {max(r['worst_coordinate'] for r in ours):.0e} apart on the worst coordinate")
+        say(f"package vs. closed form, {key}: relative difference at most {most:.0e} (7 digits are stored)")
+    worst = max(row["worst_coordinate"] for row in ours)
+    say(f"α_eff vs. α·exp(−γ∫g∘g′dt): relative difference {worst:.0e} in the worst coordinate")
     seeds = sorted({row["seed"] for row in ours})
     for key in ("test_error", "alpha_eff"):
         falling = 0
         for seed in seeds:
             values = [row[key] for name in ASCENDING for row in choose(ours, method=name, seed=seed)]
             falling += values == sorted(values, reverse=True)
-        say(f"{key} falls from ε = −.1 to +.2 without exception in {falling} of {len(seeds)} seeds")
+        say(f"{key} decreases monotonically from ε = −.1 to +.2 in {falling} of {len(seeds)} seeds")
     for row in steps:
         if row["late_rate"] or row["rate"] == 2.5e-6:
-            both = f"α_eff {row['alpha_eff']:.4f}, flow {row['alpha_eff_flow']:.4f}; β {row['beta_distance']:.1e} apart"
-            say(f"{row['method']}: {row['steps']:.0f} steps of SGD to L = {row['loss']:.0e}: {both}")
+            both = f"α_eff {row['alpha_eff']:.4f}, flow {row['alpha_eff_flow']:.4f}"
+            run = f"{row['method']}: {row['steps']:.0f} steps of SGD to L = {row['loss']:.0e}"
+            say(f"{run}: {both}; β differs by {row['beta_distance']:.1e}")
 
 
 def check_map(cells: list[dict]) -> None:
-    """The best of all and the best with γ = ε, means over seeds."""
+    """Print the best constants overall and with γ = ε, by the mean over seeds."""
     means: dict[tuple, list[float]] = {}
     for row in cells:
         means.setdefault((row["gamma"], row["epsilon"]), []).append(row["test_error"])
@@ -207,19 +208,19 @@ def check_map(cells: list[dict]) -> None:
 
 
 def draw(args, rows: list[dict], cells: list[dict]) -> None:
-    """Test error and α_eff over the signed step; the map."""
+    """Plot test error and α_eff over the signed step, and the map."""
     figure, axes = new_figure(1, 3, 11, 3.3)
     steps = [(name, METHODS[name][1]) for name in [*ASCENDING, "F-GR ε=.4"]]
-    for one, key, word in ((axes[0, 0], "test_error", "normalised test error"), (axes[0, 1], "alpha_eff", "α_eff")):
+    for one, key, word in ((axes[0, 0], "test_error", "normalized test error"), (axes[0, 1], "alpha_eff", "α_eff")):
         ours = choose(rows, mean=5.0, source="package")
         for seed in sorted({row["seed"] for row in ours}):
             line = [(step, row[key]) for name, step in steps for row in choose(ours, method=name, seed=seed)]
-            one.plot(*zip(*line, strict=True), color=COLOURS["F-GR"], alpha=0.3, linewidth=1)
+            one.plot(*zip(*line, strict=True), color=COLORS["F-GR"], alpha=0.3, linewidth=1)
         for name, step in steps:
             values = [row[key] for row in choose(ours, method=name)]
-            colour = COLOURS[name.split(maxsplit=1)[0]]
+            color = COLORS[name.split(maxsplit=1)[0]]
             if values:
-                one.plot(step, sum(values) / len(values), "o", color=colour)
+                one.plot(step, sum(values) / len(values), "o", color=color)
         plain = [row[key] for row in choose(ours, method="GD")]
         one.axhline(sum(plain) / len(plain), color="black", linewidth=0.8, linestyle=":", label="gradient descent")
         one.set(xlabel="signed step ε (B-GR < 0 = DB < F-GR)", ylabel=word, title=f"γ = {GAMMA}")
@@ -231,7 +232,7 @@ def draw(args, rows: list[dict], cells: list[dict]) -> None:
 
 
 def _draw_map(figure, one, cells: list[dict]) -> None:
-    """Of the grid, without the further points of the line."""
+    """Draw the grid, without the additional points on the line γ = ε."""
     from matplotlib.colors import LogNorm
 
     rows_of: dict[float, list[dict]] = {}
@@ -248,7 +249,7 @@ def _draw_map(figure, one, cells: list[dict]) -> None:
     shades = {"cmap": "cividis", "norm": LogNorm(1e-3, 1e-1)}
     picture = one.pcolormesh(gammas, epsilons, values, shading="nearest", rasterized=True, **shades)
     line = [epsilons[0], gammas[-1]]
-    one.plot(line, line, "--", color="black", label="γ = ε (SAM without normalisation)")
+    one.plot(line, line, "--", color="black", label="γ = ε (SAM without normalization)")
     one.plot(GAMMA, 0.2, "*", color="white", markeredgecolor="black", markersize=9, label="best of the table")
     one.set(xscale="log", yscale="log", xlabel="γ", ylabel="ε", title="test error of F-GR")
     one.legend(fontsize="x-small", loc="lower left")

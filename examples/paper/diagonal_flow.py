@@ -1,4 +1,4 @@
-"""Diagonal linear networks: problems, the package's update as a vector field, a closed form of it, and their flow."""
+"""Diagonal linear networks: problems, the package's update as a vector field, its closed form, and their flow."""
 
 import dataclasses
 import functools
@@ -18,12 +18,12 @@ class Problem:
     """y = X β* with a sparse teacher β*: 1/√5 on 5 of ``d`` coordinates.
 
     Args:
-        seed: Of the data.
-        mean: Of the entries of X.
-        variance: Of the entries of X.
-        n: Number of examples.
-        d: Number of coordinates.
-        alpha: w₊ = w₋ = α at the start.
+        seed: The seed of the data.
+        mean: The mean of the entries of X.
+        variance: The variance of the entries of X.
+        n: The number of examples.
+        d: The number of coordinates.
+        alpha: The initial value α of w₊ and w₋.
     """
 
     seed: int
@@ -46,13 +46,13 @@ class Problem:
         return self.x.T @ self.x / self.n
 
     def residual_gradient(self, plus: np.ndarray, minus: np.ndarray) -> np.ndarray:
-        """G = Xᵀ(Xβ − y)/n, for weights whose last axis is that of the coordinates."""
+        """G = Xᵀ(Xβ − y)/n, for weights with the coordinates along the last axis."""
         return (plus**2 - minus**2 - self.teacher) @ self.covariance
 
     def loss(self, plus: np.ndarray, minus: np.ndarray) -> float:
         """‖Xβ − y‖²/(4n)."""
-        wrong = plus**2 - minus**2 - self.teacher
-        return float(wrong @ self.covariance @ wrong / 4)
+        error = plus**2 - minus**2 - self.teacher
+        return float(error @ self.covariance @ error / 4)
 
     def test_error(self, plus: np.ndarray, minus: np.ndarray) -> float:
         """E(x·(β − β*))² / E(x·β*)² over new x, in closed form."""
@@ -64,10 +64,10 @@ class Problem:
 
 
 class DiagonalNetworks(nn.Module):
-    """Independent networks β = w₊² − w₋², one for each problem.
+    """Independent networks β = w₊² − w₋², one per problem.
 
-    The gradient of the sum of their losses has one block for each, and so has its unnormalised regularization: one
-    step of the package makes the step of each of them.
+    The gradient of the sum of their losses has one block per network, and so does its unnormalized regularization. A
+    single step of the package therefore takes the step of each network.
     """
 
     def __init__(self, problems: list[Problem]) -> None:
@@ -83,14 +83,14 @@ class DiagonalNetworks(nn.Module):
 
 
 def rule(gamma: float, epsilon: float | None) -> GRRule:
-    """Signed ε: negative is B-GR, 0 is double backward, None (with γ = 0) is gradient descent."""
+    """The rule for a signed ε: negative is B-GR, 0 is double backward, None (with γ = 0) is gradient descent."""
     if not epsilon:
         return GRRule(gamma, scheme="exact")
     return GRRule(gamma, abs(epsilon), scheme="forward" if epsilon > 0 else "backward")
 
 
 def package_field(problem: Problem, gamma: float, epsilon: float | None):
-    """−g of the package's update as a function of the weights."""
+    """The negative of the package's update, −g, as a function of the weights."""
     net, chosen = DiagonalNetworks([problem]), rule(gamma, epsilon)
 
     def field(plus: np.ndarray, minus: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,7 +105,7 @@ def package_field(problem: Problem, gamma: float, epsilon: float | None):
 
 
 def closed_field(problem: Problem, gamma: float, epsilon: float | None):
-    """The same, written by hand: no package, no autograd."""
+    """The same field in closed form, without the package and without autograd."""
 
     def field(plus: np.ndarray, minus: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         g = problem.residual_gradient(plus, minus)
@@ -129,10 +129,10 @@ def ascended(problem: Problem, plus: np.ndarray, minus: np.ndarray, g: np.ndarra
 
 
 def flow(problem: Problem, gamma: float, epsilon: float | None, *, source: str, time: float = 1e4, tol: float = 1e-10):
-    """Integrate dθ/dt = field(θ), and ∫ g∘g′ dt beside it, until the loss is ``tol`` or ``time`` is over.
+    """Integrate dθ/dt = field(θ) along with ∫ g∘g′ dt, until the loss reaches ``tol`` or until ``time``.
 
-    SciPy's LSODA chooses its steps. The Jacobian of its Newton iterations is that of the closed form; it speeds them
-    up and does not enter the solution.
+    SciPy's LSODA chooses the step sizes. Its Newton iterations use the Jacobian of the closed form, which speeds them
+    up and does not affect the solution.
     """
     from scipy.integrate import solve_ivp
 

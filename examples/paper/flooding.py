@@ -1,22 +1,22 @@
-"""Flooding performs gradient regularization: identity of its steps, loss pinned, gradient norm falling, rates, noise.
+"""Flooding performs gradient regularization: the identity of its steps, the falling gradient norm, rates and noise.
 
-`python examples/paper/flooding.py` runs what is missing in results/: `flooding_identity.csv`, `flooding_curves.csv`,
-`flooding_momentum.csv` and `flooding_noise.csv`.
+`python examples/paper/flooding.py` measures the runs missing in results/: `flooding_identity.csv`,
+`flooding_curves.csv`, `flooding_momentum.csv` and `flooding_noise.csv`.
 """
 
 import itertools
 import math
 
-from common import COLOURS, arguments, console, main, new_figure, new_table, run_missing, save, say
+from common import COLORS, arguments, console, main, new_figure, new_table, run_missing, save, say
 from flooding_walks import LEVEL, measure_curve, measure_drift, measure_identity, measure_noise
 
 ETAS, MOMENTA = (0.025, 0.05, 0.1), (0.0, 0.5, 0.9)
 PAIR_TIME = 4.0  # steps · η²/(1 − μ²)
 
 
-def steps_to(rows: list[dict], share: float) -> float:
-    """The first place of a curve where ‖∇L‖ is below a share of what it was; NaN if there is none."""
-    below = (row["step"] for row in rows if row["gradient_norm"] < share * rows[0]["gradient_norm"])
+def steps_to(rows: list[dict], fraction: float) -> float:
+    """The first step at which ‖∇L‖ is below a fraction of its initial value, or NaN."""
+    below = (row["step"] for row in rows if row["gradient_norm"] < fraction * rows[0]["gradient_norm"])
     return next(below, math.nan)
 
 
@@ -26,11 +26,11 @@ def of(rows: list[dict], **wanted) -> list[dict]:
 
 def show(identity: list[dict], curves: list[dict], drifts: list[dict], noise: list[dict]) -> None:
     most, least = max(row["difference"] for row in identity), min(row["moved"] for row in identity)
-    say(f"two flooded steps against one of GR: {most:.1e} apart at most, where weights move by {least:.1e}")
+    say(f"two flooded steps differ from one GR step by at most {most:.1e}, while weights move by at least {least:.1e}")
     columns = ["η", "μ", "steps", "last loss", "‖∇L‖", "→", "to 60%", "scaled", "turns"]
     title = f"at the level b = {LEVEL}, means over seeds"
-    caption = "to 60%: steps until ‖∇L‖ is 60% of what it was; scaled: that · η²/(1−μ²);"
-    caption += "\nturns: share of steps that go the other way than the one before"
+    caption = "to 60%: steps until ‖∇L‖ is at 60% of its start; scaled: times η²/(1−μ²);"
+    caption += "\nturns: fraction of steps that reverse the direction of the previous one"
     made = new_table(title, ["walk"], columns, caption)
     for (kind, eta, momentum, activation), rows in grouped(curves).items():
         curve = [of(rows, seed=seed) for seed in sorted({row["seed"] for row in rows})]
@@ -47,7 +47,7 @@ def show(identity: list[dict], curves: list[dict], drifts: list[dict], noise: li
         ratio = f"{row['drift']:.3f} η²H∇L per two strictly alternating steps; 1/(1 − μ²) = {row['predicted']:.3f}"
         say(f"μ = {row['momentum']:g}: drift {ratio}")
     for row in noise:
-        both = f"effect {row['effect']:.1e}, noise {row['noise']:.1e}, {row['ratio']:.0f} times as much"
+        both = f"effect {row['effect']:.1e}, noise {row['noise']:.1e}, ratio {row['ratio']:.0f}"
         say(f"η = {row['eta']:g}, batches of {row['batch']:.0f}: {both}")
 
 
@@ -67,20 +67,20 @@ def grouped(curves: list[dict]) -> dict[tuple, list[dict]]:
 
 
 def draw(args, curves: list[dict], noise: list[dict]) -> None:
-    """Loss, gradient norm, the collapse over η and μ, and the noise."""
+    """Plot loss, gradient norm, the collapse over η and μ, and the noise."""
     figure, axes = new_figure(1, 4, 14, 3.2)
-    colours = {
-        "flooding": COLOURS["flooding"],
-        "explicit": COLOURS["F-GR"],
+    colors = {
+        "flooding": COLORS["flooding"],
+        "explicit": COLORS["F-GR"],
         "random": "#777777",
-        "mini-batches": COLOURS["B-GR"],
+        "mini-batches": COLORS["B-GR"],
     }
     styles = {"flooding": "-", "explicit": "--", "random": ":", "mini-batches": "-."}
     names = {"explicit": "steps η²Δ_F(η) of F-GR", "random": "random walk at the level"}
     first, groups = ETAS[1], grouped(curves)
-    for kind, colour in colours.items():
+    for kind, color in colors.items():
         rows = [row for row in groups.get((kind, first, 0.0, "gelu"), []) if row["seed"] == 0]
-        look = {"color": colour, "linestyle": styles[kind], "label": names.get(kind, kind)}
+        look = {"color": color, "linestyle": styles[kind], "label": names.get(kind, kind)}
         x = [row["step"] for row in rows]
         axes[0, 0].plot(x, [row["loss"] for row in rows], **look)
         axes[0, 1].plot(x, [row["gradient_norm"] for row in rows], **look)
@@ -95,15 +95,15 @@ def draw(args, curves: list[dict], noise: list[dict]) -> None:
         if kind == "flooding" and activation == "gelu":
             one = of(rows, seed=0)
             x = [row["step"] * eta**2 / (1 - momentum**2) for row in one]
-            colour = dict(zip(ETAS, ("#56B4E9", "#0072B2", "#000000"), strict=True))[eta]
-            look = {"color": colour, "linestyle": shades[momentum], "label": f"η={eta:g} μ={momentum:g}"}
+            color = dict(zip(ETAS, ("#56B4E9", "#0072B2", "#000000"), strict=True))[eta]
+            look = {"color": color, "linestyle": shades[momentum], "label": f"η={eta:g} μ={momentum:g}"}
             axes[0, 2].plot(x, [row["gradient_norm"] for row in one], **look)
     axes[0, 2].set(xlabel="steps · η²/(1 − μ²)", ylabel="‖∇L‖", title="one curve for all η and μ, if stable")
     axes[0, 2].set(xscale="log", xlim=(0.005, PAIR_TIME), ylim=(0, 0.5))
     axes[0, 2].legend(fontsize="xx-small", ncols=3, loc="lower left")
     etas = [row["eta"] for row in noise]
-    axes[0, 3].plot(etas, [row["effect"] for row in noise], "o-", color=COLOURS["F-GR"], label="effect, η² Δ_F")
-    axes[0, 3].plot(etas, [row["noise"] for row in noise], "s--", color=COLOURS["B-GR"], label="noise of mini-batches")
+    axes[0, 3].plot(etas, [row["effect"] for row in noise], "o-", color=COLORS["F-GR"], label="effect, η² Δ_F")
+    axes[0, 3].plot(etas, [row["noise"] for row in noise], "s--", color=COLORS["B-GR"], label="noise of mini-batches")
     axes[0, 3].set(xscale="log", yscale="log", xlabel="η", ylabel="length of two steps", title="mini-batches of 64")
     axes[0, 3].legend(fontsize="x-small")
     save(figure, args.figures, "flooding")

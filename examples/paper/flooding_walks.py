@@ -1,4 +1,4 @@
-"""Flooding and the steps of gradient regularization that it makes: identity, walks at the level, momentum, noise."""
+"""Flooding and the gradient-regularization steps that it performs: identity, walks at the level, momentum, noise."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 @dataclasses.dataclass(frozen=True)
 class PenaltyOnly:
-    """A rule of our own: (∇L(θ ± ε∇L) − ∇L)/±ε ≈ H∇L, finite-difference GR without the gradient of the loss."""
+    """A custom rule: (∇L(θ ± ε∇L) − ∇L)/±ε ≈ H∇L, which is finite-difference GR without the gradient of the loss."""
 
     epsilon: float
 
@@ -31,7 +31,7 @@ class PenaltyOnly:
 
 
 class Net(nn.Module):
-    """An MLP in float64 and its training data, of which it knows the loss."""
+    """An MLP in float64, with its training data and loss."""
 
     def __init__(self, seed: int, activation: str, examples: int = EXAMPLES) -> None:
         super().__init__()
@@ -76,9 +76,9 @@ def _weights_at(level: float, seed: int, activation: str) -> Tensor:
 
 
 def net_at(level: float, seed: int, activation: str) -> Net:
-    """Plain training, full batch, until the loss is below ``level``."""
+    """Train plainly on full batches until the loss is below ``level``."""
     net = Net(seed, activation)
-    # a copy: vector_to_parameters makes the parameters views of its argument
+    # copy, because vector_to_parameters makes the parameters views of its argument
     nn.utils.vector_to_parameters(_weights_at(level, seed, activation).clone(), net.net.parameters())
     return net
 
@@ -87,7 +87,7 @@ def net_at(level: float, seed: int, activation: str) -> Net:
 
 
 def two_flooded_steps(net: nn.Module, loss, level: float, eta: float) -> list[float]:
-    """Two steps of SGD on |L − b| + b; returns the losses before each."""
+    """Take two SGD steps on |L − b| + b; return the losses before each step."""
     optimizer, losses = torch.optim.SGD(net.parameters(), lr=eta), []
     for _ in range(2):
         optimizer.zero_grad()
@@ -99,7 +99,7 @@ def two_flooded_steps(net: nn.Module, loss, level: float, eta: float) -> list[fl
 
 
 def one_penalty_step(net: nn.Module, loss, eta: float, sign: int) -> None:
-    """One step of size η² along F-GR's (sign 1) or B-GR's (−1) penalty with ε = η, by the package's update."""
+    """Take a step of size η² along the penalty of F-GR (sign 1) or B-GR (−1) with ε = η, using the package."""
     optimizer = torch.optim.SGD(net.parameters(), lr=eta**2)
     optimizer.zero_grad()
     regularized_backward(loss, net, PenaltyOnly(sign * eta))
@@ -107,7 +107,7 @@ def one_penalty_step(net: nn.Module, loss, eta: float, sign: int) -> None:
 
 
 def measure_identity(order: str, eta: float, seed: int, activation: str) -> dict:
-    """The largest difference of a weight between two flooded steps and one step of the penalty."""
+    """Measure the largest difference in a weight between two flooded steps and one penalty step."""
     flooded, explicit = (net_at(LEVEL, seed, activation) for _ in range(2))
     here, gradient = flooded.gradient()
     sign = 1 if order == "up, down" else -1
@@ -126,7 +126,7 @@ def measure_identity(order: str, eta: float, seed: int, activation: str) -> dict
 
 
 def flooded_walk(net: Net, eta: float, momentum: float, steps: int, batch: int | None = None):
-    """Flooded SGD by the package; gives the sign of each step."""
+    """Run flooded SGD with the package; yield the sign of each step."""
     optimizer = torch.optim.SGD(net.net.parameters(), lr=eta, momentum=momentum)
     draw = torch.Generator().manual_seed(0)
     for _ in range(steps):
@@ -138,7 +138,7 @@ def flooded_walk(net: Net, eta: float, momentum: float, steps: int, batch: int |
 
 
 def explicit_walk(net: Net, eta: float, momentum: float, steps: int):
-    """Steps η²/(1 − μ²) along F-GR's penalty with ε = η for every two of flooding, and back to the level along ∇L."""
+    """Replace every two flooding steps by a step η²/(1 − μ²) along F-GR's penalty (ε = η), then return to the level."""
     optimizer = torch.optim.SGD(net.net.parameters(), lr=eta**2 / (1 - momentum**2))
     for step in range(steps):
         if step % 2:
@@ -150,7 +150,7 @@ def explicit_walk(net: Net, eta: float, momentum: float, steps: int):
 
 
 def random_walk(net: Net, eta: float, momentum: float, steps: int):
-    """The control: as far as the penalty's steps go, but in random directions along the level."""
+    """The control: steps as long as the penalty's, but in random directions along the level set."""
     draw = torch.Generator().manual_seed(0)
     for step in range(steps):
         if step % 2:
@@ -175,19 +175,19 @@ WALKS = {"flooding": flooded_walk, "explicit": explicit_walk, "random": random_w
 
 
 def measure_curve(kind: str, eta: float, momentum: float, activation: str, seed: int, time: float) -> list[dict]:
-    """Loss and gradient norm of the whole training set over a walk, at places that grow apart."""
+    """Measure loss and gradient norm on the full training set along a walk, at increasing intervals."""
     net = net_at(LEVEL, seed, activation)
     steps = round(time * (1 - momentum**2) / eta**2)
     if kind == "mini-batches":
         walk = flooded_walk(net, eta, momentum, steps, batch=64)
     else:
         walk = WALKS[kind](net, eta, momentum, steps)
-    places = {0, *(round(steps ** (place / 80)) for place in range(81))}
+    recorded = {0, *(round(steps ** (i / 80)) for i in range(81))}
     last, turns, rows = 0, 0, []
     for step, sign in enumerate(itertools.chain([0], walk)):
         turns += sign != last and sign != 0
         last = sign
-        if step in places:
+        if step in recorded:
             loss, gradient = net.gradient()
             rows.append({"step": step, "loss": loss, "gradient_norm": gradient.norm().item(), "turns": turns})
     return rows
@@ -197,7 +197,7 @@ def measure_curve(kind: str, eta: float, momentum: float, activation: str, seed:
 
 
 def measure_drift(momentum: float, eta: float) -> dict:
-    """The drift per two strictly alternating heavy-ball steps, in units of η² H∇L (for a quadratic, where H is H)."""
+    """Measure the drift per two strictly alternating heavy-ball steps on a quadratic, in units of η² H∇L."""
     curvatures = torch.linspace(0.5, 2.0, 50, dtype=torch.float64)
     weights = nn.Parameter(torch.ones(50, dtype=torch.float64))
     optimizer = torch.optim.SGD([weights], lr=eta, momentum=momentum)
@@ -218,12 +218,12 @@ def measure_drift(momentum: float, eta: float) -> dict:
 
 
 def measure_noise(eta: float, batch: int, seed: int, pairs: int) -> dict:
-    """Two flooded steps on different mini-batches: the size of their mean against that of their noise."""
+    """Compare the mean of two flooded steps on different mini-batches with its noise."""
     net = net_at(LEVEL, seed, "gelu")
     start, draw = net.weights(), torch.Generator().manual_seed(seed)
     _, gradient = net.gradient()
     net.move(eta * gradient)
-    effect = eta * (net.gradient()[1] - gradient)  # η² · Δ_F(η), what full batches do
+    effect = eta * (net.gradient()[1] - gradient)  # η² · Δ_F(η), as with full batches
     squares = []
     for _ in range(pairs):
         first, second = (torch.randperm(len(net.y), generator=draw)[:batch] for _ in range(2))

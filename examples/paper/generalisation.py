@@ -1,7 +1,7 @@
-"""Generalisation of all methods on digits and mnist1d; constants are chosen on a validation split.
+"""Generalization of all methods on digits and mnist1d, with constants selected on a validation split.
 
-`python examples/paper/generalisation.py` runs what is missing in results/: `selection.csv` (validation accuracy of all
-candidates) and `generalisation.csv` (test accuracy with the constants chosen there).
+`python examples/paper/generalisation.py` measures the runs missing in results/: `selection.csv` (validation accuracy of
+all candidates) and `generalisation.csv` (test accuracy with the selected constants).
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from common import (
-    COLOURS,
+    COLORS,
     HERE,
     arguments,
     console,
@@ -37,7 +37,7 @@ TASKS: dict[str, Task] = {
     "mnist1d-resnet": RESNET,
     "mnist1d-vit": VIT,
 }
-# not those of the report
+# different from the seeds of the report
 SELECTION_SEEDS = {task: (100, 101) if task in ("digits-noise20", "mnist1d-resnet") else (100,) for task in TASKS}
 SEEDS = (0, 1, 2, 3, 4)
 STATES = HERE.parent.parent / "outputs" / "paper" / "states"
@@ -52,7 +52,7 @@ def each(name: str, values) -> list[dict]:
 
 
 def candidates(gammas, epsilons, rhos, adaptive_rhos, levels, pair_for_flooding) -> dict[str, list[dict]]:
-    """The constants that are tried, by method."""
+    """The candidate constants of each method."""
     return {
         "plain": [{}],
         "DB": each("gamma", gammas),
@@ -79,12 +79,12 @@ GRID = {
     ),
 }
 PAIRS = (("F-GR", "B-GR"), ("F-GR", "DB"), ("SAM", "F-GR"))
-# at equal compute, what needs one pass per step gets twice the epochs
+# for equal compute, methods with one pass per step also run for twice the epochs
 TWICE = ("plain", "flooding")
 
 
 def method(name: str, gamma=None, epsilon=None, rho=None, level=None) -> Method:
-    """A method of the grid; a CSV row may be given as it is."""
+    """Create a method of the grid; the arguments match the columns of the CSV files."""
     rule = None
     if name in ("SAM", "ASAM"):
         rule = SAMRule(rho, adaptive=name == "ASAM")
@@ -103,9 +103,9 @@ def constants(row: dict) -> dict:
 
 
 def measure(task: str, method: Method, seed: int, epochs: int, validation: bool, keep: Path | None = None) -> dict:
-    """Train once and look at the last weights."""
+    """Train once and evaluate the final weights."""
     began = time.process_time()
-    # on digits as a user would; the plain loop, which gives the same weights, is faster (tests/system/test_paper.py)
+    # digits use the Trainer, as a user would; the plain loop gives the same weights faster (tests/system/test_paper.py)
     net, data = train(TASKS[task], method, seed, epochs, trainer=task.startswith("digits"))
     seconds = time.process_time() - began
     accuracy, _ = score(net, data.validation if validation else data.test)
@@ -118,13 +118,13 @@ def measure(task: str, method: Method, seed: int, epochs: int, validation: bool,
 
 
 def state_file(task: str, method: str, epochs: int, seed: int, **chosen) -> Path:
-    """Where the last weights of a run are kept, outside the repository's files."""
+    """The file for the final weights of a run, outside version control."""
     parts = [task, method, *(text(value) for value in chosen.values() if value is not None), str(epochs), str(seed)]
     return STATES / ("-".join(parts) + ".pt")
 
 
 def select(args, task: str, epochs: int) -> list[dict]:
-    """Validation accuracy of each candidate."""
+    """Measure the validation accuracy of each candidate."""
     runs = [
         {"task": task, "method": name, **NONE, **chosen, "epochs": epochs, "seed": seed}
         for seed in SELECTION_SEEDS[task][: args.selection_seeds]
@@ -139,11 +139,11 @@ def select(args, task: str, epochs: int) -> list[dict]:
     )
 
 
-make = method  # where an argument is called `method`
+make = method  # for functions with an argument named `method`
 
 
 def best(rows: list[dict], name: str) -> dict:
-    """The constants with the highest validation accuracy, mean over seeds; of equal ones the first."""
+    """The constants with the highest mean validation accuracy over seeds; the first in case of ties."""
     means: dict[tuple, list[float]] = {}
     for row in rows:
         if row["method"] == name:
@@ -152,12 +152,12 @@ def best(rows: list[dict], name: str) -> dict:
 
 
 def final_runs(task: str, epochs: int, selection: list[dict], seeds) -> list[dict]:
-    """The settings of the report: each method with the constants that were chosen."""
+    """The settings of the report: each method with its selected constants."""
     runs = []
     for seed in seeds:
         for name in GRID[task]:
             chosen = best(selection, name)
-            if not chosen:  # to be drawn only, and not there
+            if not chosen:  # with --draw-only, if there are no results
                 continue
             row = {"task": task, "method": name, **chosen}
             runs += [{**row, "epochs": factor * epochs, "seed": seed} for factor in ((1, 2) if name in TWICE else (1,))]
@@ -165,7 +165,7 @@ def final_runs(task: str, epochs: int, selection: list[dict], seeds) -> list[dic
 
 
 def report(args, task: str, epochs: int, selection: list[dict]) -> list[dict]:
-    """Test accuracy of the chosen constants."""
+    """Measure the test accuracy with the selected constants."""
 
     def run(task, method, epochs, seed, **chosen):
         keep = None if args.fast else state_file(task, method, epochs, seed, **chosen)
@@ -175,7 +175,7 @@ def report(args, task: str, epochs: int, selection: list[dict]) -> list[dict]:
 
 
 def label(row: dict, epochs: int) -> str:
-    """Name of a method, with what it was given more."""
+    """The name of a method, marked if it ran for twice the epochs."""
     return row["method"] + (", 2×" if row["epochs"] == 2 * epochs else "")
 
 
@@ -192,7 +192,7 @@ def by_label(rows: list[dict], epochs: int) -> dict[str, list[dict]]:
 
 
 def show(task: str, rows: list[dict], epochs: int) -> None:
-    """Means over seeds; the differences from plain training are those of the same seed."""
+    """Print means over seeds; differences from plain training are paired by seed."""
     columns = ["test accuracy %", "− plain", "training acc. %", "CPU s"]
     title = f"{task}: {epochs} epochs, {len({row['seed'] for row in rows})} seeds"
     made = new_table(title, ["method", "chosen"], columns, "± is the standard error over seeds; 2×: twice the epochs")
@@ -211,7 +211,7 @@ def show(task: str, rows: list[dict], epochs: int) -> None:
 
 
 def draw(args, tests: dict[str, list[dict]], epochs: dict[str, int]) -> None:
-    """Test accuracy of each method, a panel for each task."""
+    """Plot the test accuracy of each method, with one panel per task."""
     wide = min(4, len(tests))
     high = math.ceil(len(tests) / wide)
     figure, axes = new_figure(high, wide, 3.6 * wide, 2.7 * high)
@@ -223,11 +223,11 @@ def draw(args, tests: dict[str, list[dict]], epochs: dict[str, int]) -> None:
         for height, name in enumerate(names):
             values = [row["accuracy"] for row in groups[name]]
             mean, error = mean_and_error(values)
-            colour = COLOURS[groups[name][0]["method"]]
-            hollow = "none" if "2×" in name else colour
-            one.plot(values, [height] * len(values), "|", color=colour, alpha=0.5, markersize=6)
+            color = COLORS[groups[name][0]["method"]]
+            hollow = "none" if "2×" in name else color
+            one.plot(values, [height] * len(values), "|", color=color, alpha=0.5, markersize=6)
             one.errorbar(
-                mean, height, xerr=error, fmt="o", color=colour, markerfacecolor=hollow, capsize=3, markersize=5
+                mean, height, xerr=error, fmt="o", color=color, markerfacecolor=hollow, capsize=3, markersize=5
             )
         mean, _ = mean_and_error([row["accuracy"] for row in groups["plain"]])
         one.axvline(mean, color="black", linewidth=0.8, linestyle=":")
@@ -237,7 +237,7 @@ def draw(args, tests: dict[str, list[dict]], epochs: dict[str, int]) -> None:
 
 
 def draw_grid(args, selections: dict[str, list[dict]]) -> None:
-    """Validation accuracy over ε for each γ, F-GR against B-GR and DB."""
+    """Plot validation accuracy over ε for each γ: F-GR, B-GR and DB."""
     figure, axes = new_figure(1, len(selections), 3.6 * len(selections), 3.6)
     for one, (task, rows) in zip(axes[0], selections.items(), strict=True):
         gammas = sorted({row["gamma"] for row in rows if row["method"] == "F-GR"})
@@ -248,7 +248,7 @@ def draw_grid(args, selections: dict[str, list[dict]]) -> None:
                 for row in rows:
                     if row["method"] == name and row["gamma"] == gamma:
                         points.setdefault(row["epsilon"] or 0.0, []).append(row["accuracy"])
-                look = {"color": COLOURS[name], "alpha": shades[gamma], "linestyle": style}
+                look = {"color": COLORS[name], "alpha": shades[gamma], "linestyle": style}
                 values = [sum(found) / len(found) for found in points.values()]
                 if name == "DB":
                     one.axhline(values[0], label=f"DB γ={gamma:g}", **look)
@@ -279,7 +279,7 @@ def experiment() -> None:
         epochs[task] = 1 if args.fast else TASKS[task].epochs
         selections[task] = select(args, task, epochs[task])
         tests[task] = report(args, task, epochs[task], selections[task])
-        if not tests[task]:  # to be drawn only, and not there
+        if not tests[task]:  # with --draw-only, if there are no results
             del tests[task], selections[task]
             continue
         show(task, tests[task], epochs[task])

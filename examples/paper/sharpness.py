@@ -1,12 +1,12 @@
-"""Sharpness at the end of the generalisation runs: largest eigenvalue and trace of the training loss's Hessian.
+"""Sharpness at the end of the generalization runs: largest eigenvalue and trace of the training loss's Hessian.
 
 `python examples/paper/sharpness.py` measures each run of results/generalisation.csv that results/sharpness.csv lacks.
-Weights that `generalisation.py` left in outputs/paper/states are read; others are trained again.
+It reads the weights that `generalisation.py` saved in outputs/paper/states, and trains again if they are missing.
 """
 
 import torch
 from common import (
-    COLOURS,
+    COLORS,
     MARKS,
     arguments,
     console,
@@ -28,7 +28,7 @@ from lightning_gr import hessian_eigenvalue, hessian_trace
 
 
 def trained(args, task: str, method: str, epochs: int, seed: int, **chosen) -> tuple[nn.Module, tuple]:
-    """The network at the end of a run, in evaluation mode, and its training part."""
+    """The final network of a run, in eval mode, and its training split."""
     file = state_file(task, method, epochs, seed, **chosen)
     if args.fast or not file.exists():
         net, data = train(TASKS[task], make(method, **chosen), seed, epochs)
@@ -39,7 +39,7 @@ def trained(args, task: str, method: str, epochs: int, seed: int, **chosen) -> t
 
 
 def measure(args, task: str, method: str, epochs: int, seed: int, **chosen) -> dict:
-    """At the last weights, on the whole training part with the labels that were trained on."""
+    """Measure at the final weights, on the full training split with the labels used in training."""
     net, (x, y) = trained(args, task, method, epochs, seed, **chosen)
 
     def loss():
@@ -70,7 +70,7 @@ def show(task: str, rows: list[dict], epochs: int) -> None:
 
 
 def draw(args, rows: list[dict], tests: list[dict]) -> None:
-    """Test accuracy over the largest eigenvalue, each method's mean."""
+    """Plot each method's mean test accuracy over its largest eigenvalue."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
@@ -82,7 +82,7 @@ def draw(args, rows: list[dict], tests: list[dict]) -> None:
             group = [row for row in found if row["method"] == name and row["epochs"] == found[0]["epochs"]]
             x, x_error = mean_and_error([row["eigenvalue"] for row in group])
             y, y_error = mean_and_error([accuracy[key(row)] for row in group])
-            look = {"color": COLOURS[name], "marker": MARKS[name], "capsize": 2, "linestyle": "none"}
+            look = {"color": COLORS[name], "marker": MARKS[name], "capsize": 2, "linestyle": "none"}
             one.errorbar(x, y, xerr=x_error, yerr=y_error, label=name, **look)
         one.set(xlabel="largest eigenvalue of the Hessian", ylabel="test accuracy (%)", title=task, xscale="log")
         one.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
