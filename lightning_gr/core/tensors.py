@@ -13,6 +13,7 @@ from lightning_gr.core.sharding import by_layout, local_parts, norm_over_ranks
 
 __all__ = [
     "HALVES",
+    "dense_parts",
     "global_norm",
     "inner_product",
     "inverse",
@@ -119,3 +120,16 @@ def random_unit(like: Sequence[Tensor], generator: torch.Generator) -> list[Tens
     vector = [d.to(x.device, wide(x).dtype) for d, x in zip(drawn, like, strict=True)]
     torch._foreach_mul_(vector, 1.0 / float(inner_product(vector, vector)) ** 0.5)
     return vector
+
+
+def dense_parts(tensor: Tensor) -> list[Tensor]:
+    """The dense tensors that a tensor of whatever layout is made of, sharing its memory."""
+    if tensor.is_nested:
+        return [part for each in tensor.unbind() for part in dense_parts(each)]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]

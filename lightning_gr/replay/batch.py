@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_gr.replay.contents import TensorPlace, is_lazy, sample
 from lightning_gr.replay.footprint import Footprint
-from lightning_gr.replay.places import OpaquePlace, Place
+from lightning_gr.replay.opaque import OpaquePlace, can_be_moved
+from lightning_gr.replay.places import Place
 
 __all__ = ["Batch"]
 
@@ -29,7 +30,7 @@ class Batch(Footprint):
         super().__init__(lambda: {"batch": args, "keywords": kwargs}, closed=lambda: [module])
         self.begin()
         for place in self.places:
-            if isinstance(place, OpaquePlace):
+            if isinstance(place, OpaquePlace) and can_be_moved(place.owner):
                 raise RuntimeError(
                     f"The batch holds an iterator ({type(place.owner).__name__}), which the second pass would find used"
                     " up: let the collate function turn it into a list or a tensor"

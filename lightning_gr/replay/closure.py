@@ -118,6 +118,10 @@ class _Variables(Footprint):
         self._surroundings.written_variables |= {place.path for place in places}
         super().note(places)
 
+    def warn_about(self, place: Place, why: str) -> None:
+        # once for all closures
+        self._surroundings.footprint.warn_about(place, why)
+
 
 def _describe(loss: object) -> str:
     return "a tensor without one" if isinstance(loss, Tensor) else type(loss).__name__

@@ -1,26 +1,34 @@
 """What a training step can write to in tensors, NumPy arrays and generators: saved, compared and put back in place."""
 
-import operator
+import contextvars
+import io
 import random
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_gr._compat import hook_tables
 from lightning_gr.core.hooks import OwnHook
-from lightning_gr.core.sharding import local_parts
+from lightning_gr.core.sharding import is_distributed, local_parts
+from lightning_gr.core.tensors import dense_parts
 from lightning_gr.replay.places import Place
 
 __all__ = [
+    "STATES",
     "ArrayPlace",
-    "GeneratorPlace",
+    "Content",
+    "FlagsPlace",
     "Hooked",
     "HooksPlace",
+    "LazyPlace",
+    "SettablePlace",
     "TensorPlace",
     "is_lazy",
+    "is_uninitialized",
     "restore_tensors",
     "sample",
 ]
@@ -30,38 +38,57 @@ _MOST_BYTES = 2**16
 _FEW_BYTES = 2**12
 
 
-class GeneratorPlace(Place):
-    """A generator of random numbers: torch's, NumPy's two kinds or Python's."""
+def _set_bit_generator(generator: np.random.Generator, state: Any) -> None:
+    generator.bit_generator.state = state
 
-    __slots__ = ()
 
-    KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
+_UNSET: Any = object()
+# what says where it is and can be set back to there: how to ask, and how to set it
+_STATES: tuple[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], object]], ...] = (
+    (torch.Generator, torch.Generator.get_state, torch.Generator.set_state),
+    (np.random.Generator, lambda generator: generator.bit_generator.state, _set_bit_generator),
+    (np.random.BitGenerator, lambda bits: bits.state, lambda bits, state: setattr(bits, "state", state)),
+    (np.random.RandomState, np.random.RandomState.get_state, np.random.RandomState.set_state),
+    (random.Random, random.Random.getstate, random.Random.setstate),
+    ((io.BytesIO, io.StringIO), lambda stream: stream.__getstate__(), lambda stream, state: stream.__setstate__(state)),
+    (contextvars.ContextVar, lambda variable: variable.get(_UNSET), lambda variable, value: variable.set(value)),
+)
+
+
+STATES = tuple(row[0] for row in _STATES)
+
+
+class SettablePlace(Place):
+    """A generator of random numbers (torch's, NumPy's two kinds, Python's), a file in memory, a context variable."""
+
+    __slots__ = ("_get", "_set")
+
+    def __init__(self, owner: Any, path: str) -> None:
+        super().__init__(owner, path)
+        _, self._get, self._set = next(row for row in _STATES if isinstance(owner, row[0]))
 
     def save(self) -> Any:
-        owner = self.owner
-        if isinstance(owner, torch.Generator):
-            return owner.get_state()
-        if isinstance(owner, np.random.Generator):
-            return owner.bit_generator.state
-        if isinstance(owner, np.random.BitGenerator):
-            return owner.state
-        return owner.get_state() if isinstance(owner, np.random.RandomState) else owner.getstate()
+        return self._get(self.owner)
 
     def differs(self, saved: Any) -> bool:
         return True  # putting it back is as cheap as looking
 
     def restore(self, saved: Any) -> None:
-        owner = self.owner
-        if isinstance(owner, torch.Generator):
-            owner.set_state(saved)
-        elif isinstance(owner, np.random.Generator):
-            owner.bit_generator.state = saved
-        elif isinstance(owner, np.random.BitGenerator):
-            owner.state = saved
-        elif isinstance(owner, np.random.RandomState):
-            owner.set_state(saved)
-        else:
-            owner.setstate(saved)
+        if saved is not _UNSET:
+            self._set(self.owner, saved)
+
+
+class Content(NamedTuple):
+    """What a tensor held, and where: a step may also point it elsewhere (by ``.data`` or ``set_``), or resize it.
+
+    Args:
+        value: A copy.
+        alias: A second tensor on the same memory, of the same shape. None where holding on to memory costs more: of
+            large weights.
+    """
+
+    value: Tensor
+    alias: Tensor | None = None
 
 
 class TensorPlace(Place):
@@ -74,6 +101,10 @@ class TensorPlace(Place):
         tensor = self.owner
         return not is_lazy(tensor) and tensor.layout == torch.strided and 0 < tensor.nbytes <= _FEW_BYTES
 
+    @property
+    def has_mark(self) -> bool:
+        return True
+
     def mark(self) -> tuple[int, int]:
         """Something that changes when the tensor is written to in place or resized, but not through ``.data``."""
         tensor = self.owner
@@ -82,20 +113,42 @@ class TensorPlace(Place):
         return tensor._version, 0 if is_lazy(tensor) else tensor.data_ptr()
 
     @torch.no_grad()
-    def save(self) -> Tensor | None:
-        return None if is_lazy(self.owner) else self.owner.detach().clone()
+    def save(self) -> Content | None:
+        tensor = self.owner
+        if is_lazy(tensor):
+            return None
+        detached = tensor.detach()
+        can_be_large = tensor.requires_grad and not self.is_watched
+        return Content(detached.clone(), None if can_be_large or is_distributed(tensor) else detached)
 
     def differs(self, saved: Any) -> bool:
         return True  # as a rule, putting it back is as cheap as looking
 
     @torch.no_grad()
-    def has_changed(self, saved: Tensor | None) -> bool:
+    def has_changed(self, saved: Content | None) -> bool:
         """Whether the value is another one now."""
-        return saved is not None and not torch.equal(self.owner, saved)
+        return saved is not None and not torch.equal(self.owner, saved.value)
 
-    def restore(self, saved: Tensor | None) -> None:
+    def restore(self, saved: Content | None) -> None:
         if saved is not None:
             restore_tensors([self.owner], [saved])
+
+
+class FlagsPlace(Place):
+    """Which of some tensors require a gradient."""
+
+    __slots__ = ()
+
+    def save(self) -> list[bool]:
+        return [tensor.requires_grad for tensor in self.owner]
+
+    def differs(self, saved: list[bool]) -> bool:
+        return self.save() != saved
+
+    def restore(self, saved: list[bool]) -> None:
+        for tensor, flag in zip(self.owner, saved, strict=True):
+            if tensor.is_leaf and tensor.requires_grad != flag:
+                tensor.requires_grad_(flag)
 
 
 class ArrayPlace(Place):
@@ -107,23 +160,33 @@ class ArrayPlace(Place):
     def is_watched(self) -> bool:
         return bool(self.owner.nbytes <= _MOST_BYTES)
 
+    @property
+    def has_mark(self) -> bool:
+        return True
+
+    def mark(self) -> Any:
+        flat = np.asarray(self.owner).reshape(-1) if self.owner.flags.c_contiguous else np.asarray(self.owner)[:1]
+        return self.owner.shape, flat[:: max(1, len(flat) // 8)][:8].tobytes()
+
     def save(self) -> Any:
-        return self.owner.copy()
+        return np.asarray(self.owner).copy()
 
     def differs(self, saved: Any) -> bool:
-        if self.owner.dtype.hasobject:
-            return any(map(operator.is_not, self.owner.flat, saved.flat))
-        # by bytes, in which NaN is equal to itself
-        return bool(self.owner.shape != saved.shape or self.owner.tobytes() != saved.tobytes())
+        # by bytes, in which NaN is equal to itself, and which for objects are their addresses
+        return bool(self.owner.shape != saved.shape or np.asarray(self.owner).tobytes() != saved.tobytes())
 
     def restore(self, saved: Any) -> None:
         if self.owner.shape != saved.shape:
             self.owner.resize(saved.shape, refcheck=False)
-        np.copyto(self.owner, saved, casting="no")
+        np.copyto(np.asarray(self.owner), saved, casting="no")
 
     def children(self) -> Iterator[tuple[str, Any]]:
-        if self.owner.dtype.hasobject:
-            for position, value in enumerate(self.owner.flat):
+        array = np.asarray(self.owner)
+        for name in array.dtype.names or ():
+            if array.dtype[name].hasobject:
+                yield f"{self.path}[{name!r}]", array[name]
+        if array.dtype == object:
+            for position, value in enumerate(array.flat):
                 yield f"{self.path}[{position}]", value
 
 
@@ -176,24 +239,74 @@ def is_lazy(tensor: Tensor) -> bool:
     return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)) or tensor.device.type == "meta"
 
 
+def is_uninitialized(module: nn.Module) -> bool:
+    """Whether ``module`` gets its shape, its class and its hooks in its first forward pass, which is yet to come."""
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+
+
+class LazyPlace(Place):
+    """A module whose tensors have no shape yet. What its first forward pass makes of it stays: it cannot be undone."""
+
+    __slots__ = ()
+
+    def save(self) -> bool:
+        return is_uninitialized(self.owner)
+
+    def differs(self, saved: bool) -> bool:
+        return self.save() != saved
+
+    def restore(self, saved: bool) -> None:
+        """The second pass starts from what the first one has made."""
+
+
 @torch.no_grad()
-def restore_tensors(tensors: list[Tensor], saved: list[Tensor]) -> None:
-    """Put contents back in place, whatever the layout and also after a change of shape."""
+def restore_tensors(tensors: list[Tensor], saved: list[Content]) -> None:
+    """Put contents back in place, whatever the layout, also into tensors that were resized or pointed elsewhere."""
     simple, values = [], []
-    for tensor, value in zip(tensors, saved, strict=True):
-        if tensor.is_inference():
-            with torch.inference_mode():
-                tensor.copy_(value)
-        elif tensor.layout != torch.strided or tensor.is_nested:
-            tensor.data = value.clone()
-        elif tensor.shape != value.shape:
-            # by observers of quantization, for one, which resize their buffers
-            tensor.resize_(value.shape).copy_(value)
-        else:
+    for tensor, (value, alias) in zip(tensors, saved, strict=True):
+        if alias is not None and _is_elsewhere(tensor, alias):
+            tensor.data = alias
+        elif alias is None and tensor.shape != value.shape:
+            tensor.resize_(value.shape)
+        if _is_simple(tensor):
             simple.append(tensor.data)
             values.append(value)
+        else:
+            with torch.inference_mode(tensor.is_inference()):
+                _copy_parts(tensor, value)
     if simple:
         torch._foreach_copy_(local_parts(simple), local_parts(values))
+
+
+def _is_elsewhere(tensor: Tensor, alias: Tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.is_nested or alias.layout != torch.strided:
+        # its parts are tensors of their own; those of a jagged tensor stay the same ones
+        return not (tensor.is_nested and tensor.layout == torch.jagged)
+    return (
+        tensor.data_ptr() != alias.data_ptr()
+        or tensor.dtype != alias.dtype
+        or tensor.shape != alias.shape
+        or tensor.stride() != alias.stride()
+    )
+
+
+def _is_simple(tensor: Tensor) -> bool:
+    """Whether it can be written by a foreach operator, several entries at one address for example not."""
+    return not (
+        tensor.layout != torch.strided
+        or tensor.is_nested
+        or tensor.is_inference()
+        or tensor.is_quantized
+        or tensor.is_conj()
+        or tensor.is_neg()
+        or (0 in tensor.stride() and tensor.numel() > 1)
+    )
+
+
+def _copy_parts(tensor: Tensor, value: Tensor) -> None:
+    for part, kept in zip(dense_parts(tensor.detach()), dense_parts(value), strict=True):
+        one = tuple(slice(0, 1) if step == 0 else slice(None) for step in part.stride())
+        part[one].copy_(kept[one])
 
 
 def sample(tensors: list[Tensor]) -> list[Any]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_gr.core.sharding import local_parts
+from lightning_gr.core.tensors import dense_parts
 
 __all__ = ["digests"]
 
@@ -35,24 +36,11 @@ def digests(tensors: list[Tensor]) -> list[int]:
 
 def _digest(tensor: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for part in _parts(local_parts([tensor.detach()])[0]):
+    for part in dense_parts(local_parts([tensor.detach()])[0]):
         for number, slab in enumerate(torch.split(_integers(part), _SLAB)):
             slab_sum = (slab.long() * _weights(part.device)[: len(slab)]).sum()
             total = total * 0x5851F42D4C957F2D + slab_sum * (2 * number + 1) + len(slab)
     return total
-
-
-def _parts(tensor: Tensor) -> list[Tensor]:
-    """The dense tensors that a tensor of whatever layout is made of."""
-    if tensor.is_nested:
-        return [part for each in tensor.unbind() for part in _parts(each)]
-    if tensor.layout == torch.sparse_coo:
-        return [tensor._indices(), tensor._values()]
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return [tensor]
 
 
 def _integers(tensor: Tensor) -> Tensor:

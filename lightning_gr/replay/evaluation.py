@@ -81,7 +81,7 @@ class Evaluation(Generic[Output]):
                 # the second pass starts from what they were, which is known on an evaluation to learn from
                 self._start.append(self._looked.without(late))
         for each, start in zip(self._footprints, self._start, strict=False):
-            each.warn_about_opaque(start)
+            each.look_at_initialized(start)
         self._written = self.surroundings.weights.note(self._start)
         return output
 
@@ -126,6 +126,8 @@ class Evaluation(Generic[Output]):
             after = [Snapshot(each.protected) for each in self._footprints]
             numbers = RandomState(self.surroundings.devices)
             stack.callback(self._verify, self._looked or footprint.marks(), storages)
+            for each, snapshot in zip(self._footprints, after, strict=True):
+                stack.callback(each.warn_about_opaque, snapshot)
             for snapshot in after:
                 stack.callback(snapshot.restore, storages)
             stack.callback(numbers.restore)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from lightning_gr._compat import writing_methods
 from lightning_gr.core.sharding import local_parts
-from lightning_gr.replay.contents import TensorPlace, is_lazy, restore_tensors, sample
+from lightning_gr.replay.contents import Content, FlagsPlace, LazyPlace, TensorPlace, is_lazy, restore_tensors, sample
 from lightning_gr.replay.digest import digests
 from lightning_gr.replay.machinery import QuietTensorPlace, WriterPlace
-from lightning_gr.replay.places import OpaquePlace, Place
+from lightning_gr.replay.opaque import OpaquePlace
+from lightning_gr.replay.places import Place
 from lightning_gr.replay.walk import Walk, walk
 
 __all__ = ["Footprint", "Snapshot"]
@@ -59,7 +60,7 @@ class Snapshot:
     def restore(self, moved: frozenset[int] = frozenset()) -> None:
         """Put the values back, except for tensors that lie in the storages ``moved``."""
         tensors: list[Tensor] = []
-        values: list[Tensor] = []
+        values: list[Content] = []
         for place, saved in self.saved:
             if isinstance(place, TensorPlace):
                 if saved is not None and not (moved and _storage_of(place.owner) in moved):
@@ -143,6 +144,7 @@ class Footprint:
     def _look(self, shape: tuple[int, ...]) -> None:
         self.places = walk(self._roots(), self._hidden, self._closed())
         self._tensors = [place.owner for place in self.places if isinstance(place, TensorPlace)]
+        self.places.append(FlagsPlace(self._tensors, "requires_grad"))
         self._shape, self._fresh = shape, []
         self._contents = [(place, _references(place)) for place in self.places if place.is_watched]
         self._sort()
@@ -195,11 +197,18 @@ class Footprint:
 
     def marks(self) -> "Marks":
         """What everything else looks like now, cheaply."""
-        return Marks([place for place in self._others if isinstance(place, TensorPlace)])
+        return Marks([place for place in self._others if place.has_mark])
 
-    def warn_about_opaque(self, start: "Snapshot") -> None:
-        """Name what a first pass has moved that cannot be moved back before the second one."""
-        for place in start.changed(OpaquePlace):
+    def look_at_initialized(self, start: "Snapshot") -> None:
+        """Look through modules that were lazy at the ``start``, and protect what has got its shape since."""
+        if start.changed(LazyPlace):
+            before = {id(place.owner) for place in self.places}
+            self._look(self._tree())
+            self.note(place for place in self.places if id(place.owner) not in before)
+
+    def warn_about_opaque(self, before: "Snapshot") -> None:
+        """Name what a second pass has moved and nobody can move back."""
+        for place in before.changed(OpaquePlace):
             self.warn_about(place, "cannot be put back, so each step with a second pass moves it twice")
 
     def warn_about(self, place: Place, why: str) -> None:
@@ -226,7 +235,7 @@ class Fingerprint:
         self._tensors = [place for place in tensors if not isinstance(place, QuietTensorPlace)]
         self._quiet = Marks([place for place in tensors if isinstance(place, QuietTensorPlace)])
         self._digests = digests([place.owner for place in self._tensors])
-        self._copies: dict[int, Tensor | None] = {}
+        self._copies: dict[int, Content | None] = {}
         small = [place for place in tensors if not isinstance(place, QuietTensorPlace) or _size(place) <= _SMALL]
         for place in sorted(small if budget else (), key=_size):
             budget -= _size(place)
@@ -256,7 +265,7 @@ class Fingerprint:
         """Put ``changed`` back, and return those of which there is no copy."""
         found = self.without(changed)
         found.restore()
-        known = {id(place) for place, _ in found.saved}
+        known = {id(place) for place, _ in found.saved if not isinstance(place, OpaquePlace)}
         return [place for place in changed if id(place) not in known]
 
 
@@ -266,9 +275,9 @@ def _size(place: TensorPlace) -> int:
 
 
 class Marks:
-    """What tells of most writes to some tensors at next to no cost: version counters, addresses, a few entries."""
+    """What tells of most writes to some places at next to no cost: version counters, addresses, a few entries."""
 
-    def __init__(self, places: Sequence[TensorPlace]) -> None:
+    def __init__(self, places: Sequence[Place]) -> None:
         self._places = places
         self._marks = [place.mark() for place in places]
         self._hosted = [p for p in places if _is_on_host(p.owner) and not isinstance(p, QuietTensorPlace)]
@@ -279,7 +288,7 @@ class Marks:
         found = [p for p, mark in zip(self._places, self._marks, strict=True) if p.mark() != mark]
         now = sample([place.owner for place in self._hosted])
         found += [p for p, old, new in zip(self._hosted, self._few, now, strict=True) if old != new and p not in found]
-        return [place for place in found if _storage_of(place.owner) not in moved]
+        return [p for p in found if not (moved and isinstance(p, TensorPlace) and _storage_of(p.owner) in moved)]
 
     def without(self, chosen: set[int]) -> "Marks":
         """The others, as they look by now, without the places with these ids."""

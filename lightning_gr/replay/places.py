@@ -1,6 +1,5 @@
 """What a training step can write to in Python's own objects, one class for each kind: saved, compared, put back."""
 
-import io
 import operator
 import types
 from array import array
@@ -15,11 +14,10 @@ __all__ = [
     "ClassPlace",
     "EntryPlace",
     "ModuleEntryPlace",
-    "OpaquePlace",
     "Place",
     "SequencePlace",
     "SlotPlace",
-    "is_opaque",
+    "slot_names",
 ]
 
 
@@ -65,6 +63,15 @@ class Place:
         """Whether it is saved in each step, seen to change or not: what is small and may change at any step."""
         return True
 
+    @property
+    def has_mark(self) -> bool:
+        """Whether :meth:`mark` tells of most changes to what is too large to be saved in each step."""
+        return False
+
+    def mark(self) -> Any:
+        """Something that is cheap to get and differs after most changes."""
+        raise NotImplementedError
+
 
 class EntryPlace(Place):
     """The entries of a dictionary.
@@ -83,7 +90,7 @@ class EntryPlace(Place):
 
     @property
     def is_watched(self) -> bool:
-        return not self.quiet and len(self.owner) <= MOST_ENTRIES
+        return not self.quiet and dict.__len__(self.owner) <= MOST_ENTRIES
 
     def _kind(self) -> Any:
         # not the methods of a subclass, which may validate, count or forbid
@@ -106,12 +113,25 @@ class EntryPlace(Place):
         kind.clear(self.owner)
         kind.update(self.owner, saved)
 
+    @property
+    def has_mark(self) -> bool:
+        return not self.quiet
+
+    def mark(self) -> Any:
+        kind, owner = self._kind(), self.owner
+        last = next(iter(reversed(kind.items(owner))), None) if kind is dict else None
+        return dict.__len__(owner), None if last is None else (id(last[0]), id(last[1]))
+
     def values(self) -> Iterable[Any]:
         return self._kind().values(self.owner)  # type: ignore[no-any-return]
 
     def children(self) -> Iterator[tuple[str, Any]]:
         for key, value in self._kind().items(self.owner):
-            yield f"{self.path}[{key!r}]", value
+            # the representation of an object is code of the user's
+            plain = isinstance(key, (str, int, float, tuple))
+            yield f"{self.path}[{key!r}]" if plain else f"{self.path}[...]", value
+            if not plain:
+                yield f"{self.path}[...]", key
 
 
 class AttributePlace(Place):
@@ -121,20 +141,13 @@ class AttributePlace(Place):
         owner: That dictionary.
         path: Where the object was found.
         hidden: Attributes that belong to the framework.
-        quiet: Whether they are not expected to change.
     """
 
-    __slots__ = ("hidden", "quiet")
+    __slots__ = ("hidden",)
 
-    def __init__(
-        self, owner: dict[str, Any], path: str, hidden: frozenset[str] = frozenset(), quiet: bool = False
-    ) -> None:
+    def __init__(self, owner: dict[str, Any], path: str, hidden: frozenset[str] = frozenset()) -> None:
         super().__init__(owner, path)
-        self.hidden, self.quiet = hidden, quiet
-
-    @property
-    def is_watched(self) -> bool:
-        return not self.quiet
+        self.hidden = hidden
 
     def save(self) -> dict[str, Any]:
         if not self.hidden:
@@ -172,7 +185,7 @@ class ModuleEntryPlace(EntryPlace):
 
     @property
     def is_watched(self) -> bool:
-        return not self.quiet
+        return True
 
     def children(self) -> Iterator[tuple[str, Any]]:
         for name, value in self.owner.items():
@@ -187,6 +200,13 @@ def _slot(owner: Any, name: str) -> Any:
         return object.__getattribute__(owner, name)
     except AttributeError:
         return _EMPTY
+
+
+def slot_names(kind: type) -> tuple[str, ...]:
+    """The names of the slots of a class and its bases, as the attributes are called: those of ``__x`` are mangled."""
+    bodies = [vars(cls) for cls in kind.__mro__ if "__slots__" in vars(cls)]
+    found = {name for body in bodies for name, slot in body.items() if isinstance(slot, types.MemberDescriptorType)}
+    return tuple(sorted(found))
 
 
 class SlotPlace(Place):
@@ -282,77 +302,74 @@ class CellPlace(Place):
             yield self.path, value
 
 
+_SEQUENCES: tuple[Any, ...] = (list, deque, set, bytearray, array)
+
+
 class SequencePlace(Place):
     """The items of a list, deque, set, bytearray or array."""
 
-    __slots__ = ()
+    __slots__ = ("_kind",)
+
+    def __init__(self, owner: Any, path: str) -> None:
+        super().__init__(owner, path)
+        # not the methods of a subclass, which may validate, count or forbid
+        self._kind = next(kind for kind in _SEQUENCES if isinstance(owner, kind))
 
     @property
     def is_watched(self) -> bool:
-        return len(self.owner) <= MOST_ENTRIES
+        return self._count() <= MOST_ENTRIES
+
+    def _count(self) -> int:
+        return self._kind.__len__(self.owner)  # type: ignore[no-any-return]
+
+    def _is_raw(self) -> bool:
+        return self._kind is bytearray or self._kind is array
 
     def save(self) -> list[Any]:
-        return list(self.owner)
+        return list(self._kind.__iter__(self.owner))
 
     def differs(self, saved: list[Any]) -> bool:
-        if len(self.owner) != len(saved):
+        if self._count() != len(saved):
             return True
-        compare = operator.ne if isinstance(self.owner, (bytearray, array)) else operator.is_not
-        return any(map(compare, self.owner, saved))
+        compare = operator.ne if self._is_raw() else operator.is_not
+        return any(map(compare, self._kind.__iter__(self.owner), saved))
 
     def restore(self, saved: list[Any]) -> None:
-        owner = self.owner
-        if isinstance(owner, list):
+        owner, kind = self.owner, self._kind
+        if kind is list:
             list.__setitem__(owner, slice(None), saved)
-        elif isinstance(owner, bytearray):
-            owner[:] = bytes(saved)
-        elif isinstance(owner, array):
-            owner[:] = array(owner.typecode, saved)
+        elif kind is deque:
+            deque.clear(owner)
+            deque.extend(owner, saved)
+        elif kind is set:
+            self._restore_set(saved)
         else:
-            kind = deque if isinstance(owner, deque) else set
-            kind.clear(owner)
-            (deque.extend if kind is deque else set.update)(owner, saved)
+            kind.__setitem__(owner, slice(None), bytes(saved) if kind is bytearray else array(owner.typecode, saved))
+
+    def _restore_set(self, saved: list[Any]) -> None:
+        """With the same items in the same order, which depends on how a set came to them: in most cases it can."""
+        owner, wanted = self.owner, set(saved)
+        set.intersection_update(owner, wanted)
+        set.update(owner, saved)
+        if self.differs(saved):
+            set.clear(owner)
+            for item in saved:
+                set.add(owner, item)
+
+    @property
+    def has_mark(self) -> bool:
+        return True
+
+    def mark(self) -> Any:
+        count = self._count()
+        if count == 0 or self._kind is set:
+            return count
+        ends = [self._kind.__getitem__(self.owner, position) for position in (0, count // 2, count - 1)]
+        return count, ends if self._is_raw() else [id(each) for each in ends]
 
     def values(self) -> Iterable[Any]:
-        return () if isinstance(self.owner, (bytearray, array)) else self.owner
+        return () if self._is_raw() else self.save()
 
     def children(self) -> Iterator[tuple[str, Any]]:
-        if not isinstance(self.owner, (bytearray, array)):
-            for position, value in enumerate(self.owner):
-                yield f"{self.path}[{position}]", value
-
-
-class OpaquePlace(Place):
-    """An iterator, a file, a socket: what nobody can rewind. It is compared as well as can be, and not put back."""
-
-    __slots__ = ()
-
-    def save(self) -> Any:
-        owner = self.owner
-        if isinstance(owner, types.GeneratorType):
-            frame = owner.gi_frame
-            return None if frame is None else (frame.f_lasti, [id(value) for value in frame.f_locals.values()])
-        if isinstance(owner, io.IOBase):
-            try:
-                return None if owner.closed else owner.tell()
-            except (OSError, ValueError):
-                return None
-        try:
-            own = object.__getattribute__(owner, "__dict__")
-            state: list[Any] = [(name, id(value)) for name, value in own.items()]
-        except AttributeError:
-            state = []
-        # of the iterators of itertools only the representation says where they are
-        text = repr(owner) if type(owner).__module__ == "itertools" else ""
-        return operator.length_hint(owner, -1) if hasattr(type(owner), "__length_hint__") else -1, state, text
-
-    def differs(self, saved: Any) -> bool:
-        return bool(self.save() != saved)
-
-    def restore(self, saved: Any) -> None:
-        """Nobody can."""
-
-
-def is_opaque(value: object) -> bool:
-    """Whether ``value`` is of a kind that cannot be rewound."""
-    return isinstance(value, io.IOBase) or hasattr(type(value), "__next__") or type(value).__name__ == "socket"
+        for position, value in enumerate(self.values()):
+            yield f"{self.path}[{position}]", value

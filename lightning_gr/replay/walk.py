@@ -1,14 +1,15 @@
 """One look at all that a training step can reach, by types and ``__dict__``: no property of an object runs."""
 
 import enum
+import gc
 import logging
 import threading
 import types
 import weakref
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cached_property, lru_cache, partial
 from pathlib import PurePath
 from typing import Any
 
@@ -16,9 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_gr._compat import has_base_named, has_forward_hooks, is_writer
-from lightning_gr.replay.contents import ArrayPlace, GeneratorPlace, Hooked, HooksPlace, TensorPlace
+from lightning_gr._compat import has_base_named, is_writer
+from lightning_gr.replay.contents import (
+    STATES,
+    ArrayPlace,
+    Hooked,
+    HooksPlace,
+    LazyPlace,
+    SettablePlace,
+    TensorPlace,
+    is_uninitialized,
+)
 from lightning_gr.replay.machinery import WriterPlace
+from lightning_gr.replay.opaque import OpaquePlace, can_be_moved, is_opaque
 from lightning_gr.replay.places import (
     MOST_ENTRIES,
     AttributePlace,
@@ -26,22 +37,21 @@ from lightning_gr.replay.places import (
     ClassPlace,
     EntryPlace,
     ModuleEntryPlace,
-    OpaquePlace,
     Place,
     SequencePlace,
     SlotPlace,
-    is_opaque,
+    slot_names,
 )
 
 __all__ = ["Walk", "walk"]
 
 _MOST_OBJECTS = 200_000
 _ATOMS = (
-    int, float, complex, str, bytes, bool, type(None), type(...), range, slice, type, types.ModuleType, torch.dtype,
-    torch.device, torch.layout, torch.Size, np.generic, np.dtype, enum.Enum, PurePath, logging.Logger, logging.Handler,
-    weakref.ReferenceType, threading.Thread, types.BuiltinFunctionType, property,
+    int, float, complex, str, bytes, bool, type(None), type(...), range, slice, types.ModuleType, torch.dtype,
+    torch.device, torch.layout, torch.Size, np.generic, np.dtype, enum.Enum, enum.EnumMeta, PurePath, logging.Logger,
+    logging.Handler, weakref.ReferenceType, threading.Thread, property,
 )  # fmt: skip
-_SIMPLE = frozenset(kind for kind in _ATOMS if isinstance(kind, type))
+_SIMPLE = frozenset(_ATOMS)
 # whose objects lead out of the module, into the machinery that trains it
 _FOREIGN = (
     "torch._", "torch.distributed", "torch.utils", "torch.cuda", "torch.autograd", "torch.jit", "torch.fx",
@@ -51,6 +61,8 @@ _FOREIGN = (
 _LIBRARIES = (*_FOREIGN, "torch.", "torchmetrics.", "builtins", "collections", "numpy", "functools", "types", "enum")
 _MACHINERY = ("Trainer", "Strategy", "Accelerator", "Fabric", "DataLoader", "Logger", "ProcessGroup", "DeviceMesh",
               "TorchDispatchMode", "TorchFunctionMode")  # fmt: skip
+_VIEWS: tuple[Any, ...] = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()), memoryview)
+_CACHE = type(lru_cache(abs))
 
 
 class Walk:
@@ -66,6 +78,7 @@ class Walk:
         self.places: list[Place] = []
         self._seen: dict[int, object] = {id(each): each for each in closed}
         self._waiting: deque[tuple[str, Any]] = deque()
+        self._visits: dict[type, Callable[[Walk, Any, str], None]] = {}
 
     def enter(self, roots: Iterable[tuple[str, Any]]) -> "Walk":
         """Look through ``roots``, pairs of path and object (or place); returns itself, with its finds in ``places``."""
@@ -81,61 +94,119 @@ class Walk:
                 self._visit(value, path)
         return self
 
+    def _visit(self, value: Any, path: str) -> None:
+        visit = self._visits.get(type(value))
+        if visit is None:
+            rows = (visit for kinds, visit in _KINDS if isinstance(value, kinds))
+            visit = self._visits[type(value)] = next(rows, Walk._other)
+        visit(self, value, path)
+
     def _add(self, place: Place, *, enter: bool = True) -> None:
         self.places.append(place)
         if enter:
             self._waiting.extend(place.children())
 
-    def _visit(self, value: Any, path: str) -> None:
-        if isinstance(value, Tensor):
-            if not value.requires_grad or value.is_leaf:
-                self._add(TensorPlace(value, path))
-            if value.requires_grad and value.is_leaf:
-                self._add(HooksPlace(Hooked(value), path))
-        elif isinstance(value, np.ndarray):
-            if value.flags.writeable:
-                self._add(ArrayPlace(value, path), enter=value.size <= MOST_ENTRIES)
-        elif isinstance(value, (tuple, frozenset)):
-            if len(value) <= MOST_ENTRIES:
-                self._waiting.extend((f"{path}[{position}]", item) for position, item in enumerate(value))
-        elif isinstance(value, dict):
-            # a module has a dozen tables of hooks, which a step fills next to never
-            quiet = not value and path.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
-            self._add(EntryPlace(value, path, quiet=quiet), enter=len(value) <= MOST_ENTRIES)
-            self._attributes(value, path)
-        elif isinstance(value, (list, deque, set, bytearray, array)):
-            self._add(SequencePlace(value, path), enter=len(value) <= MOST_ENTRIES)
-            self._attributes(value, path)
-        elif isinstance(value, GeneratorPlace.KINDS):
-            self._add(GeneratorPlace(value, path))
-        elif isinstance(value, nn.Module):
-            self._attributes(value, path)
-        elif isinstance(value, types.FunctionType):
-            cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-            for name, cell in cells:
-                self._waiting.append((name, cell))
-            self._waiting.extend((path, default) for default in value.__defaults__ or ())
-            self._attributes(value, path)
-        elif isinstance(value, types.CellType):
-            self._add(CellPlace(value, path))
-        elif isinstance(value, types.MethodType):
-            self._waiting.extend([(path, value.__self__), (path, value.__func__)])
-        elif isinstance(value, partial):
-            self._waiting.extend([(path, value.func), (path, value.args), (path, value.keywords)])
-        elif is_writer(value):
-            self._add(WriterPlace(value, path))
-        elif is_opaque(value):
-            self._add(OpaquePlace(value, path))
-        else:
-            self._object(value, path)
+    # --- by kind
 
-    def _object(self, value: Any, path: str) -> None:
-        kind = type(value)
-        if f"{kind.__module__}.".startswith(_FOREIGN) or has_base_named(value, *_MACHINERY):
+    def _tensor(self, value: Tensor, path: str) -> None:
+        if not value.requires_grad or value.is_leaf:
+            self._add(TensorPlace(value, path))
+            self._attributes(value, path)
+        if value.requires_grad and value.is_leaf:
+            self._add(HooksPlace(Hooked(value), path))
+
+    def _array(self, value: Any, path: str) -> None:
+        if value.flags.writeable:
+            self._add(ArrayPlace(value, path), enter=value.size <= MOST_ENTRIES)
+            self._attributes(value, path)
+
+    def _constant(self, value: Collection[Any], path: str) -> None:
+        if len(value) <= MOST_ENTRIES:
+            self._waiting.extend((f"{path}[{position}]", item) for position, item in enumerate(value))
+
+    def _dictionary(self, value: dict[Any, Any], path: str) -> None:
+        # a module has a dozen tables of hooks, which a step fills next to never
+        quiet = not value and path.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
+        self._add(EntryPlace(value, path, quiet=quiet), enter=dict.__len__(value) <= MOST_ENTRIES)
+        self._attributes(value, path)
+
+    def _sequence(self, value: Any, path: str) -> None:
+        place = SequencePlace(value, path)
+        self._add(place, enter=place.is_watched)
+        self._attributes(value, path)
+
+    def _module(self, value: nn.Module, path: str) -> None:
+        if is_uninitialized(value):
+            self._add(LazyPlace(value, path))
+        else:
+            self._attributes(value, path)
+
+    def _function(self, value: types.FunctionType, path: str) -> None:
+        self._closure(value)
+        self._waiting.extend((path, default) for default in value.__defaults__ or ())
+        self._waiting.append((path, value.__kwdefaults__))
+        self._attributes(value, path)
+
+    def _closure(self, function: types.FunctionType) -> None:
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        self._waiting.extend((name, cell) for name, cell in cells if name != "__class__")
+
+    def _cell(self, value: types.CellType, path: str) -> None:
+        self._add(CellPlace(value, path))
+
+    def _method(self, value: Any, path: str) -> None:
+        self._waiting.extend([(path, value.__self__), (path, getattr(value, "__func__", None))])
+
+    def _partial(self, value: partial[Any], path: str) -> None:
+        self._waiting.extend([(path, value.func), (path, value.args), (path, value.keywords)])
+
+    def _view(self, value: Any, path: str) -> None:
+        """What a view of a dictionary or of bytes looks at, unless that is the body of a class."""
+        seen = gc.get_referents(value) if not isinstance(value, memoryview) else [value.obj]
+        self._waiting.extend((path, each) for each in seen if not (isinstance(each, dict) and "__module__" in each))
+
+    def _cache(self, value: Any, path: str) -> None:
+        """The results that ``functools.lru_cache`` keeps: in a plain dictionary where their number has no limit."""
+        own = vars(value)
+        for table in gc.get_referents(value):
+            if type(table) is dict and table is not own:
+                if value.cache_parameters()["maxsize"] is None:
+                    self._waiting.append((path, table))
+                else:
+                    self._waiting.extend(
+                        (path, kept) for link in table.values() for kept in gc.get_referents(link)[-1:]
+                    )
+        self._waiting.extend(own.items())
+
+    def _class(self, value: type, path: str) -> None:
+        """The bodies of a class and its bases, other than those of the libraries that the package knows."""
+        for cls in value.__mro__:
+            if not f"{cls.__module__}.".startswith(_LIBRARIES) and (cls is value or id(cls) not in self._seen):
+                self._seen[id(cls)] = cls
+                self._add(ClassPlace(cls, path if cls is value else f"{path}.{cls.__name__}"))
+                for each in _callables(cls):
+                    if isinstance(each, types.FunctionType):
+                        self._closure(each)
+                    else:
+                        self._waiting.append((path, each))
+
+    def _local(self, value: threading.local, path: str) -> None:
+        self._waiting.append((path, value.__dict__))
+
+    def _state(self, value: Any, path: str) -> None:
+        self._add(SettablePlace(value, path))
+
+    def _other(self, value: Any, path: str) -> None:
+        if is_writer(value):
+            self._add(WriterPlace(value, path))
             return
-        slots = [vars(cls).get("__slots__", ()) for cls in kind.__mro__]
-        every = [name for names in slots for name in ([names] if isinstance(names, str) else names)]
-        names = tuple(name for name in every if not name.startswith("__"))
+        kind = type(value)
+        foreign = f"{kind.__module__}.".startswith(_FOREIGN) or has_base_named(value, *_MACHINERY)
+        if can_be_moved(value) or (is_opaque(value) and not foreign):
+            self._add(OpaquePlace(value, path))
+        if foreign or is_opaque(value):
+            return
+        names = slot_names(kind)
         if names and not kind.__module__.startswith(_LIBRARIES):
             self._add(SlotPlace(value, path, names))
         self._attributes(value, path)
@@ -149,24 +220,45 @@ class Walk:
             for name in ("_parameters", "_buffers", "_modules"):
                 if isinstance(own.get(name), dict) and id(own[name]) not in self._seen:
                     self._seen[id(own[name])] = own[name]
-                    self._add(ModuleEntryPlace(own[name], path, quiet=_is_quiet(value)))
-        if isinstance(own, dict) and (own or not isinstance(value, (types.FunctionType, OrderedDict))):
+                    self._add(ModuleEntryPlace(own[name], path))
+        if isinstance(own, dict) and (own or not isinstance(value, _SELDOM_WITH_ATTRIBUTES)):
             is_lightning = isinstance(value, nn.Module) and has_base_named(value, "LightningModule")
-            hidden = self.hidden if is_lightning else frozenset()
-            self._add(AttributePlace(own, path, hidden, quiet=_is_quiet(value)))
-        for cls in type(value).__mro__:
-            if not f"{cls.__module__}.".startswith(_LIBRARIES) and id(cls) not in self._seen:
-                self._seen[id(cls)] = cls
-                self._add(ClassPlace(cls, f"{path}.{cls.__name__}"))
+            self._add(AttributePlace(own, path, self.hidden if is_lightning else frozenset()))
+        if id(type(value)) not in self._seen:
+            self._class(type(value), f"{path}.{type(value).__name__}")
 
 
-def _is_quiet(value: object) -> bool:
-    """Whether this is a layer of torch itself without hooks, whose forward pass sets no attributes."""
-    return (
-        isinstance(value, nn.Module)
-        and type(value).__module__.startswith("torch.nn.modules.")
-        and not has_forward_hooks(value)
-    )
+_SELDOM_WITH_ATTRIBUTES = (types.FunctionType, OrderedDict, Tensor, np.ndarray)
+# the first row that fits
+_KINDS: tuple[tuple[Any, Callable[[Walk, Any, str], None]], ...] = (
+    (Tensor, Walk._tensor),
+    (np.ndarray, Walk._array),
+    ((tuple, frozenset), Walk._constant),
+    (dict, Walk._dictionary),
+    ((list, deque, set, bytearray, array), Walk._sequence),
+    (STATES, Walk._state),
+    (nn.Module, Walk._module),
+    (types.FunctionType, Walk._function),
+    (types.CellType, Walk._cell),
+    ((types.MethodType, types.BuiltinFunctionType, types.MethodWrapperType), Walk._method),
+    (partial, Walk._partial),
+    (_VIEWS, Walk._view),
+    (_CACHE, Walk._cache),
+    (type, Walk._class),
+    (threading.local, Walk._local),
+)
+
+
+_WRAPPERS = {property: ("fget", "fset", "fdel"), staticmethod: ("__func__",), classmethod: ("__func__",),
+             cached_property: ("func",)}  # fmt: skip
+
+
+def _callables(cls: type) -> Iterator[Any]:
+    """The functions and caches in the body of a class, also those inside of properties, class methods and the like."""
+    for value in list(vars(cls).values()):
+        for each in (value, *(getattr(value, name) for name in _WRAPPERS.get(type(value), ()))):
+            if isinstance(each, (types.FunctionType, _CACHE)):
+                yield each
 
 
 def walk(roots: Mapping[str, Any], hidden: frozenset[str] = frozenset(), closed: Iterable[object] = ()) -> list[Place]:

@@ -29,10 +29,10 @@ class WrittenWeights:
         if ids is None:
             ids = {id(param) for param in self._trained()}
         found = [
-            (place, value)
+            (place, saved.value)
             for snapshot in (start if ids else ())
-            for place, value in snapshot.saved
-            if id(place.owner) in ids and isinstance(place, TensorPlace) and place.has_changed(value)
+            for place, saved in snapshot.saved
+            if id(place.owner) in ids and isinstance(place, TensorPlace) and place.has_changed(saved)
         ]
         self._footprint.note(place for place, _ in found)
         self._left.update((id(place.owner), place.owner.detach().clone()) for place, _ in found)

@@ -19,6 +19,7 @@ from modules import (
     mlp,
     weights,
 )
+from outside import Record
 from pytorch_lightning.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -369,7 +370,7 @@ def test_a_second_pass_without_a_loss_leaves_the_clean_gradient(name):
             moved = any(not torch.equal(p, starts[-1][n]) for n, p in self.net.named_parameters())
             return None if moved else loss
 
-    starts, module, plain = [], Clean(), TinyModule()
+    starts, module, plain = Record(), Clean(), TinyModule()
     callback = METHODS[name].callback()
     with pytest.warns(UserWarning, match="returned None in a second pass") as caught:
         fit(module, callback)

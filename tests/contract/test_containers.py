@@ -45,7 +45,7 @@ class Counts(Factor):
 
     def factor(self, loss):
         self.counter["a"] += 1
-        self.counter.update(["b", loss])
+        self.counter.update(["b", round(loss, 6)])  # a key, which two ways to compute it must agree on
         return self.counter["a"]
 
 

@@ -1,7 +1,9 @@
 """DESIGN §3, row "iterators, files, sockets, simulators": a warning that names it, once, and ``in_second_pass()``."""
 
+import ctypes
 import hashlib
 import itertools
+import queue
 import socket
 import sqlite3
 import warnings
@@ -204,6 +206,32 @@ class Counter(Situation):
         return repr(self.counter)
 
 
+class DataOfC(Counter):
+    def prepare(self):
+        self.counter = ctypes.c_int(0)
+
+    def step(self, batch):
+        self.counter.value += 1
+        return self.mse(batch)
+
+    def state(self):
+        return self.counter.value
+
+
+class Queue(Counter):
+    """Its items are in an extension."""
+
+    def prepare(self):
+        self.counter = queue.SimpleQueue()
+
+    def step(self, batch):
+        self.counter.put(1)
+        return self.mse(batch)
+
+    def state(self):
+        return self.counter.qsize()
+
+
 class ListIterator(Counter):
     attribute = "order"
 
@@ -217,7 +245,7 @@ class ListIterator(Counter):
         return self.order.__length_hint__()
 
 
-@over(Digest, Database, Counter, ListIterator)
+@over(Digest, Database, Counter, DataOfC, Queue, ListIterator)
 def test_put_back_or_named(kind, form):
     plain = train(kind, form).module.state()
     found, texts = warned(kind, form)

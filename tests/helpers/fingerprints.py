@@ -131,7 +131,7 @@ class _Walk:
             self.take(f"{path}.{name}", item)
 
     def of_array(self, path, value):
-        if value.dtype == object:
+        if value.dtype.hasobject:
             self.take(path, value.tolist())
         else:
             self.note(path, value.copy())

@@ -55,8 +55,8 @@ GENERATORS = [
 @pytest.mark.parametrize(("make", "draw"), GENERATORS)
 def test_generators_go_on_from_where_they_were(make, draw):
     generator = make()
-    assert isinstance(generator, contents.GeneratorPlace.KINDS)
-    place = contents.GeneratorPlace(generator, "x")
+    assert isinstance(generator, contents.STATES)
+    place = contents.SettablePlace(generator, "x")
     draw(generator)
     saved = place.save()
     drawn = draw(generator)
@@ -97,13 +97,13 @@ def test_a_tensor_that_was_resized_or_made_in_inference_mode_is_put_back():
     tensor = torch.zeros(2)
     saved = tensor.clone()
     tensor.resize_(5).fill_(3.0)
-    contents.restore_tensors([tensor], [saved])
+    contents.restore_tensors([tensor], [contents.Content(saved)])
     assert tensor.tolist() == [0.0, 0.0]
     with torch.inference_mode():
         frozen = torch.zeros(2)
         saved = frozen.clone()
         frozen += 1
-    contents.restore_tensors([frozen], [saved])
+    contents.restore_tensors([frozen], [contents.Content(saved)])
     assert frozen.tolist() == [0.0, 0.0]
 
 

@@ -1,12 +1,9 @@
 """Each kind of place: a save does not change it, a change is seen, and a restore leaves no trace."""
 
-import io
-import itertools
 from array import array
-from collections import OrderedDict, UserDict, defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 
 import pytest
-from torch import nn
 
 from lightning_gr.replay import places
 
@@ -144,32 +141,3 @@ def test_hidden_attributes_belong_to_others():
     place.restore(saved)
     assert owner == {"mine": 1, "theirs": 2, "late": 3}
     assert [path for path, _ in place.children()] == ["x.mine"]
-
-
-def counting():
-    count = 0
-    while True:
-        yield count
-        count += 1
-
-
-@pytest.mark.parametrize(
-    "make",
-    [counting, lambda: iter([1, 2, 3]), lambda: iter({1: 2, 3: 4}), lambda: itertools.count(), lambda: iter(range(9)),
-     lambda: itertools.cycle([1, 2]), lambda: io.BytesIO(b"a\nb\n"), lambda: io.StringIO("a\nb\n")],
-)  # fmt: skip
-def test_what_nobody_can_rewind_is_seen_to_move(make):
-    owner = make()
-    assert places.is_opaque(owner)
-    place = places.OpaquePlace(owner, "x")
-    next(owner)
-    saved = place.save()
-    assert not place.differs(saved)
-    if isinstance(owner, itertools.cycle):
-        return  # says nothing of where it is
-    next(owner)
-    assert place.differs(saved)
-
-
-def test_what_is_not_opaque():
-    assert not any(map(places.is_opaque, ([1], {}, "x", nn.Linear(1, 1), Plain(), UserDict())))

@@ -1,0 +1,125 @@
+"""What a training step can move and nobody can rewind: iterators, files, objects of C extensions."""
+
+import ctypes
+import io
+import operator
+import sys
+import types
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lightning_gr.replay.places import Place
+
+__all__ = ["OpaquePlace", "can_be_moved", "is_opaque"]
+
+_C_DATA = ctypes.c_int.__mro__[-2]  # the base of all that `ctypes` makes
+_MOST_BYTES = 2**16
+_DEEPEST = 4  # generators that yield from generators
+
+
+class OpaquePlace(Place):
+    """Something that is compared as well as can be, and not put back."""
+
+    __slots__ = ()
+
+    @property
+    def is_watched(self) -> bool:
+        return can_be_moved(self.owner)
+
+    def save(self) -> Any:
+        return _position(self.owner)
+
+    def differs(self, saved: Any) -> bool:
+        return bool(self.save() != saved)
+
+    def restore(self, saved: Any) -> None:
+        """Nobody can."""
+
+
+def is_opaque(value: object) -> bool:
+    """Whether ``value`` is an iterator, a file or an object of a C extension, whose state is out of reach."""
+    return can_be_moved(value) or _is_of_c(type(value))
+
+
+def can_be_moved(value: object) -> bool:
+    """Whether ``value`` is an iterator or a file."""
+    return isinstance(value, io.IOBase) or _is_iterator(type(value))
+
+
+def _is_iterator(kind: type) -> bool:
+    return hasattr(kind, "__next__")
+
+
+def _is_of_c(kind: type) -> bool:
+    """Whether objects of this class have no attributes that Python knows: a ``class`` statement makes these two."""
+    return issubclass(kind, _C_DATA) or not any(
+        "__dict__" in vars(cls) or "__slots__" in vars(cls) for cls in kind.__mro__
+    )
+
+
+def _position(owner: Any, depth: int = 0) -> Any:
+    """What tells where something stands, as far as that can be seen without moving it."""
+    kind = type(owner)
+    if isinstance(owner, types.GeneratorType):
+        return _line(owner, depth)
+    if isinstance(owner, io.IOBase):
+        return None if owner.closed else _asked(owner.tell)
+    # of the iterators of itertools only the representation says where they are
+    text = repr(owner) if kind.__module__ == "itertools" else ""
+    hint = operator.length_hint(owner, -1) if hasattr(kind, "__length_hint__") else -1
+    return hint, text, _attributes(owner), _inside(owner)
+
+
+def _line(owner: Any, depth: int) -> Any:
+    frame = owner.gi_frame
+    if frame is None or depth > _DEEPEST:
+        return None
+    inner = [owner.gi_yieldfrom, *frame.f_locals.values()]
+    return frame.f_lasti, [_position(each, depth + 1) if _is_iterator(type(each)) else _plain(each) for each in inner]
+
+
+def _plain(value: object) -> object:
+    return value if isinstance(value, (int, float, str, bytes)) else id(value)
+
+
+def _attributes(owner: Any) -> Any:
+    try:
+        own = object.__getattribute__(owner, "__dict__")
+    except AttributeError:
+        return None
+    return [(name, _plain(value)) for name, value in own.items()]
+
+
+def _inside(owner: Any) -> Any:
+    """What an object of a C extension says of itself. Only of those of Python's own it is known what asking does."""
+    kind = type(owner)
+    if not _is_of_c(kind) or _is_iterator(kind):
+        return None
+    known = kind.__module__.partition(".")[0].lstrip("_") in _STANDARD
+    readable = (types.MemberDescriptorType, types.GetSetDescriptorType) if known else types.MemberDescriptorType
+    members = {name: member for cls in kind.__mro__ for name, member in vars(cls).items()}
+    asked: list[Callable[[], Any]] = [
+        partial(member.__get__, owner) for member in members.values() if isinstance(member, readable)
+    ]
+    if known:
+        asked += [getattr(owner, name) for name in ("digest", "qsize", "tell", "__len__") if name in members]
+    if known or isinstance(owner, _C_DATA):
+        asked.append(partial(_bytes, owner))
+    found = [_asked(ask) for ask in asked]
+    return [value for value in found if isinstance(value, (int, float, str, bytes))]
+
+
+def _bytes(owner: Any) -> bytes:
+    view = memoryview(owner)
+    return view.tobytes() if view.nbytes <= _MOST_BYTES else b""
+
+
+_STANDARD = sys.stdlib_module_names
+
+
+def _asked(ask: Callable[[], Any]) -> Any:
+    try:
+        return ask()
+    except Exception:  # it is closed, or no longer there: each kind has an error of its own
+        return None
