@@ -1,4 +1,4 @@
-"""What the mixin does in manual optimization: the passes of closures, for the parameters of one optimizer."""
+"""Runs the passes of the mixin in manual optimization: closures, for the parameters of one optimizer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ _ATTRIBUTE = "_lightning_gr"
 
 
 class ManualRun:
-    """What the mixin needs between calls. It is not copied with its module, nor pickled."""
+    """The mixin's state between calls. Copying or pickling the module does not copy it."""
 
     def __init__(self) -> None:
         self._storages: dict[int, WeightStorage] = {}
@@ -45,11 +45,11 @@ class ManualRun:
 
     @classmethod
     def of(cls, module: Any, method: str) -> "ManualRun":
-        """That of ``module``, ready to be used in the current step."""
+        """Return the run of ``module``, prepared for the current step."""
         if module.automatic_optimization:
             raise MisconfigurationException(
                 f"`{method}` needs manual optimization: set `self.automatic_optimization = False` in `__init__`, or"
-                " return the loss from `training_step` and let the callback do all of it"
+                " return the loss from `training_step` and let the callback do the rest"
             )
         try:
             trainer = module.trainer
@@ -57,8 +57,8 @@ class ManualRun:
             trainer = None
         if trainer is None or not trainer.training:
             raise MisconfigurationException(
-                f"`{method}` works in `training_step` during `Trainer.fit`; elsewhere use"
-                " `lightning_gr.regularized_backward`"
+                f"`{method}` only works in `training_step` during `Trainer.fit`: use"
+                " `lightning_gr.regularized_backward` elsewhere"
             )
         run: ManualRun = vars(module).setdefault(_ATTRIBUTE, cls())
         run._prepare(module, trainer)
@@ -69,18 +69,18 @@ class ManualRun:
             return
         self.module, self.trainer = module, trainer
         self._surroundings = surroundings_of(trainer, module)
-        # DDP learns a static graph in its first backward pass, and does so only if it reduces there
+        # DDP records a static graph in its first backward pass, but only if gradients are reduced in it
         self._knows_graph = not static_graph(trainer.strategy.model)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         self._two_pass = next((c for c in callbacks if isinstance(c, TwoPassCallback)), None)
         self._flooding = next((c for c in callbacks if isinstance(c, Flooding)), None)
 
     def _optimizers(self) -> list[Any]:
-        known = self.module.optimizers()
-        return known if isinstance(known, list) else [known]
+        optimizers = self.module.optimizers()
+        return optimizers if isinstance(optimizers, list) else [optimizers]
 
     def find(self, optimizer: Any) -> Any:
-        """The one of the module's optimizers that is meant, as Lightning wraps it."""
+        """Return Lightning's wrapper of one of the module's optimizers."""
         for wrapped in self._optimizers():
             if optimizer is wrapped or optimizer is wrapped.optimizer:
                 return wrapped
@@ -90,19 +90,19 @@ class ManualRun:
         )
 
     def find_owner(self, params: Sequence[Tensor]) -> Any:
-        """The optimizer that has all of ``params``."""
+        """Return the optimizer that contains all of ``params``."""
         ids = {id(param) for param in params}
         for wrapped in self._optimizers():
             if ids and ids <= {id(param) for param in _parameters(wrapped)}:
                 return wrapped
         raise MisconfigurationException(
-            f"Expected the {len(params)} parameters given as `optimizer` to belong to one of `self.optimizers()`, all"
-            " of them: call `regularized_backward` for each optimizer by itself"
+            f"Expected all {len(params)} parameters given as `optimizer` to belong to a single one of"
+            " `self.optimizers()`: call `regularized_backward` separately for each optimizer"
         )
 
     @contextmanager
     def unscaled(self, optimizer: Any) -> Iterator[None]:
-        """Take a gradient scaler's factor out of the gradients; the precision plugin wants it back for its own."""
+        """Unscale the gradients temporarily; afterwards the scale is restored for the precision plugin."""
         scale = loss_scale(self.trainer, self.module.device)
         grads = [param.grad for param in _parameters(optimizer) if param.grad is not None]
         if scale is None or not grads:
@@ -120,15 +120,15 @@ class ManualRun:
         level: LevelChoice,
         params: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Both passes, for ``params``, by default all that the optimizer has."""
-        own = _parameters(optimizer) if params is None else params
+        """Run both passes for ``params``, or for all of the optimizer's parameters."""
+        params = _parameters(optimizer) if params is None else params
         update = self._update(optimizer, rule)
-        callback, chosen = self._two_pass, {id(param) for param in own}
-        left_out: set[int] = set() if callback is None else callback.excluded(self.trainer, self.module)
-        targets = [param for param in own if id(param) not in left_out]
+        callback, chosen = self._two_pass, {id(param) for param in params}
+        excluded: set[int] = set() if callback is None else callback.excluded(self.trainer, self.module)
+        targets = [param for param in params if id(param) not in excluded]
         scale = loss_scale(self.trainer, self.module.device)
         stashed = StashedGradients()
-        stashed.stash(own)
+        stashed.stash(params)
         storage = self._storages.setdefault(id(optimizer.optimizer), WeightStorage(check_resolution=True))
         passes = self._passes(loss_fn, level, storage, local=update is not None and self._is_local())
         loss = passes.first(only=update is None)
@@ -145,7 +145,7 @@ class ManualRun:
                 passes.replay if observer is None else observer.watch(passes.replay),
                 storage,
                 stashed=stashed,
-                excluded=[p for p in self.module.parameters() if id(p) not in chosen or id(p) in left_out],
+                excluded=[p for p in self.module.parameters() if id(p) not in chosen or id(p) in excluded],
                 loss_scale=scale,
                 check_finite=not self._is_local(),
                 observer=observer,
@@ -163,9 +163,9 @@ class ManualRun:
         )
 
     def _group(self, optimizer: Any) -> str:
-        """What the keys of an optimizer's metrics begin with, if there are several."""
-        known = self.trainer.optimizers
-        return "" if len(known) == 1 else f"optimizer_{known.index(optimizer.optimizer)}/"
+        """The prefix of an optimizer's metrics if there are several optimizers."""
+        optimizers = self.trainer.optimizers
+        return "" if len(optimizers) == 1 else f"optimizer_{optimizers.index(optimizer.optimizer)}/"
 
     def _update(self, optimizer: Any, rule: RuleChoice) -> Update | None:
         if rule == "trainer":
@@ -180,27 +180,27 @@ class ManualRun:
     def _is_local(self) -> bool:
         return self._two_pass is not None and self._two_pass.is_local(self.trainer)
 
-    def _passes(self, loss_fn: LossFn, level: LevelChoice, storage: WeightStorage, local: bool) -> "_Micro":
+    def _passes(self, loss_fn: LossFn, level: LevelChoice, storage: WeightStorage, local: bool) -> "_MicroBatches":
         functions = list(loss_fn) if isinstance(loss_fn, Sequence) else [loss_fn]
         if not functions:
-            raise ValueError("Expected `loss_fn` to be a function or some of them but got an empty list")
-        share = 1.0 / len(functions)
+            raise ValueError("Expected `loss_fn` to be a function or a list of functions but got an empty list")
+        weight = 1.0 / len(functions)
         passes = [
             ClosurePasses(
                 function,
                 self._surroundings,
                 storage,
-                backward=lambda loss: self.module.manual_backward(loss if share == 1.0 else loss * share),
-                backward_again=lambda loss: self._backward_again(loss if share == 1.0 else loss * share),
+                backward=lambda loss: self.module.manual_backward(loss if weight == 1.0 else loss * weight),
+                backward_again=lambda loss: self._backward_again(loss if weight == 1.0 else loss * weight),
                 flood=self._flood(level),
                 without_sync=lambda: unsynced(self.trainer),
-                # only the last micro-batch reduces the gradients
+                # gradients are only reduced in the last micro-batch
                 local=(local or position < len(functions) - 1) and self._knows_graph,
                 on_no_loss=self._note_no_loss,
             )
             for position, function in enumerate(functions)
         ]
-        return _Micro(passes)
+        return _MicroBatches(passes)
 
     def _note_no_loss(self, message: str) -> None:
         if self.trainer.world_size > 1:
@@ -223,7 +223,7 @@ class ManualRun:
         return lambda loss: flood_gradient_(loss, float(level))
 
     def _backward_again(self, loss: Tensor) -> None:
-        """``manual_backward`` without the hooks, which belong to the first pass."""
+        """Do what ``manual_backward`` does, without the hooks, which only run in the first pass."""
         pre_backward(self.trainer, loss)
         scaler = gradient_scaler(self.trainer)
         loss = loss if scaler is None else scaler.scale(loss)
@@ -234,16 +234,16 @@ def _parameters(optimizer: Any) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-class _Micro:
-    """Closures one after the other, as the micro-batches of one large batch."""
+class _MicroBatches:
+    """Runs several closures in sequence, as the micro-batches of one large batch."""
 
     def __init__(self, passes: Sequence[ClosurePasses]) -> None:
         self.passes = passes
 
     def first(self, only: bool) -> Tensor:
-        losses = [each.first(only) for each in self.passes]
+        losses = [passes.first(only) for passes in self.passes]
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     def replay(self, transform: Transform, last: bool = True) -> None:
-        for position, each in enumerate(self.passes, start=1):
-            each.replay(transform, last and position == len(self.passes))
+        for position, passes in enumerate(self.passes, start=1):
+            passes.replay(transform, last and position == len(self.passes))

@@ -1,4 +1,4 @@
-"""Callbacks that only look: the gradient norm of each step, and the sharpness every few epochs."""
+"""Callbacks that only monitor: the gradient norm of each step, and the sharpness every few epochs."""
 
 import copy
 import inspect
@@ -35,21 +35,21 @@ __all__ = ["GradientNormMonitor", "SharpnessMonitor"]
 
 
 class GradientNormMonitor(CallbackBase):
-    """Log the norm of the gradient that the optimizer gets, before the Trainer clips it, and change nothing.
+    """Logs the norm of the gradient passed to the optimizer, before the Trainer clips it, without changing training.
 
-    Works with any optimization and strategy: under 16-mixed the norm is that without the scaler's factor, under DDP
-    that of the mean gradient, with FSDP2 that of the whole model. It is computed on the device, on the steps that
-    Lightning logs. Beside :class:`~lightning_gr.GradientRegularization` or :class:`~lightning_gr.SAM` it is the norm of
-    the regularized gradient, where ``gr/grad_norm`` is that of the clean one.
+    It works with automatic and manual optimization and any strategy. With 16-mixed, the gradient is unscaled; with DDP,
+    it is the mean over devices; with FSDP2, it is that of the full model. The norm is computed on the device, on the
+    steps that Lightning logs. Combined with :class:`~lightning_gr.GradientRegularization` or
+    :class:`~lightning_gr.SAM`, it is the norm of the regularized gradient, while ``gr/grad_norm`` is that of the clean
+    one.
 
     Args:
-        by_layer: Whether to log the norm of each layer, too, as ``grad_norm/NAME``.
-        prefix: What the keys begin with, before ``grad_norm``. With several optimizers, ``optimizer_0/`` and so on
-            follows it.
-        prog_bar: Whether to show the norm in the progress bar, too.
+        by_layer: Whether to also log the norm of each layer, as ``grad_norm/NAME``.
+        prefix: The prefix of the keys. With multiple optimizers, it is followed by ``optimizer_0/`` and so on.
+        prog_bar: Whether to show the norm in the progress bar.
 
     Raises:
-        ValueError: If an argument is of another type.
+        ValueError: If an argument has the wrong type.
 
     Example::
 
@@ -71,7 +71,7 @@ class GradientNormMonitor(CallbackBase):
         return StepLog(self.prefix, ("grad_norm",) if self.prog_bar else ())
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Forget an earlier run."""
+        """Discard the values of an earlier run."""
         self.step_log = self._new_log()
         self._values = {}
 
@@ -79,7 +79,7 @@ class GradientNormMonitor(CallbackBase):
     def on_before_optimizer_step(
         self, trainer: "Trainer", pl_module: "LightningModule", optimizer: torch.optim.Optimizer
     ) -> None:
-        """Measure the gradient as the optimizer gets it, without a scaler's factor."""
+        """Measure the unscaled gradient that is passed to the optimizer."""
         params = [param for group in optimizer.param_groups for param in group["params"]]
         grads = [param.grad for param in params if param.grad is not None]
         if not grads or not will_log(trainer):
@@ -88,8 +88,8 @@ class GradientNormMonitor(CallbackBase):
         norm = global_norm(grads)
         values = {"grad_norm": norm if scale is None else norm / scale}
         if self.by_layer:
-            own = {id(param) for param in params}
-            layers = {n: [p for p in ps if id(p) in own] for n, ps in layers_of(pl_module).items()}
+            ids = {id(param) for param in params}
+            layers = {n: [p for p in ps if id(p) in ids] for n, ps in layers_of(pl_module).items()}
             present = {name: ps for name, ps in layers.items() if ps}
             values |= {f"grad_norm/{name}": value for name, value in layer_norms(present, scale).items()}
         several = len(trainer.optimizers) > 1
@@ -99,43 +99,43 @@ class GradientNormMonitor(CallbackBase):
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what this step measured."""
+        """Log the values measured in this step."""
         if self._values or will_log(trainer):
             self.step_log.log(trainer, pl_module, self._values)
             self._values = {}
 
 
 class SharpnessMonitor(CallbackBase):
-    """Log the largest eigenvalue and the trace of the Hessian of the training loss, every few epochs on a fixed batch.
+    """Logs the largest eigenvalue and the trace of the training loss's Hessian, every few epochs on a fixed batch.
 
-    ``hessian/eigenvalue`` is λ, by Lanczos iteration until ‖H u − λ u‖ ≤ ``tolerance`` · λ; ``hessian/trace`` is
-    Hutchinson's estimate with ``hessian/trace_error``, its standard error. Both are those of the loss of
-    ``training_step`` on the first training batch of the run that has one, in eval mode (dropout off, BatchNorm by its
-    running statistics) and without autocast. Measuring leaves no trace: training is bit for bit what it is without. It
-    takes about two passes over the batch per product with the Hessian. On several devices with DDP, H is that of the
-    mean over the batches of all ranks, for which each product is averaged over them. Hooks on parameters
-    (``register_hook``) do not run meanwhile: what they make of a gradient is no part of the loss.
+    ``hessian/eigenvalue`` is λ from Lanczos iteration until ‖H u − λ u‖ ≤ ``tolerance`` · λ. ``hessian/trace`` is
+    Hutchinson's estimate, and ``hessian/trace_error`` its standard error. The loss is that of ``training_step`` on the
+    first training batch of the run for which it returns one, in eval mode (no dropout, BatchNorm with its running
+    statistics) and without autocast. Training stays bit for bit as it is without the monitor. Each product with the
+    Hessian takes about two passes over the batch. With DDP, H is the Hessian of the mean loss over the batches of all
+    ranks, so each product is averaged over ranks. Hooks on parameters (``register_hook``) do not run in the meantime,
+    since their effect on gradients is not part of the loss.
 
-    For another batch or another loss (in manual optimization, say), override :meth:`loss`.
+    For a different batch or loss, for example in manual optimization, override :meth:`loss`.
 
     Args:
-        every_n_epochs: After every how many epochs to measure.
+        every_n_epochs: Measure after every ``every_n_epochs``-th epoch.
         eigenvalue: Whether to measure the largest eigenvalue.
         trace: Whether to measure the trace.
-        max_iterations: The most products for the eigenvalue.
-        tolerance: Relative residual at which the eigenvalue is good enough.
+        max_iterations: The maximum number of products for the eigenvalue.
+        tolerance: The relative residual at which the iteration for the eigenvalue stops.
         samples: The number of products for the trace.
         method: ``"auto"``, ``"double_backward"`` or ``"finite_difference"``, see
             :class:`~lightning_gr.sharpness.hessian.HessianProducts`.
-        seed: Of the random vectors; the same ones each time.
-        prefix: What the keys begin with.
+        seed: The seed of the random vectors, which are the same for each measurement.
+        prefix: The prefix of the keys.
 
     Raises:
-        ValueError: If an argument is out of its range.
-        MisconfigurationException: At the start of ``fit``, if parameters are spread over ranks, or in manual
-            optimization without a :meth:`loss` of your own.
+        ValueError: If an argument is out of range.
+        MisconfigurationException: At the start of ``fit``, if parameters are sharded, or in manual optimization if
+            :meth:`loss` is not overridden.
 
-    Source: as of :func:`~lightning_gr.hessian_eigenvalue` and :func:`~lightning_gr.hessian_trace`.
+    Source: See :func:`~lightning_gr.hessian_eigenvalue` and :func:`~lightning_gr.hessian_trace`.
 
     Example::
 
@@ -171,54 +171,54 @@ class SharpnessMonitor(CallbackBase):
         self.method, self.seed, self.prefix = method, seed, prefix
         self._batch: Any = None
         self._batch_idx = 0
-        self._has_loss = False  # whether that batch is known to have one
+        self._has_loss = False  # whether training_step returned a loss for that batch
         self.results: list[tuple[int, HessianEigenvalue | None, HessianTrace | None]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to one run."""
+        """Omit the state of the current run."""
         return {**vars(self), "_batch": None, "results": []}
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Check the context."""
+        """Raise if this Trainer or module is not supported."""
         if stage != "fit":
             return
         if has_base_named(trainer.strategy, "ModelParallelStrategy", "FSDPStrategy", *REFUSED_STRATEGIES):
             raise MisconfigurationException(
-                f"SharpnessMonitor needs all parameters on each device, but {type(trainer.strategy).__name__} spreads"
+                f"SharpnessMonitor needs all parameters on each device, but {type(trainer.strategy).__name__} shards"
                 " them: measure a checkpoint on one device with `lightning_gr.hessian_eigenvalue`, or use"
                 " `Trainer(strategy='ddp')`"
             )
         if not pl_module.automatic_optimization and type(self).loss is SharpnessMonitor.loss:
             raise MisconfigurationException(
-                f"{type(pl_module).__name__} optimizes manually, so its `training_step` is no function that returns a"
+                f"{type(pl_module).__name__} uses manual optimization, so its `training_step` does not just return a"
                 " loss: override `SharpnessMonitor.loss(self, pl_module, batch)`"
             )
 
     def loss(self, pl_module: "LightningModule", batch: Any) -> Any:
-        """The loss whose Hessian is measured; override it for another one.
+        """Compute the loss whose Hessian is measured. Override this for a different loss.
 
         Args:
             pl_module: The module, in eval mode.
             batch: The first training batch of the run for which ``training_step`` returned a loss, on the device.
         """
-        takes = inspect.signature(pl_module.training_step).parameters
-        return pl_module.training_step(batch, self._batch_idx) if len(takes) > 1 else pl_module.training_step(batch)
+        params = inspect.signature(pl_module.training_step).parameters
+        return pl_module.training_step(batch, self._batch_idx) if len(params) > 1 else pl_module.training_step(batch)
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Forget an earlier run."""
+        """Discard the batch and the results of an earlier run."""
         self._batch, self._has_loss, self.results = None, False, []
 
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        """Keep the first batch."""
+        """Keep a copy of the first batch."""
         if self._batch is None:
             self._batch, self._batch_idx = copy.deepcopy(batch), batch_idx
 
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take the next batch if this one has no loss."""
+        """Discard the batch if ``training_step`` returned no loss for it, so that the next one is kept."""
         if not self._has_loss:
             by_step = pl_module.automatic_optimization and type(self).loss is SharpnessMonitor.loss
             self._has_loss = not by_step or extract_loss(outputs) is not None
@@ -226,13 +226,13 @@ class SharpnessMonitor(CallbackBase):
                 self._batch = None
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Measure and log."""
+        """Measure and log, if this epoch is due."""
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0 and self._batch is not None and not trainer.barebones:
             try:
                 values = self._measure(trainer, pl_module)
             except NoLossError:
                 if trainer.world_size > 1:
-                    raise  # the others wait for this one
+                    raise  # the other ranks wait for this one
                 rank_zero_warn(
                     "training_step returned None in eval mode or at displaced weights, on a batch for which it returned"
                     " a loss in training, so its sharpness is not measured: override `SharpnessMonitor.loss`"
@@ -244,7 +244,7 @@ class SharpnessMonitor(CallbackBase):
 
     def _measure(self, trainer: "Trainer", pl_module: "LightningModule") -> dict[str, float]:
         products = HessianProducts(
-            # a copy each time: the step may change its batch in place
+            # copied each time, since the step may change its batch in place
             lambda: self.loss(pl_module, copy.deepcopy(self._batch)),
             pl_module,
             method=self.method,
@@ -264,28 +264,28 @@ class SharpnessMonitor(CallbackBase):
                     products, max_samples=self.samples, min_samples=self.samples, generator=self._generator()
                 )
         self.results.append((trainer.current_epoch, value, trace))
-        found = {} if value is None else {"eigenvalue": value.value}
-        return found if trace is None else found | {"trace": trace.value, "trace_error": trace.standard_error}
+        values = {} if value is None else {"eigenvalue": value.value}
+        return values if trace is None else values | {"trace": trace.value, "trace_error": trace.standard_error}
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Drop the batch."""
+        """Free the batch."""
         self._batch = None
 
 
 @contextmanager
 def _in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Each module's own flag, also where some are in eval mode already."""
-    flags = [(each, each.training) for each in module.modules()]
+    """Put all submodules into eval mode, and restore each one's own flag afterwards."""
+    flags = [(submodule, submodule.training) for submodule in module.modules()]
     try:
-        for each, _ in flags:
-            each.training = False
+        for submodule, _ in flags:
+            submodule.training = False
         yield
     finally:
-        for each, flag in flags:
-            each.training = flag
+        for submodule, flag in flags:
+            submodule.training = flag
 
 
 def _average_over_ranks(tensors: Sequence[Tensor]) -> None:

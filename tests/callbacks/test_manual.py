@@ -94,9 +94,9 @@ def test_a_scaler_is_taken_out_of_the_gradients_and_put_back():
 def test_needs_manual_optimization_and_a_trainer_that_trains():
     with pytest.raises(MisconfigurationException, match="`f` needs manual optimization"):
         ManualRun.of(TinyModule(), "f")
-    with pytest.raises(MisconfigurationException, match="`f` works in `training_step`"):
+    with pytest.raises(MisconfigurationException, match="`f` only works in `training_step`"):
         ManualRun.of(Manual(), "f")
     module = Manual()
     module.trainer = make_trainer()
-    with pytest.raises(MisconfigurationException, match="`f` works in `training_step`"):
+    with pytest.raises(MisconfigurationException, match="`f` only works in `training_step`"):
         ManualRun.of(module, "f")

@@ -404,11 +404,11 @@ class Wrong(Manual):
     [
         (lambda m, o, f: m.regularized_step(sgd(m.parameters()), f), MisconfigurationException, "one of `self.optim"),
         (lambda m, o, f: m.regularized_backward(f, [nn.Parameter(torch.ones(2))]), MisconfigurationException, "1 p"),
-        (lambda m, o, f: m.regularized_backward(f, []), MisconfigurationException, "the 0 parameters given"),
+        (lambda m, o, f: m.regularized_backward(f, []), MisconfigurationException, "Expected all 0 parameters given"),
         (lambda m, o, f: m.regularized_step(m.parameters(), f), MisconfigurationException, "one of `self.optim"),
         (lambda m, o, f: m.regularized_step(o, lambda: f().detach()), ValueError, "a loss with a graph but got"),
         (lambda m, o, f: m.regularized_step(o, lambda: None), ValueError, "a loss with a graph but got NoneType"),
-        (lambda m, o, f: m.regularized_step(o, []), ValueError, "a function or some of them"),
+        (lambda m, o, f: m.regularized_step(o, []), ValueError, "a function or a list of functions"),
         (lambda m, o, f: m.regularized_step(o, f, rule="SAM"), ValueError, "argument `rule` to be a GRRule"),
         (lambda m, o, f: m.regularized_step(o, f, level=-1), ValueError, "argument `level`"),
     ],
@@ -426,5 +426,5 @@ def test_automatic_optimization_is_refused():
 
 
 def test_outside_of_training_is_refused():
-    with pytest.raises(MisconfigurationException, match="works in `training_step`"):
+    with pytest.raises(MisconfigurationException, match="only works in `training_step`"):
         Manual().regularized_backward(lambda: None, None)

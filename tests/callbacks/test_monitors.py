@@ -166,7 +166,7 @@ def test_another_loss_by_hand():
 
     found = values(fit(Manual(), OfMine(trace=False, tolerance=1e-6), max_epochs=1))
     assert found["hessian/eigenvalue"] > 0
-    with pytest.raises(MisconfigurationException, match=r"Manual optimizes manually.* override `SharpnessMonitor.loss"):
+    with pytest.raises(MisconfigurationException, match=r"Manual uses manual .* override `SharpnessMonitor.loss"):
         fit(Manual(), SharpnessMonitor())
 
 
