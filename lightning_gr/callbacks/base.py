@@ -1,4 +1,4 @@
-"""What the callbacks with a second pass share, under automatic optimization."""
+"""The base class of the two-pass callbacks, for automatic optimization."""
 
 import weakref
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ __all__ = ["TwoPassCallback"]
 
 
 class _Run:
-    """What belongs to one run of one Trainer: made when training starts, dropped when it ends."""
+    """The state of one run of one Trainer, created when training starts and dropped when it ends."""
 
     def __init__(self, excluded: set[int]) -> None:
         self.excluded = excluded
@@ -49,35 +49,35 @@ class _Run:
         self.stashed = StashedGradients()
         self.check: BackwardCheck | None = None
         self.update: Update | None = None
-        self.begun = False  # a window was decided about
-        self.passed = False  # it had its second pass, or was found to need none
+        self.begun = False  # whether the update of a window has been decided
+        self.passed = False  # whether the window had its second pass, or needs none
         self.regularized = False
         self.param_count = 0
-        # of the run during which another Trainer was given the same callback
+        # those of the outer run, if another Trainer uses the same callback during that run
         self.outer: tuple[StepReport, StepCounter] | None = None
 
 
 class TwoPassCallback(CallbackBase):
-    """What the methods with a second pass share. Not to be used by itself: give it a rule.
+    """Base class of the callbacks with a second pass. Subclasses provide a rule.
 
     Args:
         rule: The method, see :mod:`lightning_gr.core.rules`.
-        start_step: The first optimizer step (counted from 0) that is regularized.
-        interval: Every how many optimizer steps from there.
-        warmup_steps: Over how many optimizer steps from there the penalty (the radius) grows linearly from 0.
-        lazy: Whether the penalty (the radius) is ``interval`` times as much.
-        exclude: Shell-style patterns over parameter names. Such parameters are neither perturbed nor regularized.
-        ascent_sync: Whether the first gradient is averaged over devices before it gives the direction.
-        accumulation: Whether an accumulation window is regularized as a whole or micro-batch by micro-batch.
-        metrics: What to log on the steps that Lightning logs, see :mod:`lightning_gr.report.measurement`.
-        prefix: What the keys of the metrics begin with.
-        prog_bar: Whether the gradient norm is shown in the progress bar.
-        verbose: Whether to show a panel before training and a table after it.
+        start_step: The first optimizer step (counted from 0) to regularize.
+        interval: Regularize every ``interval``-th optimizer step from then on.
+        warmup_steps: The number of optimizer steps over which the penalty (or the radius) grows linearly from 0.
+        lazy: Multiply the penalty (or the radius) by ``interval`` to make up for the skipped steps.
+        exclude: Shell-style patterns for names of parameters that are neither perturbed nor regularized.
+        ascent_sync: Whether to average the first gradient over devices before it sets the direction.
+        accumulation: Whether to regularize an accumulation window as a whole or each micro-batch separately.
+        metrics: The metrics to log, on the steps that Lightning logs; see :mod:`lightning_gr.report.measurement`.
+        prefix: The prefix of the metrics' keys.
+        prog_bar: Whether to show the gradient norm in the progress bar.
+        verbose: Whether to print a panel before training and a table after it.
 
     Raises:
-        ValueError: If an argument is out of its range, or at the start of ``fit`` if a pattern matches nothing.
-        MisconfigurationException: At the start of ``fit``, if this Trainer or module cannot be regularized; or at once,
-            if a subclass overrides a hook without ``super()``.
+        ValueError: If an argument is out of range, or, at the start of ``fit``, if a pattern matches nothing.
+        MisconfigurationException: At the start of ``fit``, if this Trainer or module is not supported, or immediately,
+            if a subclass overrides a hook without calling ``super()``.
     """
 
     def __init__(
@@ -119,24 +119,24 @@ class TwoPassCallback(CallbackBase):
         return StepReport(self._metrics, self._prefix, self._prog_bar)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to one run: a copy of this callback starts afresh."""
+        """Omit the state of the current run, so that a copy of this callback starts without it."""
         return {name: value for name, value in vars(self).items() if name not in ("_runs", "report", "_warned")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Start afresh."""
+        """Restore the settings, with a new report and no runs."""
         vars(self).update(state)
         self.report, self._runs, self._warned = self._new_report(), weakref.WeakKeyDictionary(), set()
 
     def should_regularize(self, step: int) -> bool:
-        """Whether to regularize optimizer step ``step`` (counted from 0, in manual optimization for each optimizer).
+        """Whether to regularize optimizer step ``step``, counted from 0 (per optimizer in manual optimization).
 
-        Override it for a schedule of your own; it is asked once per optimizer step and must give the same answer on
-        all devices.
+        Override this for a custom schedule. It is called once per optimizer step and must return the same value on all
+        devices.
         """
         return self.schedule.due(step)
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Check the context."""
+        """Raise if this Trainer or module is not supported."""
         if stage == "fit":
             checks.check_two_pass(trainer, pl_module, TwoPassCallback)
             checks.check_accumulation(trainer, self.accumulation, self.ascent_sync)
@@ -144,7 +144,7 @@ class TwoPassCallback(CallbackBase):
             checks.check_separable(trainer, self._asked_for, self.accumulation, self.ascent_sync)
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Find the excluded parameters, which ``configure_model`` may have made only now; show what will be done."""
+        """Find the excluded parameters, which ``configure_model`` may have just created, and print the panel."""
         run = self._runs[trainer] = _Run(self._match(pl_module))
         checks.check_sparse(pl_module, run.excluded)
         show_start(self.summary(trainer, pl_module), trainer)
@@ -153,7 +153,7 @@ class TwoPassCallback(CallbackBase):
         return match_names(self.exclude, pl_module.named_parameters(remove_duplicate=False))
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Begin to record, or to count the steps of each optimizer where the module optimizes manually."""
+        """Start recording or, in manual optimization, start counting the steps of each optimizer."""
         run = self._runs.get(trainer)
         if run is None:
             raise self._overridden("on_fit_start")
@@ -174,7 +174,7 @@ class TwoPassCallback(CallbackBase):
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        """At the first micro-batch of a window (which may be resumed in its middle), decide about the whole window."""
+        """Decide on the update of a window at its first micro-batch, or at the first one after resuming within it."""
         if not pl_module.automatic_optimization:
             self.report.open(trainer, pl_module)
             return
@@ -205,12 +205,12 @@ class TwoPassCallback(CallbackBase):
 
     def _overridden(self, hook: str) -> MisconfigurationException:
         return MisconfigurationException(
-            f"{type(self).__name__} was not told that training started, so nothing would be regularized: call"
-            f" `super().{hook}(...)` where you override `{hook}`"
+            f"`{hook}` of {type(self).__name__} did not run, so nothing would be regularized: call"
+            f" `super().{hook}(...)` in your override of `{hook}`"
         )
 
     def on_before_backward(self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor) -> None:
-        """Stash earlier gradients: of other micro-batches if each has its own direction, of steps not zeroed."""
+        """Stash gradients of steps that were not zeroed or, with separate directions, of earlier micro-batches."""
         if not pl_module.automatic_optimization:
             return
         run, recorder = self._recording(trainer)
@@ -239,9 +239,9 @@ class TwoPassCallback(CallbackBase):
     def on_before_optimizer_step(
         self, trainer: "Trainer", pl_module: "LightningModule", optimizer: torch.optim.Optimizer
     ) -> None:
-        """Make up for a window whose last ``training_step`` returned None, after which there was no backward pass.
+        """Run the second pass now if the last ``training_step`` of the window returned None, without a backward pass.
 
-        A gradient scaler makes no step then.
+        With a gradient scaler, there is no optimizer step in this case.
         """
         if not pl_module.automatic_optimization:
             return
@@ -261,7 +261,7 @@ class TwoPassCallback(CallbackBase):
         if run.update is None:
             self.report.first_only(params, scale)
             return
-        if recorder.is_empty:  # each step of the window returned None
+        if recorder.is_empty:  # all steps of the window returned None
             run.stashed.restore()
             return
         checks.check_hooks(params, self.is_local(trainer))
@@ -276,7 +276,7 @@ class TwoPassCallback(CallbackBase):
                 recorder.replay if observer is None else observer.watch(recorder.replay),
                 run.storage,
                 stashed=run.stashed,
-                # also those that no optimizer has
+                # including parameters without an optimizer
                 excluded=[param for param in recorder.params if id(param) not in chosen],
                 loss_scale=scale,
                 check_finite=not self.is_local(trainer),
@@ -286,11 +286,11 @@ class TwoPassCallback(CallbackBase):
         if recorder.gave_up:
             self.warn_once(
                 "training_step returned None in a second pass, at displaced weights: that step keeps its clean gradient"
-                " and counts as not regularized. If it happens often, take a smaller `epsilon` or `rho`"
+                " and counts as not regularized. If this happens often, use a smaller `epsilon` or `rho`"
             )
 
     def warn_once(self, message: str) -> None:
-        """Warn of something that may happen in each step."""
+        """Issue a warning, but only the first time for each message."""
         if message not in self._warned:
             self._warned.add(message)
             rank_zero_warn(message)
@@ -298,7 +298,7 @@ class TwoPassCallback(CallbackBase):
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the step, and drop its batches."""
+        """Log the step and drop its batches."""
         if not is_window_end(trainer, batch_idx):
             return
         self.report.close(trainer, pl_module)
@@ -314,7 +314,7 @@ class TwoPassCallback(CallbackBase):
         run.stashed.clear()
 
     def summary(self, trainer: "Trainer", pl_module: "LightningModule") -> Summary:
-        """What the panel at the start of training says."""
+        """The contents of the panel at the start of training."""
         run, update = self._runs[trainer], self.rule.update()
         trainable = [p for p in pl_module.parameters() if p.requires_grad]
         regularized = sum(p.numel() for p in trainable if id(p) not in run.excluded)
@@ -324,7 +324,7 @@ class TwoPassCallback(CallbackBase):
             "constants": ", ".join(f"{name} = {value:g}" for name, value in self.rule.constants.items()),
             "parameters": f"{regularized:,} regularized of {sum(p.numel() for p in trainable):,} trainable",
             "passes": f"{passes} per regularized step"
-            + (", each micro-batch by itself" if self._by_micro_batch(trainer) else ""),
+            + (", each micro-batch separately" if self._by_micro_batch(trainer) else ""),
         }
         if trainer.world_size > 1:
             whose = "each device's own gradient" if self.is_local(trainer) else "the mean gradient of all devices"
@@ -336,20 +336,20 @@ class TwoPassCallback(CallbackBase):
                 lines["flooding"] = callback.description
         return Summary(self.rule.name, lines, self.verbose)
 
-    # --- what the mixin asks for
+    # --- used by the mixin
 
     def note_manual(self, optimizer: torch.optim.Optimizer, regularized: bool, due: bool) -> None:
-        """Note whether the gradient of an optimizer is, and was to be, a regularized one, until it makes its step."""
+        """Record whether the gradient for an optimizer's next step is regularized, and whether it was due."""
         self._steps.note(optimizer, regularized, due)
 
     def excluded(self, trainer: "Trainer", pl_module: "LightningModule") -> set[int]:
-        """The ids of the parameters that are left out."""
+        """The ids of the excluded parameters."""
         run = self._runs[trainer]
         self._look_for_new_layers(run, pl_module)
         return run.excluded
 
     def update_of(self, optimizer: torch.optim.Optimizer) -> Update | None:
-        """What to do in the current step of one of several optimizers; None stands for a plain one."""
+        """The update for the current step of an optimizer; None for a plain step."""
         return self._update_at(self._steps.count_of(optimizer))
 
     def _update_at(self, step: int) -> Update | None:
@@ -357,42 +357,42 @@ class TwoPassCallback(CallbackBase):
         return update if self.should_regularize(step) and not update.is_plain else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps of each optimizer in manual optimization; otherwise the schedule follows the global step."""
+        """The step counts of the optimizers in manual optimization. Otherwise, the schedule follows the global step."""
         return {"format_version": 1, "steps": list(self._steps.made)} if self._steps.made else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting the steps of each optimizer."""
+        """Restore the step counts of the optimizers."""
         self._steps.made = list(state_dict.get("steps", ()))
 
     def on_load_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
-        """Read what earlier versions wrote."""
+        """Read the state that earlier versions wrote."""
         if "lightning_gr" in checkpoint:
             self.load_state_dict(checkpoint["lightning_gr"])
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Leave no trace."""
+        """Stop recording and counting."""
         self._stop(trainer)
 
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
-        """Leave no trace."""
+        """Stop recording and counting, and drop the run."""
         self._stop(trainer)
         self._leave(trainer)
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Show what happened."""
+        """Print the table, or warn if nothing was regularized, and drop the run."""
         if stage == "fit":
             self._stop(trainer)
             if self.report.missed and not self.report.regularized and not self._warned:
                 rank_zero_warn(
                     f"{type(self).__name__} regularized no optimizer step, although {self.report.missed} were due: each"
-                    " time there was no gradient, a gradient that is not finite, or no loss at the displaced weights"
+                    " of them had no gradient, a gradient that is not finite, or no loss at the displaced weights"
                 )
             if self.report.steps:
                 show_end(self.report, self.rule.name, trainer, verbose=self.verbose)
             self._leave(trainer)
 
     def _leave(self, trainer: "Trainer") -> None:
-        """Return to the run during which that of ``trainer`` took place, if there is one."""
+        """Drop the run of ``trainer``, and return to the outer run, if any."""
         run = self._runs.pop(trainer, None)
         if run is not None and run.outer is not None:
             self.report, self._steps = run.outer

@@ -1,4 +1,4 @@
-"""Remembers the calls of ``training_step`` in one accumulation window, and makes them again."""
+"""Records the calls of ``training_step`` in an accumulation window and replays them."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
@@ -32,25 +32,26 @@ __all__ = ["Recorder", "gradient_scale", "loss_scale", "surroundings_of"]
 
 
 def loss_scale(trainer: "Trainer", device: torch.device) -> Tensor | None:
-    """The scale of the precision plugin's gradient scaler, as a tensor on ``device`` and without reading it back."""
+    """The scale of the precision plugin's gradient scaler, as a tensor on ``device``, without synchronizing."""
     scaler = gradient_scaler(trainer)
     return None if scaler is None else scaler.scale(torch.ones((), device=device))
 
 
 def gradient_scale(trainer: "Trainer", device: torch.device, *, alone: bool) -> Tensor | None:
-    """The factor of the gradient from which the direction is made, against that of a loss by itself.
+    """The factor on the gradient that defines the direction, relative to the gradient of the plain loss.
 
-    That of a window is the mean over its micro-batches; one that is taken ``alone`` came divided by their number.
+    The gradient of a window is the mean over its micro-batches. That of a micro-batch regularized ``alone`` is already
+    divided by their number.
     """
     scale = loss_scale(trainer, device)
     if not alone:
         return scale
-    share = 1.0 / trainer.accumulate_grad_batches
-    return torch.full((), share, device=device) if scale is None else scale * share
+    weight = 1.0 / trainer.accumulate_grad_batches
+    return torch.full((), weight, device=device) if scale is None else scale * weight
 
 
 def surroundings_of(trainer: "Trainer", pl_module: "LightningModule") -> Surroundings:
-    """What the training steps of a module may change: all that it can reach, and what they may do to the Trainer."""
+    """The state that training steps may change: everything reachable from the module, and parts of the Trainer."""
     root = trainer.strategy.root_device
 
     def roots() -> Mapping[str, Any]:
@@ -72,7 +73,7 @@ def surroundings_of(trainer: "Trainer", pl_module: "LightningModule") -> Surroun
     def muted() -> list[tuple[Any, Any]]:
         return [
             (pl_module, ("log", "log_dict", "print")),
-            # `self.log` may also be reached through a reference that was taken before
+            # `self.log` may also be called through a reference taken earlier
             (logged_results(pl_module), ("log", "reset")),
             (trainer, ("save_checkpoint",)),
             *loggers_and_methods(trainer),
@@ -92,12 +93,12 @@ def _attributes(owner: object, name: str) -> dict[str, Any]:
 
 
 class Recorder:
-    """Stands before the strategy's ``training_step``, where the arguments and the random state are seen as they are.
+    """Wraps the strategy's ``training_step``, which sees the unchanged arguments and random state.
 
     Args:
         trainer: The Trainer, with its model set up.
         pl_module: The module in training.
-        storage: Where the weights are kept while they are displaced.
+        storage: Keeps the weights while they are displaced.
         flood: Floods the loss of the second pass, given the Trainer and the loss; None does not flood.
     """
 
@@ -127,25 +128,25 @@ class Recorder:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no call of the window returned a loss."""
+        """Whether none of the window's calls returned a loss."""
         return not self._calls
 
     def check_not_bypassed(self) -> None:
-        """Refuse to train on without having seen a call, because somebody replaced the strategy's method.
+        """Check that the last call was recorded, that is, that no one has replaced the strategy's method.
 
         Raises:
-            MisconfigurationException: Naming the strategy.
+            MisconfigurationException: If the call was not recorded.
         """
         if not self._called:
             raise MisconfigurationException(
                 f"`training_step` of {type(self.trainer.strategy).__name__} was replaced after training started, by"
-                " something that does not call what was there before, so nothing would be regularized: call that, or"
-                " replace it before `Trainer.fit`"
+                " something that does not call the previous method, so nothing would be regularized: call that method,"
+                " or replace it before `Trainer.fit`"
             )
 
     @property
     def params(self) -> list[Tensor]:
-        """The parameters of the module, and those that only an optimizer has."""
+        """The parameters of the module and of the optimizers."""
         return list(self._surroundings.trained())
 
     @property
@@ -155,7 +156,7 @@ class Recorder:
 
     @property
     def is_at_start(self) -> bool:
-        """Whether the last call was the first one of its window with a loss."""
+        """Whether the last call was the first in its window to return a loss."""
         return len(self._calls) == 1
 
     def expect(self, batch_idx: int, *, local: bool) -> None:

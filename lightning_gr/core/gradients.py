@@ -1,4 +1,4 @@
-"""What happens to ``.grad`` around a pass: set aside, hidden from a training step, or kept from changing."""
+"""Manages ``.grad`` around a pass: stashes it, hides it from a training step, or keeps it from changing."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +21,7 @@ __all__ = [
 
 
 class BackwardCheck:
-    """Refuses an optimizer that steps within a backward pass: the second pass would start from other weights.
+    """Detects optimizers that step during a backward pass, after which the second pass would start from other weights.
 
     Args:
         params: The parameters to regularize, before the backward pass.
@@ -53,25 +53,25 @@ class BackwardCheck:
 
 @torch.no_grad()
 def _norms(params: Sequence[Tensor]) -> list[Tensor]:
-    # each by itself: the step of one parameter would be lost in the norm of all
+    # separately, because the step of one parameter would be lost in the norm of all
     return [norm.nan_to_num() for norm in torch._foreach_norm(local_parts(params))] if params else []
 
 
 def check_graphless(grads: Sequence[Tensor]) -> None:
-    """Refuse gradients that can be differentiated themselves.
+    """Check that gradients cannot be differentiated.
 
     Raises:
-        RuntimeError: If one of them has a graph.
+        RuntimeError: If a gradient has a graph.
     """
     if any(grad.requires_grad for grad in grads):
         raise RuntimeError(
-            "The gradients have a graph of their own (`backward(create_graph=True)`, as for AdaHessian or SophiaH),"
-            " which a second pass would break: use another optimizer, or no second pass"
+            "The gradients have a graph (`backward(create_graph=True)`, as for AdaHessian or SophiaH), which a second"
+            " pass would break: use another optimizer, or no second pass"
         )
 
 
 class StashedGradients:
-    """Gradients of earlier backward passes, out of the way while a later pass gets its own."""
+    """Holds gradients of earlier backward passes while a later pass computes its own."""
 
     def __init__(self) -> None:
         self._stashed: dict[int, tuple[Tensor, Tensor]] = {}
@@ -82,39 +82,39 @@ class StashedGradients:
         return bool(self._stashed)
 
     def stash(self, params: Sequence[Tensor]) -> None:
-        """Leave ``params`` without gradients. Nothing is copied, except for views that somebody else will write to."""
+        """Take the gradients of ``params``, without copying, except for views that will be overwritten."""
         self._stashed = {id(param): (param, _own(param.grad)) for param in params if param.grad is not None}
         for param, _ in self._stashed.values():
             param.grad = None
 
     @torch.no_grad()
     def restore(self, params: Sequence[Tensor] | None = None, factor: float = 1.0) -> None:
-        """Add ``factor`` times what was stashed to ``.grad``, once.
+        """Add ``factor`` times the stashed gradients to ``.grad``, once.
 
         Args:
-            params: Those to restore; all by default.
-            factor: A number.
+            params: The parameters to restore; all of them by default.
+            factor: The factor on the stashed gradients.
         """
-        chosen = self._stashed.keys() if params is None else self._stashed.keys() & {id(param) for param in params}
-        found = {key: self._stashed[key] for key in list(self._stashed) if key in chosen}
-        both = [(param.grad, grad) for param, grad in found.values() if param.grad is not None]
+        keys = self._stashed.keys() if params is None else self._stashed.keys() & {id(param) for param in params}
+        restored = {key: self._stashed[key] for key in list(self._stashed) if key in keys}
+        both = [(param.grad, grad) for param, grad in restored.values() if param.grad is not None]
         if both:
             now, before = zip(*both, strict=True)
             torch._foreach_add_(local_parts(now), local_parts(before), alpha=factor)
-        for param, grad in found.values():
+        for param, grad in restored.values():
             if param.grad is None:
                 param.grad = grad if factor == 1.0 else grad * factor
-        self._restored |= found
-        self._stashed = {key: pair for key, pair in self._stashed.items() if key not in found}
+        self._restored |= restored
+        self._stashed = {key: pair for key, pair in self._stashed.items() if key not in restored}
 
     def undo(self, params: Sequence[Tensor]) -> None:
-        """Count those of ``params`` as stashed again, whose ``.grad`` is about to be made again."""
+        """Treat the gradients of ``params`` as stashed again, because ``.grad`` is about to be recomputed."""
         for param in params:
             if id(param) in self._restored:
                 self._stashed[id(param)] = self._restored.pop(id(param))
 
     def clear(self) -> None:
-        """Drop what has been restored."""
+        """Forget the restored gradients, after which :meth:`undo` has no effect."""
         self._restored = {}
 
 
@@ -127,7 +127,7 @@ def _own(grad: Tensor) -> Tensor:
 
 @contextmanager
 def hidden_gradients(params: Sequence[Tensor], added: Sequence[Tensor] = ()) -> Iterator[None]:
-    """Run a training step that finds ``.grad`` empty, as at the very first step, and cannot touch what is in there.
+    """Run a training step with ``.grad`` empty, as in the first step, so that it cannot affect the existing gradients.
 
     Args:
         params: Whose gradients are hidden.

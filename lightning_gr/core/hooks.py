@@ -1,4 +1,4 @@
-"""Hooks on parameters: exchanged for others during a pass, and put back where they were."""
+"""Replaces hooks on parameters during a pass and restores them afterwards."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,27 +15,27 @@ Hook = Callable[[Tensor], Any]
 
 
 class OwnHook:
-    """A hook of the package's own, which is no part of what a training step has set up. This one does nothing."""
+    """Base class of the package's own hooks, as opposed to those of a training step. It does nothing."""
 
     def __call__(self, tensor: Tensor) -> Any:
-        """Leave the gradient as it is."""
+        """Keep the gradient unchanged by returning None."""
 
 
 class Zero(OwnHook):
-    """Lets a gradient arrive as zero."""
+    """Replaces a gradient by zeros."""
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Nothing of ``tensor``."""
+        """Return zeros in the shape of the gradient."""
         return torch.zeros_like(tensor)
 
 
 class ExchangedHooks:
-    """Hooks that stand in for others until these are put back. Their order stays.
+    """Replaces hooks with others until they are restored, without changing their order.
 
     Args:
-        params: The parameters.
-        choose: Is given the number of a hook, the hook and whether it runs after accumulation; returns another hook for
-            it, or None to leave it.
+        params: The parameters whose hooks to replace.
+        choose: Called with a hook's number, the hook and whether it runs after accumulation. It returns a replacement,
+            or None to keep the hook.
     """
 
     def __init__(self, params: Sequence[Tensor], choose: Callable[[int, Hook, bool], OwnHook | None]) -> None:
@@ -50,7 +50,7 @@ class ExchangedHooks:
             where[number] = other
 
     def put_back(self) -> None:
-        """Put those back that nobody has removed meanwhile."""
+        """Restore the hooks, except for those removed in the meantime."""
         for table, number, hook, other in self._exchanged:
             if table.get(number) is other:
                 table[number] = hook
@@ -59,7 +59,7 @@ class ExchangedHooks:
 
 @contextmanager
 def without_hooks(params: Sequence[Tensor], *, after_accumulation: bool | None = None) -> Iterator[None]:
-    """Let no hook on ``params`` run; ``after_accumulation``: only those that run then, or only the others."""
+    """Disable the hooks on ``params``: all of them, or only those that run (or do not run) ``after_accumulation``."""
     nothing = OwnHook()
     exchanged = ExchangedHooks(
         params, lambda number, hook, after: nothing if after_accumulation in (None, after) else None
@@ -71,5 +71,5 @@ def without_hooks(params: Sequence[Tensor], *, after_accumulation: bool | None =
 
 
 def has_accumulation_hooks(param: Tensor) -> bool:
-    """Whether a hook sees what has been accumulated in ``.grad`` (``register_post_accumulate_grad_hook``)."""
+    """Whether ``param`` has hooks that run after accumulation (``register_post_accumulate_grad_hook``)."""
     return bool(hook_tables(param)[1])

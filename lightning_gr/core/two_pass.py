@@ -1,4 +1,4 @@
-"""The algorithm, written once: the first gradient is in ``.grad``, the second pass adds to it."""
+"""The two-pass algorithm: ``.grad`` holds the first gradient, and the second pass adds to it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -21,17 +21,17 @@ Transform = Callable[[Tensor], Tensor]
 
 
 class NoLossError(ValueError):
-    """A repeated evaluation got no loss, as from a training step that returns None where its loss is not finite."""
+    """Raised if a replayed evaluation has no loss, such as a training step that returns None for a non-finite loss."""
 
 
 class Replay(Protocol):
-    """Computes the loss of the first pass again, at the current weights, and back-propagates what is made of it."""
+    """Recomputes the losses of the first pass at the current weights and back-propagates them."""
 
     def __call__(self, transform: Transform, last: bool = True) -> None:
-        """For each loss of the first pass: back-propagate ``transform(loss)``, adding to ``.grad``.
+        """Back-propagate ``transform(loss)`` for each loss of the first pass, adding to ``.grad``.
 
-        The loss carries whatever factor (of a gradient scaler, of accumulation) it carried in the first pass. Only the
-        last replay of a step needs to reduce the gradients over devices: it reduces what was accumulated before, too.
+        The losses have the same factors (gradient scaler, accumulation) as in the first pass. Only the ``last`` replay
+        of a step needs to reduce the gradients over devices, since it also reduces what was accumulated before.
 
         Raises:
             NoLossError: If there is no loss this time.
@@ -40,14 +40,14 @@ class Replay(Protocol):
 
 
 class Observer(Protocol):
-    """Is shown both gradients and changes nothing. See :class:`~lightning_gr.report.measurement.Measurement`."""
+    """Sees both gradients without changing them, like :class:`~lightning_gr.report.measurement.Measurement`."""
 
     def first(self, update: Update, params: Sequence[Tensor], norm: Tensor, loss_scale: Tensor | None) -> None:
-        """``.grad`` of ``params`` holds the first gradient, times ``loss_scale``; ``norm`` is its norm."""
+        """Called when ``.grad`` holds the first gradient times ``loss_scale``, whose norm is ``norm``."""
         ...
 
     def second(self, params: Sequence[Tensor]) -> None:
-        """``.grad`` holds the gradient of the update, and the weights are what they were."""
+        """Called when ``.grad`` holds the gradient of the update and the weights have been restored."""
         ...
 
 
@@ -63,24 +63,24 @@ def add_second_pass_(
     check_finite: bool = True,
     observer: Observer | None = None,
 ) -> bool:
-    """Turn ``.grad`` = ∇L(θ) into the gradient of ``update``, and leave the weights bit for bit as they are.
+    """Turn ``.grad`` = ∇L(θ) into the gradient of ``update``, leaving the weights unchanged bit for bit.
 
     Args:
-        update: The row of the table.
-        params: The parameters to regularize. Those without a gradient are left alone.
-        replay: The second pass.
-        storage: Where the weights are kept meanwhile, to be reused in the next step.
-        stashed: Gradients of earlier passes. They are restored, in any case, before the last backward pass: DDP reduces
-            all of them together.
+        update: The update to apply.
+        params: The parameters to regularize. Those without a gradient are skipped.
+        replay: Runs the second pass.
+        storage: Keeps the weights in the meantime; it can be reused in the next step.
+        stashed: Gradients of earlier passes. They are always restored before the last backward pass, because DDP
+            reduces all of them together.
         excluded: Parameters that get gradients but keep those of the first pass.
         loss_scale: The scale of a gradient scaler, which all gradients carry, as a tensor.
-        check_finite: Whether this process may decide by itself to leave a gradient with NaN or infinity alone. It is
-            done on the CPU only, where looking is free; on a GPU it spreads over ``.grad``, never to the weights.
-        observer: Is shown both gradients.
+        check_finite: Whether this process may decide on its own to skip a gradient with NaN or infinity. This is only
+            done on the CPU, where the check is free; on a GPU such values spread over ``.grad``, never to the weights.
+        observer: Called with both gradients.
 
     Returns:
-        Whether there is a regularized gradient: False if there was none to regularize, if it was not finite, or if the
-        second pass found no loss; then ``.grad`` is the clean gradient.
+        Whether ``.grad`` is regularized. It is False, and ``.grad`` is the clean gradient, if there was no gradient, if
+        it was not finite, or if the second pass had no loss.
     """
     stashed = StashedGradients() if stashed is None else stashed
     settle_gradients(params)
@@ -95,14 +95,14 @@ def add_second_pass_(
     norm = global_norm(grads) if looks or update.direction == "normalized" or observer is not None else None
     if observer is not None and norm is not None:
         observer.first(update, targets, norm, loss_scale)
-    # a norm that overflows counts as not finite
+    # an overflowing norm also counts as not finite
     if looks and norm is not None and not norm.isfinite():
         stashed.restore(targets)
         return False
     with unchanged_gradients(excluded):
         if update.curvature:
             _add_exact_(update, targets, grads, replay, stashed, loss_scale, norm)
-        del grads  # a method that keeps nothing of them frees their memory before the second pass
+        del grads  # frees their memory before the second pass if the method does not keep them
         if update.probes and not _add_probes_(update, targets, replay, storage, stashed, loss_scale, norm):
             _recompute_(targets, replay, stashed)
             return False
@@ -120,11 +120,10 @@ def _add_probes_(
     loss_scale: Tensor | None,
     norm: Tensor | None,
 ) -> bool:
-    """Make ``.grad`` = keep · ∇L(θ) + Σ weight · ∇L(θ + distance · d); returns whether each probe had a loss.
+    """Compute ``.grad`` = keep · ∇L(θ) + Σ weight · ∇L(θ + distance · d); return whether each probe had a loss.
 
-    Losses are back-propagated without their weights, which ``.grad`` is divided by before and multiplied by
-    afterwards: hooks in a backward pass that is not linear (one that clips a gradient) see that of a loss by itself,
-    and so do hooks that run after accumulation.
+    Losses are back-propagated without their weights. Instead, ``.grad`` is divided by the weight before and multiplied
+    by it afterwards, so that hooks, such as one that clips gradients, see the gradient of the unweighted loss.
     """
     perturbation = Perturbation(params, storage)
     with deferred_signals():
@@ -147,7 +146,7 @@ def _add_probes_(
         except NoLossError:
             return False
         finally:
-            perturbation.restore()  # again, should Ctrl-C have come on the way to the first time
+            perturbation.restore()  # again, in case Ctrl-C interrupted the first call
     _keep_(params, weight)
     return True
 
@@ -158,9 +157,9 @@ def _identity(loss: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _keep_(params: Sequence[Tensor], keep: float, factor: Tensor | None = None) -> None:
-    """Multiply ``.grad`` by ``keep``, and divide it by the ``factor`` that it carries."""
+    """Multiply ``.grad`` by ``keep`` and divide it by ``factor``."""
     if keep == 0.0:
-        # nothing of the first gradient is kept: the second one need not be added to zeros
+        # the first gradient is dropped, so that the second one need not be added to zeros
         for param in params:
             param.grad = None
     elif factor is not None or keep != 1.0:
@@ -169,7 +168,7 @@ def _keep_(params: Sequence[Tensor], keep: float, factor: Tensor | None = None) 
 
 
 def _recompute_(params: Sequence[Tensor], replay: Replay, stashed: StashedGradients) -> None:
-    """Make the clean gradient again, at the clean weights, after a second pass that was given up half-way."""
+    """Recompute the clean gradient at the clean weights, after a second pass that was abandoned."""
     for param in params:
         param.grad = None
     stashed.undo(params)
@@ -194,14 +193,14 @@ def _add_exact_(
         scale_(direction, factor)
 
     def inner_product(loss: Tensor) -> Tensor:
-        with without_hooks(params):  # they see the gradient of the penalty, as that of a loss by itself
+        with without_hooks(params):  # hooks only see the gradient of the penalty
             again = torch.autograd.grad(
                 loss, list(params), create_graph=True, allow_unused=True, materialize_grads=True
             )
-        # 0 · p: a parameter that enters linearly has no second derivative, but DDP waits for its gradient
+        # + 0 · p, because DDP waits for the gradients of parameters that enter linearly, with no second derivative
         terms = [((g + 0.0 * p) * d.conj()).sum().real for g, p, d in zip(again, params, direction, strict=True)]
-        home = terms[0].device
-        return update.curvature * torch.stack([term.to(home) for term in terms]).sum()
+        device = terms[0].device
+        return update.curvature * torch.stack([term.to(device) for term in terms]).sum()
 
     stashed.restore(params)
     with gradients_apart(params):
@@ -209,5 +208,5 @@ def _add_exact_(
 
 
 def extract_loss(output: Any) -> Tensor | None:
-    """The loss in what a training step returned: a tensor, a mapping with ``"loss"``, or None."""
+    """Extract the loss from the output of a training step: a tensor, a mapping with the key ``"loss"``, or None."""
     return output.get("loss") if isinstance(output, Mapping) else output
