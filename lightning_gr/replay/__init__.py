@@ -1,1 +1,1 @@
-"""Evaluating a loss again from the same start, without a trace."""
+"""Replays evaluations of a loss from the same starting state, without side effects."""

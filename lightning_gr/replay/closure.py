@@ -1,4 +1,4 @@
-"""The two passes of a closure: for a plain PyTorch loop, for Fabric and for manual optimization."""
+"""Runs both passes of a closure, for plain PyTorch loops, Fabric and manual optimization."""
 
 import warnings
 import weakref
@@ -24,18 +24,18 @@ __all__ = ["ClosurePasses", "regularized_backward"]
 
 
 class ClosurePasses:
-    """Evaluates a closure once, and again as often as a second pass asks for it, as if that had never happened.
+    """Evaluates a closure, and replays it for the second pass without side effects.
 
     Args:
-        loss_fn: Computes the loss, a scalar (or a mapping with ``"loss"``), at the current weights.
-        surroundings: What ``loss_fn`` may change.
-        storage: Where the weights are kept while they are displaced.
-        backward: How the first loss is back-propagated.
-        backward_again: How that of a second pass is, times the same factor if there is one.
-        flood: Floods a loss in place; None does not.
-        without_sync: A context in which gradients are not reduced over devices.
-        local: Whether that holds for the first pass.
-        on_no_loss: Is told, in a sentence, that a second pass got no loss.
+        loss_fn: Computes the loss at the current weights: a scalar, or a mapping with the key ``"loss"``.
+        surroundings: The state that ``loss_fn`` may change.
+        storage: Keeps the weights while they are displaced.
+        backward: Back-propagates the loss of the first pass.
+        backward_again: Back-propagates a loss of the second pass, with the same factor.
+        flood: Floods the gradient of a loss; None disables flooding.
+        without_sync: A context manager in which gradients are not reduced over devices.
+        local: Whether to use ``without_sync`` in the first pass.
+        on_no_loss: Called with a message if a second pass has no loss.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ClosurePasses:
         self.backward, self.backward_again, self.flood = backward, backward_again, flood
         self.without_sync, self.local = without_sync, local
         self._gave_up = False
-        # what the closure alone can reach: its variables, bound objects, defaults
+        # the state only reachable from the closure: its variables, bound objects, defaults
         self._evaluation = Evaluation(loss_fn, surroundings, _Variables(loss_fn, surroundings))
 
     def first(self, only: bool = False) -> Tensor:
@@ -88,7 +88,7 @@ class ClosurePasses:
                 self._gave_up = True
                 self.on_no_loss(
                     "The loss function returned None in a second pass, at displaced weights: that step keeps its clean"
-                    " gradient and counts as not regularized. If it happens often, take a smaller `epsilon` or `rho`"
+                    " gradient and counts as not regularized. If this happens often, use a smaller `epsilon` or `rho`"
                 )
                 raise NoLossError
             self.backward_again(transform(self._flooded(loss)))
@@ -96,20 +96,20 @@ class ClosurePasses:
     def _flooded(self, loss: Tensor) -> Tensor:
         if self.flood is None:
             return loss
-        flooded = loss * 1  # a tensor of our own to put a hook on
+        flooded = loss * 1  # a new tensor for the hook
         self.flood(flooded)
         return flooded
 
 
 class _Variables(Footprint):
-    """The footprint on what a closure alone can reach. Closures come and go, so it is remembered by name."""
+    """The footprint on state only reachable from a closure, remembered by name since closures are short-lived."""
 
     def __init__(self, loss_fn: Callable[[], Any], surroundings: Surroundings) -> None:
         super().__init__(lambda: {"loss_fn": loss_fn}, closed=surroundings.footprint.owners)
         self._surroundings = surroundings
 
     def protects(self, place: Place) -> bool:
-        # all of it where nothing has been learned yet
+        # everything, as long as nothing has been learned
         known = self._surroundings.learning or place.path in self._surroundings.written_variables
         return known or super().protects(place)
 
@@ -138,35 +138,34 @@ def regularized_backward(
     backward: Callable[[Tensor], object] = torch.Tensor.backward,
     loss_scale: Tensor | None = None,
 ) -> Tensor:
-    """Compute the regularized gradient of a closure and add it to ``.grad``: the update family without Lightning.
+    """Compute the regularized gradient of a closure and add it to ``.grad``, without Lightning.
 
-    The second evaluation starts from the random numbers and the state that the first one started from, and leaves no
-    trace in them. State is what can be reached from the module, and the variables that ``loss_fn`` has captured
-    (``nonlocal`` ones included) with the objects in them. Global variables are not put back, nor are iterators and
-    files: ask :func:`~lightning_gr.in_second_pass` there.
+    The second evaluation starts from the same random numbers and state as the first one, and both are restored
+    afterwards. State includes everything reachable from the module and from the variables that ``loss_fn`` captures,
+    including ``nonlocal`` ones. Global variables, iterators and files are not restored; check
+    :func:`~lightning_gr.in_second_pass` before you change them.
 
-    Call ``optimizer.zero_grad()`` before, as before any backward pass: the direction is what ``.grad`` holds after
-    the first one.
+    Call ``optimizer.zero_grad()`` first, as before any backward pass, because the content of ``.grad`` after the first
+    pass defines the direction.
 
     Args:
-        loss_fn: Computes the loss, a scalar (or a mapping with ``"loss"``), at the current weights. Called twice
-            (three times for the central scheme).
-        params: The module to regularize, or parameters alone (then only what ``loss_fn`` has captured is protected).
+        loss_fn: Computes the loss at the current weights: a scalar, or a mapping with the key ``"loss"``. It is called
+            twice (three times for the central scheme).
+        params: The module to regularize, or the parameters alone, which only protects what ``loss_fn`` captures.
         rule: The method: :class:`~lightning_gr.GRRule` or :class:`~lightning_gr.SAMRule`.
-        strength: Factor of the penalty (of the radius), for warm-up.
-        level: Flood the loss at this level; None does not.
-        exclude: Shell-style patterns over the names of parameters that end with exactly the clean gradient; needs a
-            module.
-        backward: How a loss is back-propagated, for example ``fabric.backward``.
-        loss_scale: The scale S of a gradient scaler as a tensor, ``scaler.scale(torch.ones((), device=...))``; each
+        strength: A factor on the penalty (or the radius), for warm-up.
+        level: Flood the loss at this level. None disables flooding.
+        exclude: Shell-style patterns for names of parameters that get exactly the clean gradient; requires a module.
+        backward: Back-propagates a loss, for example ``fabric.backward``.
+        loss_scale: The scale S of a gradient scaler as a tensor, ``scaler.scale(torch.ones((), device=...))``. Each
             loss is multiplied by it before ``backward``, so that ``.grad`` is ready for ``scaler.unscale_``.
 
     Returns:
-        The loss of the first pass, detached, without flooding and scale.
+        The loss of the first pass, detached, without flooding and scaling.
 
     Raises:
-        ValueError: If a pattern matches nothing, if there are no parameters, or if ``loss_fn`` returns no loss that
-            can be back-propagated.
+        ValueError: If a pattern matches nothing, if there are no parameters, or if ``loss_fn`` does not return a loss
+            with a graph.
 
     Source: Karakida et al. (ICML 2023, arXiv 2210.02720), F-GR and B-GR.
 
@@ -182,8 +181,8 @@ def regularized_backward(
     everything: list[Tensor] = list(module.parameters() if module is not None else params)  # type: ignore[arg-type]
     patterns = check_exclude(exclude)
     if not everything or (patterns and module is None):
-        raise ValueError("Expected `params` to hold a parameter, and to be a module where `exclude` is given")
-    left_out = match_names(patterns, module.named_parameters(remove_duplicate=False)) if module is not None else set()
+        raise ValueError("Expected `params` to contain a parameter, and to be a module if `exclude` is given")
+    excluded = match_names(patterns, module.named_parameters(remove_duplicate=False)) if module is not None else set()
     update = rule.update(strength)
 
     def scaled_backward(loss: Tensor) -> None:
@@ -202,10 +201,10 @@ def regularized_backward(
     if not update.is_plain:
         add_second_pass_(
             update,
-            [p for p in everything if id(p) not in left_out],
+            [p for p in everything if id(p) not in excluded],
             passes.replay,
             storage,
-            excluded=[p for p in everything if id(p) in left_out],
+            excluded=[p for p in everything if id(p) in excluded],
             loss_scale=loss_scale,
         )
     return loss
@@ -216,19 +215,19 @@ _memories: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictio
 
 
 def _memory_of(module: nn.Module | None, params: list[Tensor]) -> _Memory:
-    """What is kept about a module from call to call: what its loss writes to, and a copy of its weights."""
+    """The state kept for a module between calls: what its loss writes to, and storage for its weights."""
     devices = sorted({p.device for p in params if p.device.type != "cpu"}, key=str)
     if module is None:
         return Surroundings(Footprint(dict), devices, trained=lambda: params), WeightStorage()
     if module not in _memories:
-        itself = weakref.ref(module)  # a strong reference would keep the module alive
+        reference = weakref.ref(module)  # a strong one would keep the module alive
 
         def roots() -> dict[str, Any]:
-            return {"module": itself()}
+            return {"module": reference()}
 
         def trained() -> list[Tensor]:
-            found = itself()
-            return [] if found is None else list(found.parameters())
+            target = reference()
+            return [] if target is None else list(target.parameters())
 
         _memories[module] = Surroundings(Footprint(roots), devices, trained=trained), WeightStorage()
     return _memories[module]

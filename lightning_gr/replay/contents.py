@@ -1,4 +1,4 @@
-"""What a training step can write to in tensors, NumPy arrays and generators: saved, compared and put back in place."""
+"""Saves, compares and restores the contents of tensors, NumPy arrays and generators in place."""
 
 import contextvars
 import io
@@ -43,7 +43,7 @@ def _set_bit_generator(generator: np.random.Generator, state: Any) -> None:
 
 
 _UNSET: Any = object()
-# what says where it is and can be set back to there: how to ask, and how to set it
+# types whose state can be read and set, with the functions that do so
 _STATES: tuple[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], object]], ...] = (
     (torch.Generator, torch.Generator.get_state, torch.Generator.set_state),
     (np.random.Generator, lambda generator: generator.bit_generator.state, _set_bit_generator),
@@ -59,7 +59,7 @@ STATES = tuple(row[0] for row in _STATES)
 
 
 class SettablePlace(Place):
-    """A generator of random numbers (torch's, NumPy's two kinds, Python's), a file in memory, a context variable."""
+    """A random number generator (of torch, NumPy or Python), an in-memory file, or a context variable."""
 
     __slots__ = ("_get", "_set")
 
@@ -79,12 +79,11 @@ class SettablePlace(Place):
 
 
 class Content(NamedTuple):
-    """What a tensor held, and where: a step may also point it elsewhere (by ``.data`` or ``set_``), or resize it.
+    """The content and location of a tensor, which a step may also point elsewhere (``.data``, ``set_``) or resize.
 
     Args:
-        value: A copy.
-        alias: A second tensor on the same memory, of the same shape. None where holding on to memory costs more: of
-            large weights.
+        value: A copy of the content.
+        alias: Another tensor with the same memory and shape, or None for large weights, to avoid holding their memory.
     """
 
     value: Tensor
@@ -106,7 +105,7 @@ class TensorPlace(Place):
         return True
 
     def mark(self) -> tuple[int, int]:
-        """Something that changes when the tensor is written to in place or resized, but not through ``.data``."""
+        """A value that changes if the tensor is written in place or resized, but not on writes through ``.data``."""
         tensor = self.owner
         if tensor.is_inference() or tensor.layout != torch.strided or tensor.is_nested:
             return 0 if tensor.is_inference() else tensor._version, 0
@@ -126,7 +125,7 @@ class TensorPlace(Place):
 
     @torch.no_grad()
     def has_changed(self, saved: Content | None) -> bool:
-        """Whether the value is another one now."""
+        """Whether the content differs from the saved one."""
         return saved is not None and not torch.equal(self.owner, saved.value)
 
     def restore(self, saved: Content | None) -> None:
@@ -135,7 +134,7 @@ class TensorPlace(Place):
 
 
 class FlagsPlace(Place):
-    """Which of some tensors require a gradient."""
+    """The ``requires_grad`` flags of several tensors."""
 
     __slots__ = ()
 
@@ -172,7 +171,7 @@ class ArrayPlace(Place):
         return np.asarray(self.owner).copy()
 
     def differs(self, saved: Any) -> bool:
-        # by bytes, in which NaN is equal to itself, and which for objects are their addresses
+        # compare bytes, so that NaN equals itself and objects compare by address
         return bool(self.owner.shape != saved.shape or np.asarray(self.owner).tobytes() != saved.tobytes())
 
     def restore(self, saved: Any) -> None:
@@ -191,7 +190,7 @@ class ArrayPlace(Place):
 
 
 class Hooked:
-    """A tensor as the owner of its hooks."""
+    """Wraps a tensor to represent its hooks."""
 
     __slots__ = ("tensor",)
 
@@ -200,7 +199,7 @@ class Hooked:
 
 
 class HooksPlace(Place):
-    """The hooks on a leaf, which a step may register and whose closures it can reach."""
+    """The hooks on a leaf tensor, which a step may register, and their closures."""
 
     __slots__ = ()
 
@@ -240,12 +239,12 @@ def is_lazy(tensor: Tensor) -> bool:
 
 
 def is_uninitialized(module: nn.Module) -> bool:
-    """Whether ``module`` gets its shape, its class and its hooks in its first forward pass, which is yet to come."""
+    """Whether ``module`` is a lazy module that has not run its first forward pass."""
     return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
 class LazyPlace(Place):
-    """A module whose tensors have no shape yet. What its first forward pass makes of it stays: it cannot be undone."""
+    """A module whose tensors have no shape yet. Its first forward pass initializes it, which is not undone."""
 
     __slots__ = ()
 
@@ -256,12 +255,12 @@ class LazyPlace(Place):
         return self.save() != saved
 
     def restore(self, saved: bool) -> None:
-        """The second pass starts from what the first one has made."""
+        """Do nothing, so that the second pass uses the initialized module."""
 
 
 @torch.no_grad()
 def restore_tensors(tensors: list[Tensor], saved: list[Content]) -> None:
-    """Put contents back in place, whatever the layout, also into tensors that were resized or pointed elsewhere."""
+    """Restore contents in place, for any layout, including tensors that were resized or pointed elsewhere."""
     simple, values = [], []
     for tensor, (value, alias) in zip(tensors, saved, strict=True):
         if alias is not None and _is_elsewhere(tensor, alias):
@@ -280,7 +279,7 @@ def restore_tensors(tensors: list[Tensor], saved: list[Content]) -> None:
 
 def _is_elsewhere(tensor: Tensor, alias: Tensor) -> bool:
     if tensor.layout != torch.strided or tensor.is_nested or alias.layout != torch.strided:
-        # its parts are tensors of their own; those of a jagged tensor stay the same ones
+        # its parts are separate tensors, which only a jagged tensor keeps
         return not (tensor.is_nested and tensor.layout == torch.jagged)
     return (
         tensor.data_ptr() != alias.data_ptr()
@@ -291,7 +290,7 @@ def _is_elsewhere(tensor: Tensor, alias: Tensor) -> bool:
 
 
 def _is_simple(tensor: Tensor) -> bool:
-    """Whether it can be written by a foreach operator, several entries at one address for example not."""
+    """Whether a foreach operator can write the tensor, which excludes, for example, entries that share an address."""
     return not (
         tensor.layout != torch.strided
         or tensor.is_nested

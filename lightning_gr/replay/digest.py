@@ -1,4 +1,4 @@
-"""A number that tells whether the content of a tensor has changed, without a copy of it."""
+"""Hashes the contents of tensors, to detect changes without copies."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Hooks on parameters that only look, as those of experiment trackers: they see each first pass's gradient, once."""
+"""Finds hooks on parameters that only observe gradients, as experiment trackers do, and skips them in second passes."""
 
 import dis
 import types
@@ -19,12 +19,12 @@ __all__ = ["ObservingHooks", "may_change"]
 
 
 class ObservingHooks:
-    """Tells hooks that only look at a gradient from those that change it, by what they do in first passes.
+    """Distinguishes hooks that only observe a gradient from those that change it, by their effect in first passes.
 
-    One that has changed a gradient, by what it returns or in place, runs in all passes: it belongs to the function that
-    is trained. So does one in whose code a way to change it can be seen, as where it clips large gradients only. Any
-    other does not run in second passes, because what it tells somebody (a histogram to an experiment tracker, say) is
-    out of reach.
+    A hook that has changed a gradient, through its return value or in place, runs in all passes, since it is part of
+    the training. So does a hook whose code could change a gradient, such as one that only clips large gradients. Other
+    hooks do not run in second passes, because their side effects, such as a histogram sent to an experiment tracker,
+    cannot be undone.
     """
 
     def __init__(self) -> None:
@@ -34,20 +34,20 @@ class ObservingHooks:
         self.exactly = False
 
     def begin(self, params: Sequence[Tensor], *, exactly: bool) -> None:
-        """Watch what hooks on ``params`` do, until :meth:`end`; ``exactly``: by the content of each gradient."""
+        """Watch the hooks on ``params`` until :meth:`end`; ``exactly`` compares the full content of each gradient."""
         self.end()
         self.exactly = exactly
         self._tried = ExchangedHooks(params, self._trial)
 
     def end(self) -> None:
-        """Watch no longer. Harmless to repeat."""
+        """Stop watching. It is safe to call this again."""
         if self._tried is not None:
             self._tried.put_back()
             self._tried = None
 
     @contextmanager
     def watched(self, params: Sequence[Tensor], *, exactly: bool) -> Iterator[None]:
-        """Watch during a backward pass of a first evaluation, see :meth:`begin`."""
+        """Watch the hooks during the backward pass of a first evaluation, see :meth:`begin`."""
         self.begin(params, exactly=exactly)
         try:
             yield
@@ -56,7 +56,7 @@ class ObservingHooks:
 
     @contextmanager
     def silenced(self, params: Sequence[Tensor]) -> Iterator[None]:
-        """Leave those out that only look."""
+        """Disable the hooks that only observe."""
         nothing = OwnHook()
         exchanged = ExchangedHooks(params, lambda number, *_: nothing if number in self._observing else None)
         try:
@@ -70,7 +70,7 @@ class ObservingHooks:
         return None if number in self._changing else _Trial(self, number, hook, after)
 
     def note(self, number: int, *, changed: bool) -> None:
-        """Take in what hook ``number`` did."""
+        """Record whether hook ``number`` changed a gradient."""
         self._observing.add(number)
         if changed:
             self._changing.add(number)
@@ -78,7 +78,7 @@ class ObservingHooks:
 
 
 class _Trial(OwnHook):
-    """Runs a hook and notes whether it changes the gradient."""
+    """Runs a hook and records whether it changes the gradient."""
 
     def __init__(self, hooks: ObservingHooks, number: int, hook: Callable[[Tensor], Any], after: bool) -> None:
         self.hooks, self.number, self.hook, self.after = hooks, number, hook, after
@@ -93,11 +93,11 @@ class _Trial(OwnHook):
         return result
 
     def _look(self, tensor: Tensor, grad: Tensor | None) -> Any:
-        # the version of a parameter as well: an optimizer may make its step in a hook
+        # including the version of the parameter, since an optimizer may step in a hook
         return tensor._version, None if grad is None else (grad._version, self._content(grad))
 
     def _content(self, grad: Tensor) -> Any:
-        # a write through `.data` moves no version counter
+        # a write through `.data` does not bump the version counter
         if self.hooks.exactly:
             return digests([grad])
         is_on_host = type(grad) is Tensor and grad.device.type == "cpu" and grad.layout == torch.strided
@@ -105,16 +105,16 @@ class _Trial(OwnHook):
 
 
 def may_change(hook: Callable[[Tensor], Any]) -> bool:
-    """Whether the code of a hook itself shows a way to change the gradient, which it may go another time.
+    """Whether the code of a hook could change the gradient, even if it has not done so yet.
 
-    It gives its argument (or a ``grad``) another value, calls a method that works in place (whose name ends in one
-    underscore) or takes ``out``, or has branches and may return something else than None or its argument. What it calls
-    is not looked into.
+    This is the case if it assigns to its argument (or to a ``grad``), calls an in-place method (with a trailing
+    underscore) or passes ``out``, or if it has branches and may return something other than None or its argument. Code
+    that it calls is not inspected.
     """
-    found = _code_of(hook)
-    if found is None:
+    code_and_argument = _code_of(hook)
+    if code_and_argument is None:
         return False
-    code, argument = found
+    code, argument = code_and_argument
     steps = list(dis.get_instructions(code))
     stored = any(
         (step.opname.startswith("STORE_FAST") and step.argval == argument)
@@ -129,7 +129,7 @@ def may_change(hook: Callable[[Tensor], Any]) -> bool:
 
 
 def _code_of(hook: Callable[[Tensor], Any]) -> tuple[types.CodeType, str | None] | None:
-    """The code of a function, method or object, and what it calls its argument."""
+    """The code of a function, method or callable object, and the name of its argument."""
     function: Any = hook.func if isinstance(hook, partial) else hook
     if not isinstance(function, (types.FunctionType, types.MethodType)):
         function = vars(type(function)).get("__call__")
@@ -141,7 +141,7 @@ def _code_of(hook: Callable[[Tensor], Any]) -> tuple[types.CodeType, str | None]
 
 
 def _is_harmless(before: dis.Instruction, step: dis.Instruction, argument: str | None) -> bool:
-    """Whether ``step`` returns None or the ``argument``, whichever way it is reached."""
+    """Whether ``step`` always returns None or the ``argument``."""
     value = step if step.opname == "RETURN_CONST" else before
     if step.is_jump_target and value is before:
         return False

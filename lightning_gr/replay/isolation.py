@@ -1,4 +1,4 @@
-"""A pass that leaves no trace: its flag, the global random numbers, and what it must not tell anybody."""
+"""Isolates a second pass: its flag, the global random state, and muted methods."""
 
 import random
 import sys
@@ -16,20 +16,20 @@ from lightning_gr._compat import is_python_thread
 __all__ = ["RandomState", "flagged", "in_second_pass", "muted", "noted_exceptions"]
 
 
-# how many second passes this thread (or asynchronous task) is in; None where a loss was never evaluated
+# the number of nested second passes in this thread (or asynchronous task); None if it has never evaluated a loss
 _depth: ContextVar[int | None] = ContextVar("lightning_gr_depth", default=None)
 _active = 0
 _lock = threading.Lock()
 
 
 def in_second_pass() -> bool:
-    """Whether the code that asks runs inside a second pass, for side effects that nobody can intercept.
+    """Whether the calling code runs inside a second pass. Use it to guard side effects that cannot be undone.
 
-    Logging, everything that is reachable from the module, random numbers and the Trainer are taken care of; what a
-    ``training_step`` writes to a file, sends over a network or takes from an iterator is not.
+    Logging, random numbers, the Trainer and everything reachable from the module are handled automatically. Files,
+    network connections and iterators that a ``training_step`` uses are not.
 
-    Each thread is told about its own passes, and threads in which autograd runs a backward pass about those of the
-    program. One that a ``training_step`` starts by itself is told False, unless it runs in the context of the step:
+    The result refers to the calling thread's own passes, or, in autograd's threads, to those of the program. In a
+    thread that a ``training_step`` starts, it is False unless the thread runs in the context of the step:
     ``pool.submit(contextvars.copy_context().run, function)``.
 
     Example::
@@ -45,13 +45,13 @@ def in_second_pass() -> bool:
     depth = _depth.get()
     if depth is not None:
         return depth > 0
-    # autograd's own threads, which run the hooks of a backward pass on an accelerator, belong to whoever is active
+    # autograd's own threads, which run backward hooks on an accelerator, belong to the active pass
     return _active > 0 and not is_python_thread()
 
 
 @contextmanager
 def flagged(second: bool = True) -> Iterator[None]:
-    """Let :func:`in_second_pass` say ``second`` to this thread during the body."""
+    """Make :func:`in_second_pass` return ``second`` in this thread during the body."""
     global _active
     before = _depth.get() or 0
     _depth.set(before + second)
@@ -79,7 +79,7 @@ class RandomState:
         self._devices = [(d, torch.get_device_module(d).get_rng_state(*_index(d))) for d in devices]
 
     def restore(self) -> None:
-        """Let all generators continue from here."""
+        """Set all generators back to this state."""
         torch.set_rng_state(self._torch)
         np.random.set_state(self._numpy)
         random.setstate(self._python)
@@ -88,17 +88,17 @@ class RandomState:
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:
-    # Apple's GPU is alone and its functions take no device
+    # the functions of torch.mps take no device
     return () if device.type == "mps" else (device,)
 
 
 def _mute(*args: Any, **kwargs: Any) -> None:
-    """Take the place of ``self.log`` and its like."""
+    """Replace methods such as ``self.log``."""
 
 
 @contextmanager
 def muted(methods: Sequence[tuple[Any, Sequence[str]]]) -> Iterator[None]:
-    """Shadow methods of some objects by one that does nothing; what shadowed them before is kept."""
+    """Shadow methods of objects with one that does nothing, and restore any earlier shadows afterwards."""
     shadowed: list[tuple[dict[str, Any], dict[str, Any], Sequence[str]]] = []
     try:
         for owner, names in methods:
@@ -116,13 +116,13 @@ def muted(methods: Sequence[tuple[Any, Sequence[str]]]) -> Iterator[None]:
 
 @contextmanager
 def noted_exceptions() -> Iterator[None]:
-    """Add to an exception that it comes from a second pass, where weights are displaced and a loss may overflow."""
+    """Add a note to exceptions that they come from a second pass, where the loss may overflow at displaced weights."""
     try:
         yield
     except Exception as error:
         if sys.version_info >= (3, 11) and type(error).__name__ != "NoLossError":
             error.add_note(
                 "This was raised in the second pass of gradient regularization (lightning_gr), at displaced weights:"
-                " if it is about a value that is not finite, take a smaller `epsilon` or `rho`"
+                " if a value is not finite, use a smaller `epsilon` or `rho`"
             )
         raise

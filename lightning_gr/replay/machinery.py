@@ -1,4 +1,4 @@
-"""What a training step may write to in the machinery that trains it: Trainer, optimizers, clients of loggers."""
+"""State outside the module that a training step may write to: Trainer, optimizers, clients of loggers."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,12 +12,12 @@ __all__ = ["BindingPlace", "QuietTensorPlace", "StatePlace", "WriterPlace"]
 
 
 class BindingPlace(AttributePlace):
-    """What the attributes of an object are bound to, which is not entered.
+    """The attributes of an object, whose values are not searched.
 
     Args:
-        owner: Its ``__dict__``.
-        path: Where it was found.
-        containers: Whether its plain dictionaries, lists and sets are.
+        owner: The ``__dict__`` of the object.
+        path: The path to the object.
+        containers: Whether to search its plain dictionaries, lists and sets.
     """
 
     __slots__ = ("containers",)
@@ -35,11 +35,11 @@ class BindingPlace(AttributePlace):
 
 
 class StatePlace(EntryPlace):
-    """Entries whose tensors others write to all the time, and training steps hardly ever: an optimizer's, metrics.
+    """A dictionary with tensors that training steps rarely write, such as an optimizer's state or metrics.
 
     Args:
-        owner: A dictionary, such as that of an optimizer or of one parameter.
-        path: Where it was found.
+        owner: The dictionary, for example the state of an optimizer or of one parameter.
+        path: The path to the dictionary.
         quiet: Whether its entries are not expected to change.
     """
 
@@ -50,7 +50,7 @@ class StatePlace(EntryPlace):
 
     def children(self) -> Iterator[tuple[str, Any]]:
         for position, (key, value) in enumerate(dict.items(self.owner)):
-            # other keys are parameters, whose representation would read them
+            # other keys are parameters, and formatting them would read their content
             path = f"{self.path}[{key!r}]" if isinstance(key, str) else f"{self.path}[{position}]"
             if isinstance(value, dict):
                 yield path, StatePlace(value, path)
@@ -61,7 +61,7 @@ class StatePlace(EntryPlace):
 
 
 class QuietTensorPlace(TensorPlace):
-    """A tensor of which only the version counter is looked at: reading it would cost more than it is likely to tell."""
+    """A tensor for which only the version counter is checked, because reading it is rarely worth the cost."""
 
     __slots__ = ()
 
@@ -74,7 +74,7 @@ class QuietTensorPlace(TensorPlace):
 
 
 class WriterPlace(Place):
-    """A client of a service, or a file for metrics. Nobody can take back what it was told, so it is muted meanwhile."""
+    """A client of a service or a file for metrics. Its output cannot be undone, so it is muted in second passes."""
 
     __slots__ = ()
 
@@ -83,10 +83,10 @@ class WriterPlace(Place):
         return False
 
     def save(self) -> None:
-        """There is nothing to save."""
+        """Save nothing."""
 
     def differs(self, saved: Any) -> bool:
         return False
 
     def restore(self, saved: Any) -> None:
-        """There is nothing to put back."""
+        """Restore nothing."""

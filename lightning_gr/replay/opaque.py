@@ -1,4 +1,4 @@
-"""What a training step can move and nobody can rewind: iterators, files, objects of C extensions."""
+"""State that cannot be rewound: iterators, files, objects of C extensions."""
 
 import ctypes
 import io
@@ -13,13 +13,13 @@ from lightning_gr.replay.places import Place
 
 __all__ = ["OpaquePlace", "can_be_moved", "is_opaque"]
 
-_C_DATA = ctypes.c_int.__mro__[-2]  # the base of all that `ctypes` makes
+_C_DATA = ctypes.c_int.__mro__[-2]  # the base class of all `ctypes` types
 _MOST_BYTES = 2**16
 _DEEPEST = 4  # generators that yield from generators
 
 
 class OpaquePlace(Place):
-    """Something that is compared as well as can be, and not put back."""
+    """An object that is compared as far as possible but cannot be restored."""
 
     __slots__ = ()
 
@@ -34,11 +34,11 @@ class OpaquePlace(Place):
         return bool(self.save() != saved)
 
     def restore(self, saved: Any) -> None:
-        """Nobody can."""
+        """Do nothing, because it cannot be restored."""
 
 
 def is_opaque(value: object) -> bool:
-    """Whether ``value`` is an iterator, a file or an object of a C extension, whose state is out of reach."""
+    """Whether ``value`` is an iterator, a file or an object of a C extension, whose state is not accessible."""
     return can_be_moved(value) or _is_of_c(type(value))
 
 
@@ -52,20 +52,20 @@ def _is_iterator(kind: type) -> bool:
 
 
 def _is_of_c(kind: type) -> bool:
-    """Whether objects of this class have no attributes that Python knows: a ``class`` statement makes these two."""
+    """Whether no class statement defines this class, since that would add ``__dict__`` or ``__slots__``."""
     return issubclass(kind, _C_DATA) or not any(
         "__dict__" in vars(cls) or "__slots__" in vars(cls) for cls in kind.__mro__
     )
 
 
 def _position(owner: Any, depth: int = 0) -> Any:
-    """What tells where something stands, as far as that can be seen without moving it."""
+    """The position of an iterator or file, as far as it can be determined without advancing it."""
     kind = type(owner)
     if isinstance(owner, types.GeneratorType):
         return _line(owner, depth)
     if isinstance(owner, io.IOBase):
         return None if owner.closed else _asked(owner.tell)
-    # of the iterators of itertools only the representation says where they are
+    # only the representation of an itertools iterator shows its position
     text = repr(owner) if kind.__module__ == "itertools" else ""
     hint = operator.length_hint(owner, -1) if hasattr(kind, "__length_hint__") else -1
     return hint, text, _attributes(owner), _inside(owner)
@@ -92,7 +92,7 @@ def _attributes(owner: Any) -> Any:
 
 
 def _inside(owner: Any) -> Any:
-    """What an object of a C extension says of itself. Only of those of Python's own it is known what asking does."""
+    """The readable state of an object of a C extension. Only for the standard library is reading known to be safe."""
     kind = type(owner)
     if not _is_of_c(kind) or _is_iterator(kind):
         return None
@@ -121,5 +121,5 @@ _STANDARD = sys.stdlib_module_names
 def _asked(ask: Callable[[], Any]) -> Any:
     try:
         return ask()
-    except Exception:  # it is closed, or no longer there: each kind has an error of its own
+    except Exception:  # closed or deleted objects raise different errors, depending on their type
         return None

@@ -1,4 +1,4 @@
-"""Weights that the optimizer trains and that the training step itself writes as well: clipping, an optimizer within."""
+"""Handles trained weights that the training step itself also writes, by clipping or with its own optimizer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,11 +12,11 @@ __all__ = ["WrittenWeights"]
 
 
 class WrittenWeights:
-    """Lets a second pass start from the weights that the first one started from, displaced like all others.
+    """Makes a second pass start from the weights that the first one started from, displaced like all others.
 
     Args:
-        footprint: What evaluations write to.
-        trained: Gives the parameters that may be displaced.
+        footprint: The footprint of the evaluations.
+        trained: Returns the parameters that may be displaced.
     """
 
     def __init__(self, footprint: Footprint, trained: Callable[[], Sequence[Tensor]]) -> None:
@@ -24,7 +24,7 @@ class WrittenWeights:
         self._left: dict[int, Tensor] = {}  # what the last evaluation has left in them
 
     def note(self, start: Sequence[Snapshot]) -> list[tuple[Tensor, Tensor]]:
-        """After an evaluation: which weights it has written, each with its value at the ``start``."""
+        """Return the weights that an evaluation has written, each with its value at the ``start``."""
         ids = self._footprint.written_weights()
         if ids is None:
             ids = {id(param) for param in self._trained()}
@@ -40,9 +40,9 @@ class WrittenWeights:
 
     @contextmanager
     def started(self, moved: Sequence[Tensor], written: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
-        """During a second pass: those of the ``moved`` weights that were ``written`` are where that call found them.
+        """Set those of the ``moved`` weights that were ``written`` to the values at the start of that call, displaced.
 
-        Afterwards they are displaced as they were, since another pass may start from there.
+        Afterwards they return to their displaced values, since another pass may start from there.
         """
         known, ids = self._footprint.written_weights() or (), {id(param) for param in moved}
         displaced = [(param, param.data, param.data.clone()) for param in moved if id(param) in known]
