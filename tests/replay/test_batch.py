@@ -66,7 +66,9 @@ def test_a_loader_that_writes_into_earlier_batches_is_named(way):
 
 @pytest.mark.parametrize("make_iterator", [lambda: iter([1]), lambda: (i for i in range(3)), lambda: map(int, "12")])
 def test_an_iterator_is_refused_at_once(make_iterator):
-    with pytest.raises(RuntimeError, match=r"The batch contains an iterator .*, which the second pass would find exhausted"):
+    with pytest.raises(
+        RuntimeError, match=r"The batch contains an iterator .*, which the second pass would find exhausted"
+    ):
         Batch(({"x": [make_iterator()]},), {}, nn.Module())
 
 
