@@ -2,16 +2,20 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import repeat
 from types import FrameType
 from typing import Any
 
-__all__ = ["deferred_signals"]
+__all__ = ["Deferral", "deferred_signals", "without_interrupts"]
 
 # Ctrl-C and timers are there to interrupt a pass, and save no checkpoint: what they raise restores the weights.
-_NEVER_DEFERRED = ("SIGINT", "SIGKILL", "SIGSTOP", "SIGALRM", "SIGVTALRM", "SIGPROF")
-_SIGNALS = sorted(int(n) for n in signal.valid_signals() - {getattr(signal, name, None) for name in _NEVER_DEFERRED})
+_INTERRUPTS = ("SIGINT", "SIGALRM", "SIGVTALRM", "SIGPROF")
+_INTERRUPTING = [int(getattr(signal, name)) for name in _INTERRUPTS if hasattr(signal, name)]
+_NEVER_DEFERRED = {getattr(signal, name, None) for name in (*_INTERRUPTS, "SIGKILL", "SIGSTOP")}
+_DEFERRED = sorted(int(number) for number in signal.valid_signals() - _NEVER_DEFERRED)
 
 
 @contextmanager
@@ -23,7 +27,7 @@ def deferred_signals() -> Iterator[None]:
     (``pthread_sigmask``) is not enough: another thread takes it and the handler still runs in the main thread. A
     signal without a Python handler keeps its disposition.
     """
-    deferral = _Deferral()
+    deferral = Deferral()
     try:
         try:
             deferral.begin()
@@ -31,34 +35,68 @@ def deferred_signals() -> Iterator[None]:
         finally:
             deferral.end()
     finally:
-        deferral.end()  # again, should Ctrl-C have come in the middle of the first time
+        deferral.end()  # again, should Ctrl-C have come on the way into the first time
 
 
-class _Deferral:
-    def __init__(self) -> None:
-        self._arrived: list[int] = []
+def without_interrupts() -> "Deferral":
+    """A deferral of Ctrl-C and timers, to put back in one piece what a pass has changed."""
+    return Deferral(_INTERRUPTING)
+
+
+class Deferral:
+    """Holds back the Python handlers of signals from :meth:`begin` to :meth:`end`, in the main thread.
+
+    Args:
+        numbers: The signals; by default all but those that are there to interrupt.
+    """
+
+    def __init__(self, numbers: Iterable[int] = _DEFERRED) -> None:
+        self._numbers = numbers
+        self._arrived: deque[int] = deque()
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
 
     def begin(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in _SIGNALS:
+        """Hold them back."""
+        if threading.current_thread() is threading.main_thread():
+            self._replace(self._numbers)
+
+    def end(self) -> None:
+        """Put the handlers back and call those that are due.
+
+        Meanwhile Ctrl-C waits as well: what it raises would leave the other handlers where they are. It may come on the
+        way into here, and out of here, so this may be interrupted and called again: nothing is lost.
+        """
+        if self._handlers:
+            self._replace(_INTERRUPTING)
+            self._put_back(self._numbers)
+            self._put_back(_INTERRUPTING)
+            self._deliver()
+            self._handlers = {}
+
+    def _replace(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
             handler = signal.getsignal(number)
             # a nested second pass finds the outer one's and leaves it there
-            if callable(handler) and getattr(handler, "__func__", None) is not _Deferral._hold:
+            if callable(handler) and getattr(handler, "__func__", None) is not Deferral._hold:
                 self._handlers[number] = handler
                 signal.signal(number, self._hold)
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
         self._arrived.append(number)
 
-    def end(self) -> None:
-        """Put the handlers back and call those that are due. May be interrupted and called again: nothing is lost."""
-        for number, handler in self._handlers.items():
+    def _put_back(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
             # a handler that user code installed meanwhile stays
-            if signal.getsignal(number) == self._hold:
-                signal.signal(number, handler)
-        with ExitStack() as stack:  # calls each, even if one of them raises
-            for number in reversed(self._arrived):
-                stack.callback(self._handlers[number], number, None)
-            self._arrived = []
+            if number in self._handlers and signal.getsignal(number) == self._hold:
+                signal.signal(number, self._handlers[number])
+
+    def _deliver(self) -> None:
+        """Call each handler that is due, even if another one raises."""
+        try:
+            while self._arrived:
+                handler = self._handlers[self._arrived[0]]
+                # taken from the queue and called in one operation of the interpreter, which Ctrl-C cannot divide
+                next(map(handler, iter(self._arrived.popleft, None), repeat(None)))
+        finally:
+            if self._arrived:
+                self._deliver()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_gr.core.gradients import hidden_gradients
 from lightning_gr.core.hooks import without_hooks
+from lightning_gr.core.signals import without_interrupts
 from lightning_gr.replay.contents import is_lazy
 from lightning_gr.replay.footprint import Fingerprint, Footprint, Marks, Snapshot, storages_of
 from lightning_gr.replay.hooks import ObservingHooks
@@ -123,6 +124,9 @@ class Evaluation(Generic[Output]):
         footprint.note_moved(moved)
         with ExitStack() as stack:
             stack.enter_context(noted_exceptions())
+            guard = without_interrupts()
+            stack.callback(guard.end)
+            guard.begin()
             after = [Snapshot(each.protected) for each in self._footprints]
             numbers = RandomState(self.surroundings.devices)
             stack.callback(self._verify, self._looked or footprint.marks(), storages)
@@ -139,6 +143,8 @@ class Evaluation(Generic[Output]):
             stack.enter_context(self.surroundings.hooks.silenced(trained) if hooks else without_hooks(trained))
             stack.enter_context(muted(self._muted()))
             stack.enter_context(flagged(second))
+            stack.callback(guard.begin)
+            guard.end()  # Ctrl-C counts while code of others runs
             with hidden_gradients(trained, moved if adding else ()):
                 output = self.compute()
             yield output

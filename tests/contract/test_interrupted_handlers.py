@@ -7,6 +7,7 @@ import pytest
 import torch
 from contract import Batches, Situation, make_trainer
 from oracle import sam
+from outside import Record
 from torch import nn
 
 from lightning_gr import GRRule, SAMRule, in_second_pass, regularized_backward
@@ -14,8 +15,11 @@ from lightning_gr import GRRule, SAMRule, in_second_pass, regularized_backward
 NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
+POINTS = 40
+
+
 class Interrupter:
-    """Raises KeyboardInterrupt before the ``count``-th bytecode that the package executes, as Ctrl-C may."""
+    """Sends Ctrl-C before the ``count``-th bytecode that the package executes."""
 
     def __init__(self, count):
         self.left = count
@@ -33,14 +37,14 @@ class Interrupter:
         if event == "opcode":
             self.left -= 1
             if self.left == 0:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
         return self.trace
 
 
 @pytest.fixture
-def received():
+def received(_ctrl_c):
     """What the program's own handlers have got."""
-    seen = []
+    seen = Record()
 
     def note(number, frame):
         seen.append(number)
@@ -51,22 +55,59 @@ def received():
         signal.signal(number, handler)
 
 
-def interrupted(rule, stride, loss_fn, check):
-    """Interrupt a step at every ``stride``-th bytecode, and look each time."""
+class Net(nn.Linear):
+    """Writes to itself: past a version counter, to a list and to a generator."""
+
+    def __init__(self):
+        super().__init__(3, 1)
+        self.double()
+        self.register_buffer("mean", torch.zeros(()).double())
+        self.history, self.generator = [], torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        y = super().forward(x + 0.1 * torch.randn(x.shape, generator=self.generator).double())
+        self.mean.data.mul_(0.9).add_(y.detach().mean())
+        self.history.append(y.mean().item())
+        return y
+
+    def state(self):
+        return self.mean.clone(), list(self.history), self.generator.get_state()
+
+
+def interrupted(rule, loss_fn, check):
+    """Interrupt a step at some bytecodes, which are no period of anything, and look each time."""
     torch.manual_seed(0)
-    net = nn.Linear(3, 1).double()
-    x, count, left = torch.randn(4, 3).double(), 3, 0
-    while left <= 0:
-        interrupter, hit = Interrupter(count), False
+    x, weight = torch.randn(4, 3).double(), torch.randn(1, 3).double()
+
+    def step(count):
+        net = Net()
+        net.weight.data.copy_(weight)
+        interrupter, before, hit, states = Interrupter(count), net.state(), False, []
+
+        def loss_of_step():
+            loss = loss_fn(net, x)
+            if not in_second_pass():
+                states.append(net.state())
+            return loss
+
         try:
             with interrupter:
-                regularized_backward(lambda: loss_fn(net, x), net, rule)
+                regularized_backward(loss_of_step, net, rule)
         except KeyboardInterrupt:
             hit = True
-        torch.set_grad_enabled(True)  # torch.no_grad may be interrupted too
+        finally:
+            torch.set_grad_enabled(True)  # torch.no_grad may be interrupted too
+        left = net.state()
+        # before, in or after the first pass, and nowhere else
+        assert any(str(left) == str(state) for state in (before, *states)), f"after bytecode {count}"
+        assert torch.equal(net.weight, weight)
         check(count, hit)
-        left, count = interrupter.left, count + stride
-    assert count > 300
+        return interrupter.left
+
+    last = 10**9 - step(10**9)
+    assert last > 5000
+    hits = [step(count) <= 0 for count in range(3, last, last // POINTS + 1)]
+    assert sum(hits) > POINTS / 2
 
 
 def loss_of(net, x):
@@ -81,16 +122,17 @@ def test_handlers_are_back_wherever_ctrl_c_comes(rule, received):
         for number in NUMBERS:
             assert signal.getsignal(number) is note, f"{number} after bytecode {count}"
         signal.raise_signal(signal.SIGTERM)
-        assert seen.pop() == signal.SIGTERM
+        assert seen == [signal.SIGTERM]
+        seen.clear()
         assert not in_second_pass()
 
-    interrupted(rule, 17, loss_of, check)
+    interrupted(rule, loss_of, check)
 
 
 def test_no_signal_is_lost_wherever_ctrl_c_comes(received):
     """One that arrives in the second pass is delivered, once."""
     seen, note = received
-    raised = []
+    raised = Record()
 
     def loss_fn(net, x):
         if in_second_pass():
@@ -104,7 +146,7 @@ def test_no_signal_is_lost_wherever_ctrl_c_comes(received):
         seen.clear()
         raised.clear()
 
-    interrupted(SAMRule(0.1), 19, loss_fn, check)
+    interrupted(SAMRule(0.1), loss_fn, check)
 
 
 def test_a_handler_that_raises(received):

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import faults
 import pytest
+from interrupter import Interrupter
 from launching import HERE, ROOT
 
-from lightning_gr.core.signals import deferred_signals
+from lightning_gr.core.signals import deferred_signals, without_interrupts
 
 FAULTS = 210
 
@@ -111,6 +113,48 @@ def test_ctrl_c_is_not_held_back():
 
     with pytest.raises(KeyboardInterrupt):
         body()
+
+
+@pytest.mark.usefixtures("_ctrl_c")
+def test_ctrl_c_waits_while_something_is_put_back():
+    guard = without_interrupts()
+    before = signal.getsignal(signal.SIGINT)
+    guard.begin()
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        guard.end()
+    assert signal.getsignal(signal.SIGINT) is before
+    guard.begin()  # once more
+    guard.end()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+class Sender(Interrupter):
+    """Sends Ctrl-C, where the other one raises as if there were no way to hold it back."""
+
+    def interrupt(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
+@pytest.mark.parametrize("kind", [Sender, Interrupter])
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.slow)])
+def test_ctrl_c_before_any_bytecode(handled, kind, stride):
+    """Whatever it finds, all handlers are back, and each signal that came meanwhile is delivered once."""
+    seen, _ = handled
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    count, hit = 1, True
+    while hit:
+        seen.clear()
+        interrupter, sent = kind(count, "lightning_gr.core.signals"), []
+        with suppress(KeyboardInterrupt), interrupter, deferred_signals():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                sent.append((number, False))
+                signal.raise_signal(number)
+        hit, count = interrupter.left <= 0, count + stride
+        assert {number: signal.getsignal(number) for number in before} == before, f"before bytecode {count}"
+        assert seen == sent, f"before bytecode {count}"
+    assert count > 1000
 
 
 # --- from another process

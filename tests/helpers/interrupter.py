@@ -51,5 +51,8 @@ class Interrupter:
         if event == "opcode" and frame.f_code.co_code[frame.f_lasti] != NOP:
             self.left -= 1
             if self.left == 0:
-                raise KeyboardInterrupt
+                self.interrupt()
         return self.trace
+
+    def interrupt(self):
+        raise KeyboardInterrupt
