@@ -2,11 +2,12 @@
 
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import repeat
-from types import FrameType
+from functools import partial
+from operator import methodcaller
+from queue import SimpleQueue
+from types import BuiltinMethodType, FrameType
 from typing import Any
 
 __all__ = ["Deferral", "deferred_signals", "without_interrupts"]
@@ -52,7 +53,9 @@ class Deferral:
 
     def __init__(self, numbers: Iterable[int] = _DEFERRED) -> None:
         self._numbers = numbers
-        self._arrived: deque[int] = deque()
+        self._arrived = _Arrived()
+        # takes (number, frame), and an operation of the interpreter's own cannot be divided by Ctrl-C
+        self._hold: Any = self._arrived.put
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
 
     def begin(self) -> None:
@@ -77,12 +80,9 @@ class Deferral:
         for number in numbers:
             handler = signal.getsignal(number)
             # a nested second pass finds the outer one's and leaves it there
-            if callable(handler) and getattr(handler, "__func__", None) is not Deferral._hold:
+            if callable(handler) and not _is_held(handler):
                 self._handlers[number] = handler
                 signal.signal(number, self._hold)
-
-    def _hold(self, number: int, frame: FrameType | None) -> None:
-        self._arrived.append(number)
 
     def _put_back(self, numbers: Iterable[int]) -> None:
         for number in numbers:
@@ -92,11 +92,22 @@ class Deferral:
 
     def _deliver(self) -> None:
         """Call each handler that is due, even if another one raises."""
+        calls = {number: partial(handler, number, None) for number, handler in self._handlers.items()}
+        numbers = iter(self._arrived.get_nowait, None)
+        # taken from the queue and called in one operation, for the same reason
+        due = map(methodcaller("__call__"), map(calls.__getitem__, numbers))
         try:
-            while self._arrived:
-                handler = self._handlers[self._arrived[0]]
-                # taken from the queue and called in one operation of the interpreter, which Ctrl-C cannot divide
-                next(map(handler, iter(self._arrived.popleft, None), repeat(None)))
+            while not self._arrived.empty():
+                next(due)
         finally:
-            if self._arrived:
+            if not self._arrived.empty():
                 self._deliver()
+
+
+class _Arrived(SimpleQueue[int]):
+    """The numbers of the signals that have come."""
+
+
+def _is_held(handler: object) -> bool:
+    """Whether this is what a deferral has put in the place of a handler."""
+    return isinstance(handler, BuiltinMethodType) and isinstance(handler.__self__, _Arrived)
