@@ -21,6 +21,7 @@ from lightning_gr.core.rules import ACCUMULATIONS, Accumulation, Rule, Update
 from lightning_gr.core.schedule import Schedule
 from lightning_gr.core.selection import match_names
 from lightning_gr.core.storage import WeightStorage
+from lightning_gr.core.tensors import is_lazy
 from lightning_gr.core.two_pass import add_second_pass_
 from lightning_gr.report.display import Summary, show_end, show_start
 from lightning_gr.report.measurement import (
@@ -316,7 +317,7 @@ class TwoPassCallback(CallbackBase):
     def summary(self, trainer: "Trainer", pl_module: "LightningModule") -> Summary:
         """The contents of the panel at the start of training."""
         run, update = self._runs[trainer], self.rule.update()
-        trainable = [p for p in pl_module.parameters() if p.requires_grad]
+        trainable = [p for p in pl_module.parameters() if p.requires_grad and not is_lazy(p)]
         regularized = sum(p.numel() for p in trainable if id(p) not in run.excluded)
         passes = 1 + len(update.probes) + bool(update.curvature)
         lines = {

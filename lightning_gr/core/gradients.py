@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_gr._compat import hook_tables
 from lightning_gr.core.hooks import Zero, has_accumulation_hooks, without_hooks
 from lightning_gr.core.sharding import is_distributed, local_parts
+from lightning_gr.core.tensors import is_lazy
 
 __all__ = [
     "BackwardCheck",
@@ -29,8 +30,10 @@ class BackwardCheck:
     """
 
     def __init__(self, params: Sequence[Tensor], thorough: bool = False) -> None:
-        self._versions = [(param, param._version) for param in params]
-        self._norms = _norms(params) if thorough else []
+        # a lazy one is written by the evaluation, which gives it its shape
+        known = [param for param in params if not is_lazy(param)]
+        self._versions = [(param, param._version) for param in known]
+        self._norms = _norms(known) if thorough else []
 
     def done(self) -> None:
         """Check after the backward pass.

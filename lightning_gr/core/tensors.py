@@ -7,7 +7,7 @@ their local shards; only norms are reduced over ranks.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_gr.core.sharding import by_layout, local_parts, norm_over_ranks
 
@@ -17,6 +17,7 @@ __all__ = [
     "global_norm",
     "inner_product",
     "inverse",
+    "is_lazy",
     "random_signs",
     "random_unit",
     "scale_",
@@ -133,3 +134,8 @@ def dense_parts(tensor: Tensor) -> list[Tensor]:
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
     return [tensor]
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether the tensor has no storage yet: of a lazy module, or on the meta device."""
+    return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)) or tensor.device.type == "meta"

@@ -14,7 +14,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from lightning_gr._compat import hook_tables
 from lightning_gr.core.hooks import OwnHook
 from lightning_gr.core.sharding import is_distributed, local_parts
-from lightning_gr.core.tensors import dense_parts
+from lightning_gr.core.tensors import dense_parts, is_lazy
 from lightning_gr.replay.places import Place
 
 __all__ = [
@@ -231,11 +231,6 @@ class HooksPlace(Place):
 
     def children(self) -> list[tuple[str, Any]]:
         return [(f"{self.path}.hook", hook) for hook in self.values()]
-
-
-def is_lazy(tensor: Tensor) -> bool:
-    """Whether the tensor has no storage yet: of a lazy module, or on the meta device."""
-    return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)) or tensor.device.type == "meta"
 
 
 def is_uninitialized(module: nn.Module) -> bool:

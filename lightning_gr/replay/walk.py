@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gr._compat import has_base_named, is_writer
+from lightning_gr.core.tensors import is_lazy
 from lightning_gr.replay.contents import (
     STATES,
     ArrayPlace,
@@ -109,6 +110,8 @@ class Walk:
     # --- by kind
 
     def _tensor(self, value: Tensor, path: str) -> None:
+        if is_lazy(value):  # there is nothing in it yet
+            return
         if not value.requires_grad or value.is_leaf:
             self._add(TensorPlace(value, path))
             self._attributes(value, path)

@@ -38,6 +38,24 @@ class LazyNorm(Situation):
         return self.mse((self.norm(batch[0]), batch[1]))
 
 
+class LazyNormOfTheThirdStep(LazyNorm):
+    """Large ones, first used between two learning evaluations; the last one gets its weights as well."""
+
+    def prepare(self):
+        self.calls = 0
+        self.norm = nn.LazyInstanceNorm1d(affine=False, track_running_stats=True).double()
+        self.wide = nn.LazyBatchNorm1d(affine=False).double()
+        self.head = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d()).double()
+
+    def step(self, batch):
+        self.calls += 1
+        x = batch[0]
+        if self.calls >= 3:
+            x = x + self.norm(x.reshape(1, 3, -1)).mean() + self.wide(x.repeat(1, 700)).std()
+            x = self.head(x)
+        return self.mse((x, batch[1]))
+
+
 class Graph(Situation):
     """A sparse adjacency matrix that nobody writes."""
 
@@ -74,6 +92,20 @@ class Ragged(Situation):
         self.register_buffer("parts", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], dtype=torch.float64))
 
     def step(self, batch):
+        return self.mse((self.parts.unbind()[1] * batch[0], batch[1]))
+
+
+class RaggedWritten(Situation):
+    """Nested tensors that each step writes in place."""
+
+    has_oracle = False
+
+    def prepare(self):
+        self.register_buffer("parts", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], dtype=torch.float64))
+
+    def step(self, batch):
+        witness(self.parts.unbind()[1])
+        self.parts.mul_(0.9)
         return self.mse((self.parts.unbind()[1] * batch[0], batch[1]))
 
 
@@ -202,9 +234,11 @@ class BornInInference(Situation):
 test_leaves_no_trace, test_gradient = contract(
     Norms,
     LazyNorm,
+    LazyNormOfTheThirdStep,
     Graph,
     SparseWritten,
     Ragged,
+    RaggedWritten,
     Resized,
     Reassigned,
     Deleted,

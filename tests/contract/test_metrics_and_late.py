@@ -191,6 +191,31 @@ class MadeInFifthStep(Situation):
         return self.mse((x, batch[1]))
 
 
+class MadeInLaterSteps(Situation):
+    """Modules, metrics, buffers and lists, large ones too, made in steps of which most are not learning evaluations."""
+
+    def prepare(self):
+        self.calls, self.meters = 0, {}
+
+    def step(self, batch):
+        self.calls += 1
+        if self.calls in (3, 6, 7):
+            self.add_module(f"norm{self.calls}", nn.BatchNorm1d(3, affine=False).double())
+            self.register_buffer(f"table{self.calls}", torch.zeros(3000).double())
+            setattr(self, f"list{self.calls}", [torch.zeros(3000)])
+            self.meters[self.calls] = MeanMetric()
+        x = batch[0]
+        for made in self.meters:
+            x = getattr(self, f"norm{made}")(x)
+            witness(getattr(self, f"norm{made}").running_mean)
+            witness(self.meters[made].update_count)
+            getattr(self, f"table{made}").add_(1)
+            getattr(self, f"list{made}")[0].data.add_(1)
+            x = x + getattr(self, f"table{made}")[:3] + getattr(self, f"list{made}")[0][:3]
+            self.meters[made].update(x.detach().mean().float())
+        return self.mse((x, batch[1]))
+
+
 class FilledBuffer(Situation):
     """``register_buffer("run", None)`` that is filled in the step."""
 
@@ -229,6 +254,7 @@ test_leaves_no_trace, test_gradient = contract(
     MetricOfTheBatch,
     MadeInStep,
     MadeInFifthStep,
+    MadeInLaterSteps,
     FilledBuffer,
     Temperature,
 )
