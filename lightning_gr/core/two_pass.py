@@ -1,6 +1,7 @@
 """The two-pass algorithm: ``.grad`` holds the first gradient, and the second pass adds to it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -173,8 +174,20 @@ def _recompute_(params: Sequence[Tensor], replay: Replay, stashed: StashedGradie
         param.grad = None
     stashed.undo(params)
     stashed.restore(params)
-    with gradients_apart(params):
+    with gradients_apart(params), _loss_expected():
         replay(_identity, True)
+
+
+@contextmanager
+def _loss_expected() -> Iterator[None]:
+    """Explain a replay without a loss at weights at which there was one."""
+    try:
+        yield
+    except NoLossError:
+        raise RuntimeError(
+            "The training step (or loss function) returned a loss in the first pass and None when it ran again at the"
+            " same weights: let it return the loss whatever `lightning_gr.in_second_pass()` says"
+        ) from None
 
 
 def _add_exact_(
@@ -203,7 +216,7 @@ def _add_exact_(
         return update.curvature * torch.stack([term.to(device) for term in terms]).sum()
 
     stashed.restore(params)
-    with gradients_apart(params):
+    with gradients_apart(params), _loss_expected():
         replay(inner_product)
 
 

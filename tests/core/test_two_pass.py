@@ -367,6 +367,20 @@ def test_a_second_pass_without_a_loss_leaves_the_clean_gradient(missing):
     assert calls == [*[False, True][:missing], True]
 
 
+@pytest.mark.parametrize("rule", [GRRule(0.1, 0.1), SAMRule(0.1), GRRule(0.1, scheme="exact")])
+def test_a_step_without_a_loss_at_the_same_weights_is_an_error_of_one_line(rule):
+    param = nn.Parameter(torch.tensor([2.0]))
+    param.grad = torch.tensor([4.0])
+
+    def replay(transform, last=True):
+        raise NoLossError
+
+    with pytest.raises(RuntimeError, match="returned a loss in the first pass and None when it ran again") as caught:
+        add_second_pass_(rule.update(), [param], replay, WeightStorage())
+    assert "\n" not in str(caught.value)
+    assert param.item() == 2.0
+
+
 def square(param):
     """A replay of the loss Σ p², and for each time whether it was the last."""
     calls = []
