@@ -208,14 +208,14 @@ def loggers_and_methods(trainer: "Trainer") -> list[tuple[Any, list[str]]]:
 
 
 def is_writer(value: object) -> bool:
-    """Whether ``value`` is a client of a service or a file for metrics, which a module may hold by itself."""
+    """Whether ``value`` is a client of a service or a file for metrics, which a module may hold directly."""
     return has_base_named(value, "SummaryWriter") or type(value).__module__.startswith(
         ("wandb.", "mlflow.", "comet_ml.")
     )
 
 
 def writing_methods(writer: object) -> list[str]:
-    """The public methods of a client, except for those that are asked for something."""
+    """The public methods of a client, except for getters."""
     kind = type(writer)
     names = [name for name in dir(kind) if not name.startswith(("_", "get", "is_", "has_"))]
     return [name for name in names if callable(getattr(kind, name, None))]

@@ -28,14 +28,14 @@ __all__ = [
 
 
 def check_overrides(kind: type, base: type) -> None:
-    """Refuse a subclass with a hook of its own that does not go on to the package's, which would not run then.
+    """Reject a subclass that overrides a hook without calling the package's, which would then not run.
 
     Args:
         kind: The class of a callback.
         base: The class of this package that it inherits from.
 
     Raises:
-        MisconfigurationException: Naming the hook.
+        MisconfigurationException: If a hook is overridden without calling the package's.
     """
     order = kind.__mro__
     ours = [cls for cls in order if cls.__module__.startswith("lightning_gr.")]
@@ -51,9 +51,9 @@ def check_overrides(kind: type, base: type) -> None:
 
 
 def _mentions(code: CodeType, name: str) -> bool:
-    """Whether a function names an attribute, as in ``super().on_train_start``; by code, so that nothing runs."""
-    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return name in code.co_names or name in code.co_consts or any(_mentions(each, name) for each in inner)
+    """Whether code refers to an attribute, as in ``super().on_train_start``, without running it."""
+    nested = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return name in code.co_names or name in code.co_consts or any(_mentions(inner, name) for inner in nested)
 
 
 def check_flooding(trainer: "Trainer", pl_module: "LightningModule", kind: type) -> None:
@@ -107,7 +107,7 @@ def check_sharded(trainer: "Trainer", rule: Rule, ascent_sync: bool) -> None:
 
 
 def check_hooks(params: Sequence[Tensor], local: bool) -> None:
-    """Refuse hooks that would see the first gradient, which is not reduced yet, together with the second one."""
+    """Reject hooks that would see the sum of both gradients, because the first one is not reduced separately."""
     if local and any(map(has_accumulation_hooks, params)):
         raise MisconfigurationException(
             "With `ascent_sync=False` both gradients are accumulated before they are reduced, so a hook by"

@@ -95,8 +95,8 @@ class Flooding(CallbackBase):
         return Summary("flooding", lines, self.verbose)
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Start to count flooded losses."""
-        self._outer.append(self.counter)  # of a Trainer that trains this one in the midst of its own training
+        """Start counting flooded losses."""
+        self._outer.append(self.counter)  # of an outer Trainer that is training at the same time, if any
         self.counter = FloodCounter(self.counter.names, self.counter.prefix)
 
     def on_before_backward(self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor) -> None:

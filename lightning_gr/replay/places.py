@@ -1,4 +1,4 @@
-"""What a training step can write to in Python's own objects, one class for each kind: saved, compared, put back."""
+"""Saves, compares and restores state in Python objects, with one class per kind of object."""
 
 import operator
 import types
@@ -21,16 +21,16 @@ __all__ = [
 ]
 
 
-# Larger containers are not entered, and are saved only if they have been seen to change: a replay memory, a data set.
+# Larger containers, such as a replay memory or a data set, are not searched, and only saved once seen to change.
 MOST_ENTRIES = 1024
 
 
 class Place:
-    """Something that can be written to.
+    """A piece of state that a training step can write to.
 
     Args:
-        owner: The object itself, which stays the same object.
-        path: Where it was found, for messages.
+        owner: The object with the state, whose identity does not change.
+        path: The path to it, for messages.
     """
 
     __slots__ = ("owner", "path")
@@ -39,37 +39,37 @@ class Place:
         self.owner, self.path = owner, path
 
     def save(self) -> Any:
-        """Enough of the value to compare it and to put it back."""
+        """Save what is needed to compare and restore the value."""
         raise NotImplementedError
 
     def differs(self, saved: Any) -> bool:
-        """Whether the value is another one now."""
+        """Whether the value differs from the saved one."""
         raise NotImplementedError
 
     def restore(self, saved: Any) -> None:
-        """Put the value back."""
+        """Restore the saved value."""
         raise NotImplementedError
 
     def children(self) -> Iterable[tuple[str, Any]]:
-        """What can be reached from here, each with its path."""
+        """The objects reachable from here, with their paths."""
         return ()
 
     def values(self) -> Iterable[Any]:
-        """What it refers to."""
+        """The objects that the state refers to."""
         return ()
 
     @property
     def is_watched(self) -> bool:
-        """Whether it is saved in each step, seen to change or not: what is small and may change at any step."""
+        """Whether it is saved in each step, even if never seen to change, because it is small."""
         return True
 
     @property
     def has_mark(self) -> bool:
-        """Whether :meth:`mark` tells of most changes to what is too large to be saved in each step."""
+        """Whether :meth:`mark` detects most changes, for state that is too large to be saved in each step."""
         return False
 
     def mark(self) -> Any:
-        """Something that is cheap to get and differs after most changes."""
+        """Return a value that is cheap to compute and differs after most changes."""
         raise NotImplementedError
 
 
@@ -78,8 +78,8 @@ class EntryPlace(Place):
 
     Args:
         owner: The dictionary.
-        path: Where it was found.
-        quiet: Whether they are not expected to change.
+        path: The path to it.
+        quiet: Whether its entries are not expected to change.
     """
 
     __slots__ = ("quiet",)
@@ -93,7 +93,7 @@ class EntryPlace(Place):
         return not self.quiet and dict.__len__(self.owner) <= MOST_ENTRIES
 
     def _kind(self) -> Any:
-        # not the methods of a subclass, which may validate, count or forbid
+        # bypass the methods of subclasses, which may validate, count or forbid
         return OrderedDict if isinstance(self.owner, OrderedDict) else dict
 
     def save(self) -> dict[Any, Any]:
@@ -127,7 +127,7 @@ class EntryPlace(Place):
 
     def children(self) -> Iterator[tuple[str, Any]]:
         for key, value in self._kind().items(self.owner):
-            # the representation of an object is code of the user's
+            # formatting other objects would run the user's code
             plain = isinstance(key, (str, int, float, tuple))
             yield f"{self.path}[{key!r}]" if plain else f"{self.path}[...]", value
             if not plain:
@@ -138,9 +138,9 @@ class AttributePlace(Place):
     """The attributes of an object, in its ``__dict__``.
 
     Args:
-        owner: That dictionary.
-        path: Where the object was found.
-        hidden: Attributes that belong to the framework.
+        owner: The ``__dict__``.
+        path: The path to the object.
+        hidden: The names of attributes that belong to the framework.
     """
 
     __slots__ = ("hidden",)
@@ -203,7 +203,7 @@ def _slot(owner: Any, name: str) -> Any:
 
 
 def slot_names(kind: type) -> tuple[str, ...]:
-    """The names of the slots of a class and its bases, as the attributes are called: those of ``__x`` are mangled."""
+    """The names of the slots of a class and its bases, with private names mangled."""
     bodies = [vars(cls) for cls in kind.__mro__ if "__slots__" in vars(cls)]
     found = {name for body in bodies for name, slot in body.items() if isinstance(slot, types.MemberDescriptorType)}
     return tuple(sorted(found))
@@ -241,7 +241,7 @@ class SlotPlace(Place):
 
 
 class ClassPlace(Place):
-    """The plain values among the attributes of a class of the user's own."""
+    """The plain values among the attributes of a user's class."""
 
     __slots__ = ()
 
@@ -273,7 +273,7 @@ class ClassPlace(Place):
 
 
 class CellPlace(Place):
-    """A variable that a closure has captured."""
+    """A variable captured by a closure."""
 
     __slots__ = ()
 
@@ -312,7 +312,7 @@ class SequencePlace(Place):
 
     def __init__(self, owner: Any, path: str) -> None:
         super().__init__(owner, path)
-        # not the methods of a subclass, which may validate, count or forbid
+        # bypass the methods of subclasses, which may validate, count or forbid
         self._kind = next(kind for kind in _SEQUENCES if isinstance(owner, kind))
 
     @property
@@ -347,7 +347,7 @@ class SequencePlace(Place):
             kind.__setitem__(owner, slice(None), bytes(saved) if kind is bytearray else array(owner.typecode, saved))
 
     def _restore_set(self, saved: list[Any]) -> None:
-        """With the same items in the same order, which depends on how a set came to them: in most cases it can."""
+        """Restore the items and, if possible, their order, which depends on the history of the set."""
         owner, wanted = self.owner, set(saved)
         set.intersection_update(owner, wanted)
         set.update(owner, saved)
@@ -365,7 +365,7 @@ class SequencePlace(Place):
         if count == 0 or self._kind is set:
             return count
         ends = [self._kind.__getitem__(self.owner, position) for position in (0, count // 2, count - 1)]
-        return count, ends if self._is_raw() else [id(each) for each in ends]
+        return count, ends if self._is_raw() else [id(item) for item in ends]
 
     def values(self) -> Iterable[Any]:
         return () if self._is_raw() else self.save()

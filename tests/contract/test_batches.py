@@ -1,4 +1,4 @@
-"""DESIGN §3, "same batch": batches of every kind, and loaders that write into what they gave before."""
+"""The contract for batches of every kind, and for loaders that reuse memory."""
 
 from collections import UserList, namedtuple
 from dataclasses import dataclass

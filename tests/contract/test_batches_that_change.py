@@ -1,4 +1,4 @@
-"""DESIGN §3, "same batch", where it changes: batches that a step or a loader writes to, and what can be read once."""
+"""The contract for batches that a step or a loader writes to, and for batches that can only be read once."""
 
 from dataclasses import dataclass
 

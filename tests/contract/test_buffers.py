@@ -1,4 +1,4 @@
-"""DESIGN §3, row "buffers of every kind"."""
+"""The contract for buffers of every kind."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""DESIGN §3, row "containers, NumPy arrays, helper objects, class attributes": plain attributes of every kind."""
+"""The contract for containers, NumPy arrays and plain attributes of every kind."""
 
 from collections import Counter, OrderedDict, defaultdict, deque
 

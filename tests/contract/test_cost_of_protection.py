@@ -1,4 +1,4 @@
-"""DESIGN §3, "how, cheaply": what is only read is not copied, and there are no walks between learning steps."""
+"""The cost of the contract: state that is only read is not copied, and no search between learning evaluations."""
 
 import pytorch_lightning as pl
 import torch

@@ -1,4 +1,4 @@
-"""DESIGN §7 and §3, "never silently something else": ``exclude`` and the numbers of a report mean what they say."""
+"""The contract for ``exclude`` and for the numbers in reports: they mean what they say."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""DESIGN §3, rows "global generators" and "generators of the user's own, wherever they are reachable"."""
+"""The contract for random number generators, global ones and those reachable from the module."""
 
 import random
 from dataclasses import dataclass, field

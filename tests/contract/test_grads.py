@@ -1,4 +1,4 @@
-"""DESIGN §3, row ".grad": what a step itself does to gradients has the effect that it has in plain training."""
+"""The contract for ``.grad``: changes made by a step have the same effect as in plain training."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""DESIGN §3: state in places where a look at attributes and containers alone would not find it."""
+"""The contract for state that a search of attributes and containers alone would miss."""
 
 import contextvars
 import functools

@@ -1,4 +1,4 @@
-"""DESIGN §3, rows "attributes that hooks put on layers of torch.nn" and "hooks on modules and tensors"."""
+"""The contract for hooks on modules and tensors, and for attributes that they set on layers of torch.nn."""
 
 import torch
 from contract import Situation, contract, witness

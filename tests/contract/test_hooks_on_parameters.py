@@ -1,4 +1,4 @@
-"""DESIGN §3, row "hooks on modules and tensors": those on parameters see what they'd see of a loss by itself."""
+"""The contract for hooks on parameters: they see the gradient of the unweighted loss."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""DESIGN §3, "signals, exceptions": whatever interrupts a step, the program's own handlers are back afterwards."""
+"""The contract for signals: the program's own handlers are restored, whatever interrupts a step."""
 
 import signal
 import sys

@@ -1,4 +1,4 @@
-"""DESIGN §3, "nothing else changes": finding out what there is runs no code of the module, nor does an import."""
+"""The contract for the search for state: it runs no code of the module, and neither does the import."""
 
 import json
 import subprocess

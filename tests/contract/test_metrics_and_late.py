@@ -1,4 +1,4 @@
-"""DESIGN §3, row "torchmetrics, wherever they are; modules and metrics made late (in any hook)"."""
+"""The contract for torchmetrics anywhere, and for modules and metrics created late, in any hook."""
 
 import torch
 from contract import LIGHTNING, Situation, contract, witness

@@ -1,4 +1,4 @@
-"""DESIGN §3, row "any other tensor that the step writes": target and teacher networks, however they are written."""
+"""The contract for other tensors that a step writes, such as target and teacher networks."""
 
 import copy
 

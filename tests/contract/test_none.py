@@ -1,4 +1,4 @@
-"""DESIGN §3, "never silently something else": steps without a loss, and guards that fire only at the moved weights."""
+"""The contract for steps without a loss, and for guards that only apply at the displaced weights."""
 
 import warnings
 

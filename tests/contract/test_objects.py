@@ -1,4 +1,4 @@
-"""DESIGN §3, row "containers, helper objects, class attributes": objects of the user's own and of the library."""
+"""The contract for objects of the user and of the standard library."""
 
 import heapq
 import queue

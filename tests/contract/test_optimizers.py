@@ -1,4 +1,4 @@
-"""DESIGN §3, "never silently something else": optimizers and callbacks that go past the second pass, and reports."""
+"""The contract for optimizers and callbacks that bypass the second pass, and for reports: nothing fails silently."""
 
 import functools
 import warnings

@@ -1,4 +1,4 @@
-"""DESIGN §3, all of its table in real programs: they train as without the callback, and by the oracle's gradient."""
+"""The contract in real programs: they train as without the callback, and with the oracle's gradient."""
 
 import copy
 import random

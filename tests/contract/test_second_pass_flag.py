@@ -1,4 +1,4 @@
-"""DESIGN §3, last row, ``in_second_pass()``: right after nested calls, after errors and in several threads."""
+"""The contract for ``in_second_pass()``: correct after nested calls and errors, and in several threads."""
 
 import contextvars
 import threading

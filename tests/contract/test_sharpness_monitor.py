@@ -1,4 +1,4 @@
-"""DESIGN §3 for those who only look: :class:`SharpnessMonitor` and the Hessian's functions leave no trace."""
+"""The contract for :class:`SharpnessMonitor` and the Hessian functions: no side effects."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""DESIGN §3, row "logs, loggers, printing, save_checkpoint, should_stop, learning rates and schedulers"."""
+"""The contract for effects on the Trainer: logs, printing, checkpoints, ``should_stop``, schedulers."""
 
 import pytest
 import pytorch_lightning as pl

@@ -1,4 +1,4 @@
-"""DESIGN §3, row "iterators, files, sockets, simulators": a warning that names it, once, and ``in_second_pass()``."""
+"""The contract for iterators, files and other state that cannot be rewound: one warning names it."""
 
 import ctypes
 import hashlib

@@ -1,5 +1,6 @@
-"""The house is in order: each module has a test of its name, and imports go down the storeys."""
+"""House rules: every module has a test file, imports only go down the layers, and the prose avoids some phrases."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,25 +9,54 @@ from importlinter.cli import lint_imports
 import lightning_gr
 
 ROOT, PACKAGE = Path(__file__).parents[2], Path(lightning_gr.__file__).parent
-# the face is tested in test_public_names, and the command as it starts in test_namespaces
+# public modules are tested in test_public_names, and the start of the command in test_namespaces
 WITHOUT_TEST = {"__init__.py", "__main__.py", "_version.py", "rules.py", "slices.py"}
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_each_module_has_a_test_of_its_name(module):
-    place = module.relative_to(PACKAGE)
-    if place.as_posix() not in WITHOUT_TEST:
-        assert (ROOT / "tests" / place.parent / f"test_{place.name.lstrip('_')}").exists()
+def test_each_module_has_a_test_file(module):
+    path = module.relative_to(PACKAGE)
+    if path.as_posix() not in WITHOUT_TEST:
+        assert (ROOT / "tests" / path.parent / f"test_{path.name.lstrip('_')}").exists()
 
 
-@pytest.mark.parametrize("storey", sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py")))
-def test_each_test_of_a_storey_has_a_module_of_its_name(storey):
-    tests = {path.relative_to(ROOT / "tests") for path in (ROOT / "tests" / storey).rglob("test_*.py")}
+@pytest.mark.parametrize("layer", sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py")))
+def test_each_test_file_of_a_layer_has_a_module(layer):
+    tests = {path.relative_to(ROOT / "tests") for path in (ROOT / "tests" / layer).rglob("test_*.py")}
     assert [path for path in tests if not (PACKAGE / path.parent / path.name.removeprefix("test_")).exists()] == []
 
 
-def test_imports_go_down_the_storeys(monkeypatch, capsys):
-    """As `lint-imports` says, by the contracts in pyproject.toml."""
+def test_imports_only_go_down_the_layers(monkeypatch, capsys):
+    """Checked by `lint-imports` with the contracts in pyproject.toml."""
     monkeypatch.chdir(ROOT)
     assert lint_imports(no_cache=True) == 0, capsys.readouterr().out
+
+
+# --- plain American English: these read as a translation, or as British
+
+PHRASES = (
+    r"\banew\b",
+    r"\blet go of\b",
+    r"\bturn(s|ed)? (it )?round\b",
+    r"\bso many\b",
+    r"\bbut for\b",
+    r", too\b(?! \w)",
+    r"\bto be had\b",
+    r"\bas good as\b",
+    r"\bin the place of\b",
+    r"\bcolour",
+    r"\d %(?![-(\w])",
+    r'^\s*"""\w+\."""$',  # a docstring of one word
+)
+PROSE = [
+    *ROOT.glob("*.md"),
+    *(ROOT / "docs").rglob("*.md"),
+    *(path for folder in (PACKAGE, ROOT / "examples", ROOT / "benchmarks") for path in folder.rglob("*.py")),
+]
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: "/".join(path.parts[-2:]))
+def test_prose_avoids_some_phrases(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines for phrase in PHRASES if re.search(phrase, line)] == []
