@@ -417,21 +417,29 @@ def test_a_gradient_that_is_not_finite_is_left_alone_where_this_process_may_deci
     assert param.item() == 2.0
 
 
-def test_parameters_without_a_gradient_get_back_what_was_stashed():
+def test_what_was_stashed_comes_back_unweighted():
+    """To parameters with a gradient, with none, and to excluded ones, whether there is a second pass or not."""
     used, unused, excluded = params = [nn.Parameter(torch.tensor([2.0])) for _ in range(3)]
-    stashed = StashedGradients()
+    stashed, update = StashedGradients(), GRRule(0.1, 0.2).update()
     for param in params:
         param.grad = torch.tensor([1.0])
     stashed.stash(params)
     options = {"stashed": stashed, "excluded": [excluded]}
     replay, _ = square(used)
     used.grad = torch.tensor([4.0])
-    assert add_second_pass_(GRRule(0.1, 0.1).update(), [used, unused], replay, WeightStorage(), **options)
+    assert add_second_pass_(update, [used, unused], replay, WeightStorage(), **options)
     assert unused.grad.item() == excluded.grad.item() == 1
-    assert used.grad.item() == pytest.approx(1 + 2 * (2 + 0.1 * 4))
+    assert used.grad.item() == pytest.approx(1 + 0.5 * 4 + 0.5 * 2 * (2 + 0.2 * 4))
     stashed.stash(params)
-    assert not add_second_pass_(GRRule(0.1, 0.1).update(), [used, unused], replay, WeightStorage(), **options)
+    assert not add_second_pass_(update, [used, unused], replay, WeightStorage(), **options)
     assert unused.grad.item() == excluded.grad.item() == 1
+
+
+def test_what_is_kept_has_no_factor_where_its_coefficient_is_that_of_the_probe():
+    net, batch, rule = mlp(), make_batches()[0], GRRule(0.1, 0.2, normalize=True)
+    expected = regularized(net, batch, rule)
+    with treated_as_accelerator():
+        assert_near(regularized(net, batch, rule), expected)
 
 
 def test_an_observer_sees_both_gradients():
