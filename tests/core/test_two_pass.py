@@ -402,15 +402,15 @@ def test_a_probe_without_weight_is_left_out():
     assert calls == [True]
 
 
+@pytest.mark.parametrize("rule", [SAMRule(0.1), GRRule(0.1, 0.2), GRRule(0.1, scheme="exact")])
 @pytest.mark.parametrize("decides", [True, False])
-def test_a_gradient_that_is_not_finite_is_left_alone_where_this_process_may_decide(decides):
+def test_a_gradient_that_is_not_finite_is_left_alone_where_this_process_may_decide(decides, rule):
     param, stashed = nn.Parameter(torch.tensor([2.0])), StashedGradients()
     param.grad = torch.tensor([3.0])
     stashed.stash([param])
     param.grad = torch.tensor([torch.inf])
     replay, calls = square(param)
-    update = SAMRule(0.1).update()
-    done = add_second_pass_(update, [param], replay, WeightStorage(), stashed=stashed, check_finite=decides)
+    done = add_second_pass_(rule.update(), [param], replay, WeightStorage(), stashed=stashed, check_finite=decides)
     assert done is not decides
     assert calls == ([] if decides else [True])
     assert not stashed
