@@ -1,6 +1,5 @@
 """The functional form: its passes over a closure, what it takes and what it refuses."""
 
-import gc
 import weakref
 from contextlib import contextmanager
 
@@ -165,7 +164,6 @@ def test_what_is_learned_of_a_module_is_kept_as_long_as_the_module():
     assert surroundings.trained() == params
     assert _memory_of(None, params)[0] is not _memory_of(None, params)[0]
     gone = weakref.ref(net)
-    del net, params
-    gc.collect()
+    del net, params  # in no circle of references
     assert gone() is None
     assert surroundings.trained() == []
