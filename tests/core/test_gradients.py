@@ -54,7 +54,8 @@ def test_of_some_parameters_and_times_a_factor():
 def test_what_was_restored_can_be_undone_until_it_is_cleared():
     params, stashed = make_params(1, 2, 3), StashedGradients()
     stashed.stash(params)
-    stashed.restore(params, 0.25)
+    stashed.restore(params[:1], 0.25)
+    stashed.restore(params[1:], 0.25)
     for param in params:  # to be made again
         param.grad = None
     stashed.undo(params[:2])

@@ -28,9 +28,9 @@ def test_any_name_of_a_tied_parameter_will_do():
 
 
 def test_a_message_names_some_of_many():
-    many = [(f"layer_{i}", torch.ones(1)) for i in range(100)]
+    many = [(f"layer_{i}", torch.ones(1)) for i in range(5)]
     with pytest.raises(ValueError, match=r"'x' matches none of layer_0, layer_1, layer_2, layer_3, …;") as caught:
-        match_names(["layer_99", "x"], many)
+        match_names(["layer_4", "x"], many)
     assert "\n" not in str(caught.value)
 
 

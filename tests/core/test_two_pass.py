@@ -30,7 +30,7 @@ from lightning_gr.core.gradients import StashedGradients
 from lightning_gr.core.rules import SCHEMES, Probe, Update
 from lightning_gr.core.selection import match_names
 from lightning_gr.core.storage import WeightStorage
-from lightning_gr.core.two_pass import NoLossError, add_second_pass_
+from lightning_gr.core.two_pass import NoLossError, add_second_pass_, extract_loss
 
 
 def regularized(net, batch, rule, *, loss=cross_entropy, **options):
@@ -305,6 +305,13 @@ def test_sam_equals_pytorch_optimizer(monkeypatch, adaptive, build):
 
 
 # --- the function itself
+
+
+def test_the_loss_is_what_a_step_returned_or_holds_as_loss():
+    loss = torch.ones(())
+    assert extract_loss(loss) is loss
+    assert extract_loss({"loss": loss, "x": 1}) is loss
+    assert extract_loss({"x": loss}) is extract_loss(None) is None
 
 
 def names_of(net, patterns):

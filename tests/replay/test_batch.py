@@ -48,7 +48,9 @@ def test_a_written_tensor_is_refused(find, way):
     batch = Batch((value,), {}, nn.Module())
     writes(find(value))[way]()
     batch.note_after_first()  # the first pass itself is not refused
-    with pytest.raises(RuntimeError, match="changed a tensor of its batch in place") as caught:
+    with pytest.raises(
+        RuntimeError, match=r"changed a tensor of its batch in place.*`x = batch\['x'\]\.clone\(\)`"
+    ) as caught:
         batch.check(LOADER)
     assert "\n" not in str(caught.value)
 
@@ -60,16 +62,32 @@ def test_a_loader_that_writes_into_earlier_batches_is_named(way):
     batch.note_after_first()
     batch.check(LOADER)
     writes(value["x"])[way]()
-    with pytest.raises(RuntimeError, match=r"^The data loader .SimpleNamespace. wrote new data"):
+    with pytest.raises(
+        RuntimeError, match=r"^The data loader .SimpleNamespace. wrote new data.*`x\.clone\(\)`.*='micro_batch'`"
+    ):
         batch.check(LOADER)
 
 
-@pytest.mark.parametrize("make_iterator", [lambda: iter([1]), lambda: (i for i in range(3)), lambda: map(int, "12")])
-def test_an_iterator_is_refused_at_once(make_iterator):
+@pytest.mark.parametrize(
+    ("make_iterator", "kind"),
+    [
+        (lambda: iter([1]), "list_iterator"),
+        (lambda: (i for i in ()), "generator"),
+        (lambda: map(int, "1"), "map"),
+    ],
+)
+def test_an_iterator_is_refused_at_once(make_iterator, kind):
     with pytest.raises(
-        RuntimeError, match=r"The batch contains an iterator .*, which the second pass would find exhausted"
+        RuntimeError, match=rf"The batch contains an iterator \({kind}\), which the second pass would find exhausted"
     ):
         Batch(({"x": [make_iterator()]},), {}, nn.Module())
+
+
+def test_a_batch_is_looked_through_once():
+    batch = Batch((make(),), {}, nn.Module())
+    places = batch.places
+    assert not batch.begin()
+    assert batch.places is places
 
 
 def test_the_module_is_not_entered_from_here():

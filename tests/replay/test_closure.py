@@ -9,7 +9,7 @@ from modules import METHODS, assert_near, assert_same, cross_entropy, gradients,
 from outside import Record
 from torch import nn
 
-from lightning_gr import GRRule, SAMRule, in_second_pass, regularized_backward
+from lightning_gr import GRRule, SAMRule, flood, in_second_pass, regularized_backward
 from lightning_gr.core.rules import SCHEMES
 from lightning_gr.core.storage import WeightStorage
 from lightning_gr.replay.closure import ClosurePasses, _memory_of
@@ -89,6 +89,23 @@ def test_takes_parameters_mappings_and_another_backward():
     )
     assert_same(gradients(net), gradients(expected))
     assert len(called) == 2
+
+
+@pytest.mark.parametrize("level", [0.0, 10.0])
+@pytest.mark.parametrize("rule", [GRRule(0.0), SAMRule(0.0), GRRule(0.1, 0.2)])
+def test_a_scale_and_a_level(rule, level):
+    batch, nets = make_batches()[0], (mlp(), mlp())
+    clean = regularized(nets[0], batch, rule, loss=lambda *at: flood(cross_entropy(*at), level))
+    actual = regularized(nets[1], batch, rule, level=level, loss_scale=torch.tensor(8.0))
+    assert_near(actual, {name: 8 * grad for name, grad in clean.items()}, 1e-13)
+
+
+def test_any_name_of_a_tied_parameter_leaves_it_out():
+    net = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3)).double()
+    net[2].weight = net[0].weight
+    clean, excluded = (regularized(net, make_batches()[0], GRRule(gamma), exclude=["2.weight"]) for gamma in (0, 0.1))
+    assert torch.equal(excluded["0.weight"], clean["0.weight"])
+    assert not torch.equal(excluded["3.weight"], clean["3.weight"])
 
 
 @pytest.mark.parametrize(
