@@ -1,13 +1,19 @@
 """What happens to ``.grad`` around a pass: nothing is lost, nothing is counted twice."""
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from lightning_gr.core.gradients import StashedGradients, hidden_gradients, unchanged_gradients
+from lightning_gr.core.gradients import (
+    BackwardCheck,
+    StashedGradients,
+    check_graphless,
+    hidden_gradients,
+    unchanged_gradients,
+)
 
 
 def make_params(*values):
@@ -19,6 +25,56 @@ def make_params(*values):
 
 def grads(params):
     return [None if p.grad is None else p.grad[0].item() for p in params]
+
+
+# --- checked
+
+
+def test_gradients_that_are_there_pass_and_so_do_none_without_hooks():
+    BackwardCheck([], thorough=True).done()
+    for params in (make_params(1, None), make_params(None, None)):
+        for thorough in (True, False):
+            check = BackwardCheck(params, thorough)
+            params[0].grad = torch.ones(3)
+            check.done()
+            params[0].grad = None
+            check.done()
+
+
+@pytest.mark.parametrize("thorough", [True, False])
+@pytest.mark.parametrize("value", [1.0, torch.nan])
+def test_a_parameter_that_was_written_meanwhile_is_refused(thorough, value):
+    params = make_params(1, 2)
+    with torch.no_grad():
+        params[0].fill_(value)
+    check = BackwardCheck(params, thorough)
+    check.done()
+    params[1].data += 1  # which moves no version counter
+    with pytest.raises(RuntimeError, match="during the backward pass") if thorough else nullcontext():
+        check.done()
+    with torch.no_grad():
+        params[1] += 1
+    with pytest.raises(RuntimeError, match="during the backward pass"):
+        check.done()
+
+
+def test_hooks_that_drop_all_gradients_are_refused():
+    params = make_params(1, 2)
+    params[1].register_post_accumulate_grad_hook(int)
+    check = BackwardCheck(params)
+    params[1].grad = None
+    check.done()
+    params[0].grad = None
+    with pytest.raises(RuntimeError, match="during the backward pass"):
+        check.done()
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_gradients_with_a_graph_are_refused(graph):
+    param = nn.Parameter(torch.ones(2))
+    (grad,) = torch.autograd.grad((param**3).sum(), param, create_graph=graph)
+    with pytest.raises(RuntimeError, match="create_graph=True") if graph else nullcontext():
+        check_graphless([torch.ones(2), grad])
 
 
 # --- stashed

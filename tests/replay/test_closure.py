@@ -172,6 +172,45 @@ def test_a_loss_that_is_missing_at_the_moved_weights():
     assert flags == [False, True, False]  # the last one makes the clean gradient again
 
 
+def test_what_closures_have_captured_is_written_once_a_step():
+    """Each step has a closure of its own: what it writes is remembered by name."""
+    net, batch = mlp(), make_batches()[0]
+    large, other, calls = (torch.zeros(2**11, dtype=torch.float64) for _ in range(3))
+    for step in range(6):
+
+        def loss_fn(step=step):
+            calls.add_(1)
+            (large if step % 3 else other).add_(1)
+            return cross_entropy(net, batch) * (1 + large[0] + other[0])
+
+        regularized(net, batch, SAMRule(0.1), loss=lambda *_, loss_fn=loss_fn: loss_fn())
+        assert (calls == step + 1).all()
+        assert (other == 1 + step // 3).all()
+        assert (large == step - step // 3).all()
+
+
+def test_an_optimizer_that_steps_in_the_backward_pass_is_refused():
+    net, batch = mlp(), make_batches()[0]
+
+    def step(param):
+        param.data.sub_(param.grad)
+
+    for param in net.parameters():
+        param.register_post_accumulate_grad_hook(step)
+    regularized(net, batch, GRRule(0.0))  # without a second pass it may
+    with pytest.raises(RuntimeError, match="during the backward pass"):
+        regularized(net, batch, GRRule(0.1))
+
+
+def test_nothing_is_looked_through_where_there_is_no_second_pass():
+    net = mlp()
+    regularized(net, make_batches()[0], GRRule(0.0))
+    surroundings, _ = _memory_of(net, list(net.parameters()))
+    assert not surroundings.footprint.places
+    regularized(net, make_batches()[0], GRRule(0.1))
+    assert surroundings.footprint.places
+
+
 def test_what_is_learned_of_a_module_is_kept_as_long_as_the_module():
     net = mlp()
     params = list(net.parameters())
