@@ -1,4 +1,4 @@
-"""One evaluation of a loss: what it started from, and how to make it again."""
+"""Evaluates a loss, records the state that it started from, and replays it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,20 +19,20 @@ from lightning_gr.replay.weights import WrittenWeights
 __all__ = ["Evaluation", "Surroundings"]
 
 Output = TypeVar("Output")
-# of tensors, copied in a second pass that is learned from, in addition to twice the size of the weights
+# bytes of tensors that a learning evaluation may copy, in addition to twice the size of the weights
 _SPARE_BYTES = 2**26
 
 Muted = Sequence[tuple[Any, Sequence[str]]]
 
 
 class Surroundings:
-    """What evaluations of the same loss share.
+    """State shared by the evaluations of a loss.
 
     Args:
-        footprint: What they write to.
-        devices: Accelerators in use, see :class:`~lightning_gr.replay.isolation.RandomState`.
-        muted: Gives the objects and those of their methods that do nothing meanwhile.
-        trained: Gives the parameters to whose gradients a second pass adds, or which its caller protects.
+        footprint: The state that they may write to.
+        devices: The accelerators in use, see :class:`~lightning_gr.replay.isolation.RandomState`.
+        muted: Returns objects and the names of their methods to mute in a second pass.
+        trained: Returns the parameters whose gradients a second pass adds to, or which its caller protects.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class Surroundings:
 
 
 class Evaluation(Generic[Output]):
-    """Computes something once, and again as often as asked, from the same start and as if that had never happened.
+    """Computes an output once, and replays the computation from the same start without side effects.
 
     Args:
-        compute: Computes the loss, or what contains it.
-        surroundings: What it may change.
-        own: What this evaluation alone can reach: a batch, or the variables of a closure.
+        compute: Computes the loss, or an output that contains it.
+        surroundings: The state that it may change.
+        own: The state that only this evaluation can reach: a batch, or the variables of a closure.
     """
 
     def __init__(self, compute: Callable[[], Output], surroundings: Surroundings, own: Footprint | None = None) -> None:
@@ -64,7 +64,7 @@ class Evaluation(Generic[Output]):
         self._looked: Fingerprint | None = None
 
     def first(self) -> Output:
-        """Note random state and module state, and compute."""
+        """Record the random state and the module's state, and compute."""
         footprint, *own = self._footprints
         with flagged(second=False):
             self.surroundings.learning = footprint.begin()
@@ -79,7 +79,7 @@ class Evaluation(Generic[Output]):
             late = looked.changed()
             each.note(late)
             if position == 0 and self._looked is not None:
-                # the second pass starts from what they were, which is known on an evaluation to learn from
+                # a learning evaluation knows their earlier values, from which the second pass starts
                 self._start.append(self._looked.without(late))
         for each, start in zip(self._footprints, self._start, strict=False):
             each.look_at_initialized(start)
@@ -157,9 +157,10 @@ class Evaluation(Generic[Output]):
         return [leaf for each in self._footprints for leaf in each.leaves if id(leaf) not in ids]
 
     def _verify(self, before: Fingerprint | Marks, moved: frozenset[int]) -> None:
-        """Put back what a second pass has changed although the first one did not, as far as there is a copy.
+        """Restore what a second pass has changed but the first one has not, if there is a copy.
 
-        The first pass may write the value that was there, as to a teacher that starts as a copy of its student.
+        This happens if the first pass writes the same value, for example to a teacher that starts as a copy of its
+        student.
         """
         self._looked = None
         changed = before.changed(moved)
@@ -171,7 +172,7 @@ class Evaluation(Generic[Output]):
 
 @contextmanager
 def _without_gradients(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Keep the gradients of leaves that are not trained, such as a batch's, those of the first pass."""
+    """Preserve the gradients of leaves that are not trained, such as those of a batch."""
     gradients = [leaf.grad for leaf in leaves]
     try:
         for leaf in leaves:

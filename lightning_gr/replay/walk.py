@@ -1,4 +1,4 @@
-"""One look at all that a training step can reach, by types and ``__dict__``: no property of an object runs."""
+"""Searches everything that a training step can reach, by types and ``__dict__``, without running any properties."""
 
 import enum
 import gc
@@ -53,7 +53,7 @@ _ATOMS = (
     logging.Handler, weakref.ReferenceType, threading.Thread, property,
 )  # fmt: skip
 _SIMPLE = frozenset(_ATOMS)
-# whose objects lead out of the module, into the machinery that trains it
+# modules whose objects lead out of the user's module into the training machinery
 _FOREIGN = (
     "torch._", "torch.distributed", "torch.utils", "torch.cuda", "torch.autograd", "torch.jit", "torch.fx",
     "pytorch_lightning.", "lightning.", "lightning_fabric.", "lightning_gr.", "lightning_utilities.", "concurrent.",
@@ -67,7 +67,7 @@ _CACHE = type(lru_cache(abs))
 
 
 class Walk:
-    """One look at all that can be reached, breadth first.
+    """A breadth-first search of everything reachable.
 
     Args:
         hidden: Attributes of a LightningModule that belong to Lightning.
@@ -82,7 +82,7 @@ class Walk:
         self._visits: dict[type, Callable[[Walk, Any, str], None]] = {}
 
     def enter(self, roots: Iterable[tuple[str, Any]]) -> "Walk":
-        """Look through ``roots``, pairs of path and object (or place); returns itself, with its finds in ``places``."""
+        """Search from ``roots``, pairs of a path and an object (or place); return self, with ``places`` filled."""
         self._waiting.extend(roots)
         while self._waiting and len(self._seen) < _MOST_OBJECTS:
             path, value = self._waiting.popleft()
@@ -164,12 +164,12 @@ class Walk:
         self._waiting.extend([(path, value.func), (path, value.args), (path, value.keywords)])
 
     def _view(self, value: Any, path: str) -> None:
-        """What a view of a dictionary or of bytes looks at, unless that is the body of a class."""
+        """Search the object behind a view of a dictionary or of bytes, unless it is the body of a class."""
         seen = gc.get_referents(value) if not isinstance(value, memoryview) else [value.obj]
         self._waiting.extend((path, each) for each in seen if not (isinstance(each, dict) and "__module__" in each))
 
     def _cache(self, value: Any, path: str) -> None:
-        """The results that ``functools.lru_cache`` keeps: in a plain dictionary where their number has no limit."""
+        """Search the results of ``functools.lru_cache``, which are in a plain dictionary if the cache is unbounded."""
         own = vars(value)
         for table in gc.get_referents(value):
             if type(table) is dict and table is not own:
@@ -182,7 +182,7 @@ class Walk:
         self._waiting.extend(own.items())
 
     def _class(self, value: type, path: str) -> None:
-        """The bodies of a class and its bases, other than those of the libraries that the package knows."""
+        """Search the bodies of a class and its bases, except for those of known libraries."""
         for cls in value.__mro__:
             if not f"{cls.__module__}.".startswith(_LIBRARIES) and (cls is value or id(cls) not in self._seen):
                 self._seen[id(cls)] = cls
@@ -232,7 +232,7 @@ class Walk:
 
 
 _SELDOM_WITH_ATTRIBUTES = (types.FunctionType, OrderedDict, Tensor, np.ndarray)
-# the first row that fits
+# the first matching row applies
 _KINDS: tuple[tuple[Any, Callable[[Walk, Any, str], None]], ...] = (
     (Tensor, Walk._tensor),
     (np.ndarray, Walk._array),
@@ -257,7 +257,7 @@ _WRAPPERS = {property: ("fget", "fset", "fdel"), staticmethod: ("__func__",), cl
 
 
 def _callables(cls: type) -> Iterator[Any]:
-    """The functions and caches in the body of a class, also those inside of properties, class methods and the like."""
+    """The functions and caches in the body of a class, including those in properties and class methods."""
     for value in list(vars(cls).values()):
         for each in (value, *(getattr(value, name) for name in _WRAPPERS.get(type(value), ()))):
             if isinstance(each, (types.FunctionType, _CACHE)):
@@ -265,11 +265,11 @@ def _callables(cls: type) -> Iterator[Any]:
 
 
 def walk(roots: Mapping[str, Any], hidden: frozenset[str] = frozenset(), closed: Iterable[object] = ()) -> list[Place]:
-    """The places that can be reached.
+    """Find the reachable places.
 
     Args:
-        roots: Where to begin, by the names that paths begin with.
+        roots: The objects to start from, keyed by the first parts of their paths.
         hidden: Attributes of a LightningModule that belong to Lightning.
-        closed: Objects that are not entered.
+        closed: Objects that are not searched.
     """
     return Walk(hidden, closed).enter(roots.items()).places
