@@ -15,7 +15,7 @@ from typing import Any
 __all__ = ["callbacks", "main"]
 
 TRAINING = {
-    "fit": "train any LightningModule, regularized by --gr.gamma, --sam.rho, --flooding.level, ...",
+    "fit": "train any LightningModule, regularized by --gr.gamma, --sam.rho, --msam.rho, --flooding.level, ...",
     "validate": "evaluate it on the validation set",
     "test": "evaluate it on the test set",
     "predict": "compute its predictions",

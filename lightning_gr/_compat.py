@@ -5,7 +5,9 @@ Each private API is wrapped in one function, which states what it relies on and 
 
 import importlib
 import importlib.util
+import inspect
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -34,11 +36,13 @@ __all__ = [
     "pre_backward",
     "skips_backward",
     "static_graph",
+    "stepped_twin",
     "stop_progress_bars",
     "storage_uses",
     "trainer_parts",
     "unsynced",
     "will_log",
+    "wrap_backward",
     "wrap_training_step",
     "writing_methods",
 ]
@@ -156,25 +160,38 @@ def gradient_scaler(trainer: "Trainer") -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-def wrap_training_step(
-    trainer: "Trainer", wrapper: Callable[..., Any]
-) -> tuple[Callable[..., Any], Callable[[], None]]:
+Wrapped = tuple[Callable[..., Any], Callable[[], None]]
+
+
+def wrap_training_step(trainer: "Trainer", wrapper: Callable[..., Any]) -> Wrapped:
     """Replace the strategy's ``training_step`` with ``wrapper``, which then sees its arguments.
 
     Returns:
         The original, which is the method itself or another wrapper, and a function that restores it. If ``wrapper`` has
         been wrapped in the meantime, that function leaves the outer wrapper in place.
     """
-    strategy: Any = trainer.strategy
-    attributes = vars(strategy)
-    before, original = attributes.get("training_step"), strategy.training_step
-    attributes["training_step"] = wrapper
+    return _wrap(trainer.strategy, "training_step", wrapper)
+
+
+def wrap_backward(trainer: "Trainer", wrapper: Callable[..., Any]) -> Wrapped:
+    """Replace the precision plugin's ``backward``, the backward pass without the hooks around it, with ``wrapper``.
+
+    Returns:
+        See :func:`wrap_training_step`.
+    """
+    return _wrap(trainer.precision_plugin, "backward", wrapper)
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> Wrapped:
+    attributes = vars(owner)
+    before, original = attributes.get(name), getattr(owner, name)
+    attributes[name] = wrapper
 
     def unwrap() -> None:
-        if attributes.get("training_step") == wrapper:
-            attributes.pop("training_step")
+        if attributes.get(name) == wrapper:
+            attributes.pop(name)
             if before is not None:
-                attributes["training_step"] = before
+                attributes[name] = before
 
     return original, unwrap
 
@@ -263,6 +280,20 @@ def stop_progress_bars(trainer: "Trainer") -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if has_base_named(callback, "RichProgressBar") and getattr(callback, "progress", None) is not None:
             callback.progress.stop()
+
+
+def stepped_twin(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> torch.optim.Optimizer:
+    """A twin of ``optimizer`` for one parameter group, after one step; hooks and schedulers do not see that step.
+
+    Relies on ``Optimizer`` keeping all that it has in ``__dict__``, and on the wrappers of ``step`` naming what they
+    wrap, as ``functools.wraps`` does.
+    """
+    kind = type(optimizer)
+    twin: Any = object.__new__(kind)
+    vars(twin).update(vars(optimizer), state=defaultdict(dict), param_groups=[group])
+    vars(twin).pop("step", None)  # a scheduler's wrapper
+    inspect.unwrap(kind.step)(twin)
+    return twin  # type: ignore[no-any-return]
 
 
 def gradients_are_scaled(optimizer: object) -> bool:

@@ -3,7 +3,16 @@
 import math
 from collections.abc import Iterable, Sequence
 
-__all__ = ["check_bool", "check_choice", "check_exclude", "check_int", "check_level", "check_number"]
+__all__ = [
+    "GradientClip",
+    "check_bool",
+    "check_choice",
+    "check_exclude",
+    "check_gradient_clip",
+    "check_int",
+    "check_level",
+    "check_number",
+]
 
 
 def check_number(name: str, value: object, *, positive: bool) -> None:
@@ -36,6 +45,21 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 def check_level(level: object) -> None:
     """Require a non-negative number as the flood level."""
     check_number("level", level, positive=False)
+
+
+GradientClip = float | tuple[float, float]
+
+
+def check_gradient_clip(clip: object) -> tuple[float, float] | None:
+    """Return ``clip`` as the norms of the first and of the further gradients; one number stands for both."""
+    if clip is None:
+        return None
+    both = tuple(clip) if isinstance(clip, (tuple, list)) else (clip, clip)
+    if len(both) != 2:
+        raise ValueError(f"Expected argument `gradient_clip` to be a positive float or two of them but got {clip!r}")
+    for value in both:
+        check_number("gradient_clip", value, positive=True)
+    return float(both[0]), float(both[1])
 
 
 def check_exclude(exclude: object) -> tuple[str, ...]:

@@ -10,26 +10,28 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_gr._compat import CallbackBase, skips_backward
-from lightning_gr._validate import check_bool, check_choice, check_exclude
+from lightning_gr._validate import GradientClip, check_bool, check_choice, check_exclude, check_gradient_clip
 from lightning_gr.callbacks import checks
 from lightning_gr.callbacks.flooding import Flooding
 from lightning_gr.callbacks.recorder import Recorder, gradient_scale, loss_scale
 from lightning_gr.callbacks.step_counter import StepCounter
 from lightning_gr.callbacks.windows import is_window_end, is_window_start
+from lightning_gr.core.ahead import Ahead
 from lightning_gr.core.gradients import BackwardCheck, StashedGradients
-from lightning_gr.core.rules import ACCUMULATIONS, Accumulation, Rule, Update
+from lightning_gr.core.rules import ACCUMULATIONS, FULL_STRENGTH, Accumulation, Context, Rule, Update
 from lightning_gr.core.schedule import Schedule
-from lightning_gr.core.selection import match_names
+from lightning_gr.core.selection import match_params
+from lightning_gr.core.state import State
 from lightning_gr.core.storage import WeightStorage
 from lightning_gr.core.tensors import is_lazy
 from lightning_gr.core.two_pass import add_second_pass_
 from lightning_gr.report.display import Summary, show_end, show_start
 from lightning_gr.report.measurement import (
     BY_LAYER,
-    DEFAULT_METRICS,
     METRICS,
     OF_SECOND_GRADIENT,
     check_metrics,
+    default_metrics,
     undefined_metrics,
 )
 from lightning_gr.report.step_report import StepReport
@@ -37,7 +39,7 @@ from lightning_gr.report.step_report import StepReport
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["TwoPassCallback"]
+__all__ = ["TwoPass"]
 
 
 class _Run:
@@ -50,6 +52,7 @@ class _Run:
         self.stashed = StashedGradients()
         self.check: BackwardCheck | None = None
         self.update: Update | None = None
+        self.ahead: Ahead | None = None
         self.begun = False  # whether the update of a window has been decided
         self.passed = False  # whether the window had its second pass, or needs none
         self.regularized = False
@@ -58,11 +61,12 @@ class _Run:
         self.outer: tuple[StepReport, StepCounter] | None = None
 
 
-class TwoPassCallback(CallbackBase):
-    """Base class of the callbacks with a second pass. Subclasses provide a rule.
+class TwoPass(CallbackBase):
+    """Train with any rule: the callback behind the built-in methods, for rules of :mod:`lightning_gr.rules` or yours.
 
     Args:
-        rule: The method, see :mod:`lightning_gr.core.rules`.
+        rule: The method. It has a ``name``, an ``equation``, its ``constants`` and an ``update``, see
+            :class:`~lightning_gr.rules.Rule`.
         start_step: The first optimizer step (counted from 0) to regularize.
         interval: Regularize every ``interval``-th optimizer step from then on.
         warmup_steps: The number of optimizer steps over which the penalty (or the radius) grows linearly from 0.
@@ -74,11 +78,19 @@ class TwoPassCallback(CallbackBase):
         prefix: The prefix of the metrics' keys.
         prog_bar: Whether to show the gradient norm in the progress bar.
         verbose: Whether to print a panel before training and a table after it.
+        gradient_clip: Scale the clean gradient, and each further one, down to this norm before they are combined. Two
+            numbers are the norms of the clean gradient and of the further ones.
 
     Raises:
         ValueError: If an argument is out of range, or, at the start of ``fit``, if a pattern matches nothing.
         MisconfigurationException: At the start of ``fit``, if this Trainer or module is not supported, or immediately,
             if a subclass overrides a hook without calling ``super()``.
+
+    Example::
+
+        >>> from pytorch_lightning import Trainer
+        >>> from lightning_gr.rules import GSAMRule
+        >>> trainer = Trainer(callbacks=[TwoPass(GSAMRule(rho=0.05, alpha=0.1))], logger=False, accelerator="cpu")
     """
 
     def __init__(
@@ -96,9 +108,10 @@ class TwoPassCallback(CallbackBase):
         prefix: str = "gr/",
         prog_bar: bool = False,
         verbose: bool = True,
+        gradient_clip: GradientClip | None = None,
     ) -> None:
         super().__init__()
-        checks.check_overrides(type(self), TwoPassCallback)
+        checks.check_overrides(type(self), TwoPass)
         for name, value in (("ascent_sync", ascent_sync), ("prog_bar", prog_bar), ("verbose", verbose)):
             check_bool(name, value)
         check_choice("accumulation", accumulation, ACCUMULATIONS)
@@ -107,8 +120,14 @@ class TwoPassCallback(CallbackBase):
         self.exclude = check_exclude(exclude)
         self.ascent_sync = ascent_sync
         self.accumulation = accumulation
+        self.gradient_clip = check_gradient_clip(gradient_clip)
+        self._state = State()
+        self._module: weakref.ref[LightningModule] | None = None
+        self._restored: dict[str, Any] | None = None
         self.verbose = verbose
-        self._metrics = check_metrics(metrics, (*METRICS, BY_LAYER), DEFAULT_METRICS, undefined_metrics(rule))
+        self._metrics = check_metrics(
+            metrics, (*METRICS, BY_LAYER), default_metrics(self._row()), undefined_metrics(self._row())
+        )
         self._prefix, self._prog_bar = prefix, prog_bar
         self._asked_for = OF_SECOND_GRADIENT.intersection([metrics] if isinstance(metrics, str) else metrics)
         self._steps = StepCounter()
@@ -116,17 +135,22 @@ class TwoPassCallback(CallbackBase):
         self._runs: weakref.WeakKeyDictionary[Trainer, _Run] = weakref.WeakKeyDictionary()
         self._warned: set[str] = set()
 
+    def _row(self, at: Context = FULL_STRENGTH) -> Update:
+        return self.rule.update(at).clipped(self.gradient_clip)
+
     def _new_report(self) -> StepReport:
         return StepReport(self._metrics, self._prefix, self._prog_bar)
 
     def __getstate__(self) -> dict[str, Any]:
         """Omit the state of the current run, so that a copy of this callback starts without it."""
-        return {name: value for name, value in vars(self).items() if name not in ("_runs", "report", "_warned")}
+        omitted = ("_runs", "report", "_warned", "_state", "_module")
+        return {name: value for name, value in vars(self).items() if name not in omitted}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the settings, with a new report and no runs."""
         vars(self).update(state)
         self.report, self._runs, self._warned = self._new_report(), weakref.WeakKeyDictionary(), set()
+        self._state, self._module = State(), None
 
     def should_regularize(self, step: int) -> bool:
         """Whether to regularize optimizer step ``step``, counted from 0 (per optimizer in manual optimization).
@@ -139,19 +163,22 @@ class TwoPassCallback(CallbackBase):
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Raise if this Trainer or module is not supported."""
         if stage == "fit":
-            checks.check_two_pass(trainer, pl_module, TwoPassCallback)
+            checks.check_two_pass(trainer, pl_module, TwoPass)
             checks.check_accumulation(trainer, self.accumulation, self.ascent_sync)
-            checks.check_sharded(trainer, self.rule, self.ascent_sync)
+            checks.check_sharded(trainer, self._row(), self.ascent_sync)
+            checks.check_apart(trainer, self._row(), self.rule.name, self.accumulation, self.ascent_sync)
             checks.check_separable(trainer, self._asked_for, self.accumulation, self.ascent_sync)
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Find the excluded parameters, which ``configure_model`` may have just created, and print the panel."""
         run = self._runs[trainer] = _Run(self._match(pl_module))
         checks.check_sparse(pl_module, run.excluded)
+        if self._row().ahead:
+            checks.check_momentum(trainer)
         show_start(self.summary(trainer, pl_module), trainer)
 
     def _match(self, pl_module: "LightningModule") -> set[int]:
-        return match_names(self.exclude, pl_module.named_parameters(remove_duplicate=False))
+        return match_params(self.exclude, pl_module)
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Start recording or, in manual optimization, start counting the steps of each optimizer."""
@@ -162,6 +189,7 @@ class TwoPassCallback(CallbackBase):
             run.outer = self.report, self._steps
             self._steps = StepCounter()
         self.report = self._new_report()
+        self._restore_state(trainer, pl_module)
         if not pl_module.automatic_optimization:
             self._steps.attach(trainer.optimizers, restart=trainer.global_step == 0, on_step=self.report.count)
             return
@@ -171,6 +199,14 @@ class TwoPassCallback(CallbackBase):
         floods = [callback.flood_gradient_ for callback in trainer.callbacks if isinstance(callback, Flooding)]  # type: ignore[attr-defined]
         run.recorder = Recorder(trainer, pl_module, run.storage, floods[0] if floods else None)
         run.begun = False
+
+    def _restore_state(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._module = weakref.ref(pl_module)
+        if self._restored is not None:
+            self._state.load_state_dict(self._restored, pl_module.named_parameters())
+        elif trainer.global_step == 0:
+            self._state = State()
+        self._restored = None
 
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
@@ -183,14 +219,29 @@ class TwoPassCallback(CallbackBase):
         if is_window_start(trainer, batch_idx) or not run.begun:
             run.begun, run.regularized = True, False
             recorder.forget()
-            run.update = None if skips_backward(trainer) else self._update_at(trainer.global_step)
+            optimizer = trainer.optimizers[0]
+            run.update = None if skips_backward(trainer) else self._update_at(trainer.global_step, optimizer)
             self._look_for_new_layers(run, pl_module)
+            run.ahead = self._ahead(run, optimizer)
             self.report.open(trainer, pl_module)
         elif self._by_micro_batch(trainer):
             recorder.forget()
         run.passed = False
         if run.update is not None:
-            recorder.expect(batch_idx, local=self.is_local(trainer) and is_window_end(trainer, batch_idx))
+            recorder.expect(
+                batch_idx,
+                local=self.is_local(trainer) and is_window_end(trainer, batch_idx),
+                ahead=run.ahead,
+                records=run.update.has_second_pass or self.report.measures_clean_loss,
+            )
+
+    def _ahead(self, run: _Run, optimizer: torch.optim.Optimizer) -> Ahead | None:
+        """Where the single pass of the window takes place; None if at the weights."""
+        if run.update is None or not run.update.ahead:
+            return None
+        checks.check_momentum_by_now(optimizer)
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        return Ahead(optimizer, [p for p in params if id(p) not in run.excluded], run.update.ahead, run.storage)
 
     def _look_for_new_layers(self, run: _Run, pl_module: "LightningModule") -> None:
         if self.exclude:
@@ -220,7 +271,7 @@ class TwoPassCallback(CallbackBase):
         self.report.note_loss(recorder.batch_idx, loss)
         if run.update is not None:
             recorder.check_not_bypassed()
-            if self._by_micro_batch(trainer) or recorder.is_at_start:
+            if run.ahead is None and (self._by_micro_batch(trainer) or recorder.is_at_start):
                 run.stashed.stash(_parameters(trainer))
             run.check = BackwardCheck(_parameters(trainer), recorder.is_learning)
             recorder.watch_hooks()
@@ -259,8 +310,11 @@ class TwoPassCallback(CallbackBase):
             return
         params = [param for param in _parameters(trainer) if id(param) not in run.excluded]
         scale = gradient_scale(trainer, pl_module.device, alone=by_micro_batch)
-        if run.update is None:
-            self.report.first_only(params, scale)
+        if run.update is None or run.ahead is not None:
+            run.regularized = bool(run.ahead)
+            losses = recorder.clean_losses() if run.ahead is not None and self.report.measures_clean_loss else []
+            sharpness = self.report.loss_of_window(scale) - torch.stack(losses).sum() if losses else None
+            self.report.first_only(params, scale, sharpness=sharpness)
             return
         if recorder.is_empty:  # all steps of the window returned None
             run.stashed.restore()
@@ -282,6 +336,7 @@ class TwoPassCallback(CallbackBase):
                 loss_scale=scale,
                 check_finite=not self.is_local(trainer),
                 observer=observer,
+                state=self._state,
             )
         run.stashed.restore()
         if recorder.gave_up:
@@ -316,7 +371,7 @@ class TwoPassCallback(CallbackBase):
 
     def summary(self, trainer: "Trainer", pl_module: "LightningModule") -> Summary:
         """The contents of the panel at the start of training."""
-        run, update = self._runs[trainer], self.rule.update()
+        run, update = self._runs[trainer], self._row()
         trainable = [p for p in pl_module.parameters() if p.requires_grad and not is_lazy(p)]
         regularized = sum(p.numel() for p in trainable if id(p) not in run.excluded)
         passes = 1 + len(update.probes) + bool(update.curvature)
@@ -327,10 +382,14 @@ class TwoPassCallback(CallbackBase):
             "passes": f"{passes} per regularized step"
             + (", each micro-batch separately" if self._by_micro_batch(trainer) else ""),
         }
-        if trainer.world_size > 1:
+        if update.ahead:
+            lines["passes"] = "1 per step"
+        if update.clip is not None:
+            lines["clipping"] = f"first gradient at {update.clip[0]:g}, further ones at {update.clip[1]:g}"
+        if trainer.world_size > 1 and not update.ahead:
             whose = "each device's own gradient" if self.is_local(trainer) else "the mean gradient of all devices"
             lines["ascent"] = f"along {whose} ({trainer.world_size})"
-        own_schedule = type(self).should_regularize is not TwoPassCallback.should_regularize
+        own_schedule = type(self).should_regularize is not TwoPass.should_regularize
         lines["schedule"] = "by should_regularize(step)" if own_schedule else str(self.schedule)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Flooding):
@@ -338,6 +397,11 @@ class TwoPassCallback(CallbackBase):
         return Summary(self.rule.name, lines, self.verbose)
 
     # --- used by the mixin
+
+    @property
+    def state(self) -> State:
+        """The vectors that the rule keeps from step to step."""
+        return self._state
 
     def note_manual(self, optimizer: torch.optim.Optimizer, regularized: bool, due: bool) -> None:
         """Record whether the gradient for an optimizer's next step is regularized, and whether it was due."""
@@ -351,19 +415,28 @@ class TwoPassCallback(CallbackBase):
 
     def update_of(self, optimizer: torch.optim.Optimizer) -> Update | None:
         """The update for the current step of an optimizer; None for a plain step."""
-        return self._update_at(self._steps.count_of(optimizer))
+        return self._update_at(self._steps.count_of(optimizer), optimizer)
 
-    def _update_at(self, step: int) -> Update | None:
-        update = self.rule.update(self.schedule.strength(step))
+    def _update_at(self, step: int, optimizer: torch.optim.Optimizer) -> Update | None:
+        group = next(iter(optimizer.param_groups), {})  # a module without optimizers has an empty one
+        update = self._row(Context(self.schedule.strength(step), step, group))
         return update if self.should_regularize(step) and not update.is_plain else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The step counts of the optimizers in manual optimization. Otherwise, the schedule follows the global step."""
-        return {"format_version": 1, "steps": list(self._steps.made)} if self._steps.made else {}
+        """The step counts of the optimizers in manual optimization, and the rule's state by parameter name.
+
+        In automatic optimization, the schedule follows the global step.
+        """
+        module = None if self._module is None else self._module()
+        state = {} if module is None else self._state.state_dict(module.named_parameters())
+        entries: dict[str, Any] = {"steps": list(self._steps.made), "state": state}
+        entries = {name: value for name, value in entries.items() if value}
+        return {"format_version": 1, **entries} if entries else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the step counts of the optimizers."""
+        """Restore the step counts of the optimizers and, when training starts, the rule's state."""
         self._steps.made = list(state_dict.get("steps", ()))
+        self._restored = state_dict.get("state")
 
     def on_load_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
         """Read the state that earlier versions wrote."""

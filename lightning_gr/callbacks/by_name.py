@@ -3,8 +3,14 @@
 from typing import Any
 
 from lightning_gr.callbacks.flooding import Flooding
+from lightning_gr.callbacks.momentum import MomentumSAM
 from lightning_gr.callbacks.regularization import SAM, GradientRegularization
 
 __all__ = ["CALLBACKS_BY_NAME"]
 
-CALLBACKS_BY_NAME: dict[str, type[Any]] = {"gr": GradientRegularization, "sam": SAM, "flooding": Flooding}
+CALLBACKS_BY_NAME: dict[str, type[Any]] = {
+    "gr": GradientRegularization,
+    "sam": SAM,
+    "msam": MomentumSAM,
+    "flooding": Flooding,
+}

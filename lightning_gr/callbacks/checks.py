@@ -3,22 +3,27 @@
 import inspect
 from collections.abc import Sequence
 from types import CodeType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
+import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_gr._compat import REFUSED_STRATEGIES, SUPPORTED_STRATEGIES, CallbackBase, has_base_named
+from lightning_gr.core.ahead import keeps_momentum, momenta_of
 from lightning_gr.core.hooks import has_accumulation_hooks
-from lightning_gr.core.rules import Rule
+from lightning_gr.core.rules import Update
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 __all__ = [
     "check_accumulation",
+    "check_apart",
     "check_flooding",
     "check_hooks",
+    "check_momentum",
+    "check_momentum_by_now",
     "check_overrides",
     "check_separable",
     "check_sharded",
@@ -64,7 +69,7 @@ def check_flooding(trainer: "Trainer", pl_module: "LightningModule", kind: type)
 
 def check_two_pass(trainer: "Trainer", pl_module: "LightningModule", kind: type) -> None:
     """Reject setups in which a second pass is impossible or untested."""
-    _check_alone(trainer, kind, "one method with a second pass")
+    _check_alone(trainer, kind, "one method besides flooding")
     _check_optimization(pl_module)
     if not has_base_named(trainer.strategy, *SUPPORTED_STRATEGIES) or has_base_named(
         trainer.strategy, *REFUSED_STRATEGIES
@@ -90,11 +95,11 @@ def check_accumulation(trainer: "Trainer", accumulation: str, ascent_sync: bool)
         )
 
 
-def check_sharded(trainer: "Trainer", rule: Rule, ascent_sync: bool) -> None:
+def check_sharded(trainer: "Trainer", update: Update, ascent_sync: bool) -> None:
     """Reject settings that need all parameters on each rank if they are sharded."""
     if not has_base_named(trainer.strategy, "ModelParallelStrategy"):
         return
-    if rule.update().curvature:
+    if update.curvature:
         raise MisconfigurationException(
             "`scheme='exact'` cannot differentiate twice through sharded parameters: use `scheme='central'`, which"
             " agrees with it to second order in epsilon"
@@ -103,6 +108,28 @@ def check_sharded(trainer: "Trainer", rule: Rule, ascent_sync: bool) -> None:
         raise MisconfigurationException(
             "`ascent_sync=False` needs all parameters on each device, but ModelParallelStrategy shards them: keep"
             " `ascent_sync=True`, or use `Trainer(strategy='ddp')`"
+        )
+
+
+def check_apart(trainer: "Trainer", update: Update, name: str, accumulation: str, ascent_sync: bool) -> None:
+    """Reject setups in which a rule does not get its gradients separately, each as a whole."""
+    if update.is_linear and update.clip is None:
+        return
+    what = f"{name} combines its gradients itself" if update.clip is None else "`gradient_clip` clips each gradient"
+    if not ascent_sync and trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"{what}, but `ascent_sync=False` averages them over devices only when they are added up: use"
+            " `ascent_sync=True`"
+        )
+    if accumulation == "micro_batch" and trainer.accumulate_grad_batches > 1:
+        raise MisconfigurationException(
+            f"{what}, but `accumulation='micro_batch'` adds up those of several micro-batches: use"
+            " `accumulation='window'`"
+        )
+    if not update.is_linear and has_base_named(trainer.strategy, "ModelParallelStrategy"):
+        raise MisconfigurationException(
+            f"{what}, which was not shown to be right where parameters are spread over ranks: use"
+            " `Trainer(strategy='ddp')`, or a rule such as `SAMRule`"
         )
 
 
@@ -149,6 +176,32 @@ def _check_optimization(pl_module: "LightningModule") -> None:
             f" `class {name}(GradientRegularizationMixin, ...)` and call `self.regularized_step` in its"
             " `training_step`, or set `automatic_optimization = True`"
         )
+
+
+def check_momentum(trainer: "Trainer") -> None:
+    """Refuse to look ahead along a momentum where an optimizer keeps none, or not on each device."""
+    for optimizer in trainer.optimizers:
+        name = type(optimizer).__name__
+        if has_base_named(optimizer, "ZeroRedundancyOptimizer"):
+            raise MisconfigurationException(
+                f"{name} spreads the momentum over devices, but Momentum-SAM needs it on each: use the optimizer that"
+                " it wraps, or `SAM`"
+            )
+        if keeps_momentum(optimizer) is False:
+            _refuse_without_momentum(name)
+
+
+def check_momentum_by_now(optimizer: torch.optim.Optimizer) -> None:
+    """The same, after the first step, for an optimizer of which it could not be found out before."""
+    if optimizer.state and not any(momenta_of(optimizer, group["params"]) for group in optimizer.param_groups):
+        _refuse_without_momentum(type(optimizer).__name__)
+
+
+def _refuse_without_momentum(name: str) -> NoReturn:
+    raise MisconfigurationException(
+        f"Momentum-SAM looks ahead along the optimizer's momentum, but {name} keeps none: set its `momentum` (0.9,"
+        " say), use an optimizer such as AdamW, or use `SAM`"
+    )
 
 
 def check_sparse(pl_module: "LightningModule", excluded: set[int]) -> None:

@@ -81,7 +81,7 @@ class Flooding(CallbackBase):
         """Print the panel, unless a two-pass callback prints one."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         # the panel of a two-pass callback includes a line for flooding
-        if not any(has_base_named(callback, "TwoPassCallback") for callback in callbacks):
+        if not any(has_base_named(callback, "TwoPass") for callback in callbacks):
             show_start(self.summary(), trainer)
 
     @property

@@ -9,14 +9,17 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_gr._compat import gradient_scaler, pre_backward, static_graph, unsynced
+from lightning_gr._compat import gradient_scaler, pre_backward, static_graph, unsynced, wrap_backward
 from lightning_gr._validate import check_level
-from lightning_gr.callbacks.base import TwoPassCallback
+from lightning_gr.callbacks.base import TwoPass
+from lightning_gr.callbacks.checks import check_momentum_by_now
 from lightning_gr.callbacks.flooding import Flooding
 from lightning_gr.callbacks.recorder import loss_scale, surroundings_of
+from lightning_gr.core.ahead import Ahead
 from lightning_gr.core.flooding import flood_gradient_
 from lightning_gr.core.gradients import StashedGradients
-from lightning_gr.core.rules import Rule, Update
+from lightning_gr.core.rules import Context, Rule, Update
+from lightning_gr.core.state import State
 from lightning_gr.core.storage import WeightStorage
 from lightning_gr.core.tensors import scale_
 from lightning_gr.core.two_pass import Transform, add_second_pass_
@@ -72,7 +75,8 @@ class ManualRun:
         # DDP records a static graph in its first backward pass, but only if gradients are reduced in it
         self._knows_graph = not static_graph(trainer.strategy.model)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        self._two_pass = next((c for c in callbacks if isinstance(c, TwoPassCallback)), None)
+        self._own_state = State()  # of rules that are given in a call
+        self._two_pass = next((c for c in callbacks if isinstance(c, TwoPass)), None)
         self._flooding = next((c for c in callbacks if isinstance(c, Flooding)), None)
 
     def _optimizers(self) -> list[Any]:
@@ -130,13 +134,17 @@ class ManualRun:
         stashed = StashedGradients()
         stashed.stash(params)
         storage = self._storages.setdefault(id(optimizer.optimizer), WeightStorage(check_resolution=True))
-        passes = self._passes(loss_fn, level, storage, local=update is not None and self._is_local())
-        loss = passes.first(only=update is None)
+        ahead = None if update is None else self._ahead(optimizer, targets, update, storage)
+        passes = self._passes(loss_fn, level, storage, update is not None and self._is_local(), ahead)
+        measures = ahead is not None and callback is not None and callback.report.measures_clean_loss
+        loss = passes.first(only=(update is None or not update.has_second_pass) and not measures)
         self._knows_graph = True
-        regularized = False
-        if update is None:
+        regularized = bool(ahead)
+        if update is None or not update.has_second_pass:
             if callback is not None:
-                callback.report.first_only(targets, scale, self._group(optimizer))
+                clean = passes.clean_loss() if measures else None
+                sharpness = None if clean is None else loss - clean
+                callback.report.first_only(targets, scale, self._group(optimizer), sharpness)
         else:
             observer = self._observer(optimizer, loss, len(passes.passes), bool(stashed))
             regularized = add_second_pass_(
@@ -149,6 +157,7 @@ class ManualRun:
                 loss_scale=scale,
                 check_finite=not self._is_local(),
                 observer=observer,
+                state=self._state,
             )
         if callback is not None:
             callback.note_manual(optimizer.optimizer, regularized, due=update is not None)
@@ -174,13 +183,25 @@ class ManualRun:
             return None
         if isinstance(rule, str) or not hasattr(rule, "update"):
             raise ValueError(f"Expected argument `rule` to be a GRRule, a SAMRule, None or 'trainer' but got {rule!r}")
-        update = rule.update()
+        update = rule.update(Context(group=optimizer.param_groups[0]))
         return None if update.is_plain else update
+
+    @property
+    def _state(self) -> State:
+        return self._own_state if self._two_pass is None else self._two_pass.state
+
+    def _ahead(self, optimizer: Any, targets: Sequence[Tensor], update: Update, storage: WeightStorage) -> Ahead | None:
+        if not update.ahead:
+            return None
+        check_momentum_by_now(optimizer.optimizer)
+        return Ahead(optimizer.optimizer, targets, update.ahead, storage)
 
     def _is_local(self) -> bool:
         return self._two_pass is not None and self._two_pass.is_local(self.trainer)
 
-    def _passes(self, loss_fn: LossFn, level: LevelChoice, storage: WeightStorage, local: bool) -> "_MicroBatches":
+    def _passes(
+        self, loss_fn: LossFn, level: LevelChoice, storage: WeightStorage, local: bool, ahead: Ahead | None
+    ) -> "_MicroBatches":
         functions = list(loss_fn) if isinstance(loss_fn, Sequence) else [loss_fn]
         if not functions:
             raise ValueError("Expected `loss_fn` to be a function or a list of functions but got an empty list")
@@ -190,12 +211,13 @@ class ManualRun:
                 function,
                 self._surroundings,
                 storage,
-                backward=lambda loss: self.module.manual_backward(loss if weight == 1.0 else loss * weight),
+                backward=lambda loss: self._backward(loss if weight == 1.0 else loss * weight, ahead),
                 backward_again=lambda loss: self._backward_again(loss if weight == 1.0 else loss * weight),
                 flood=self._flood(level),
                 without_sync=lambda: unsynced(self.trainer),
                 # gradients are only reduced in the last micro-batch
                 local=(local or position < len(functions) - 1) and self._knows_graph,
+                ahead=ahead,
                 on_no_loss=self._note_no_loss,
             )
             for position, function in enumerate(functions)
@@ -222,6 +244,22 @@ class ManualRun:
         check_level(level)
         return lambda loss: flood_gradient_(loss, float(level))
 
+    def _backward(self, loss: Tensor, ahead: Ahead | None) -> None:
+        if ahead is None:
+            self.module.manual_backward(loss)
+            return
+
+        def backward_ahead(*args: Any, **kwargs: Any) -> None:
+            with ahead.displaced():
+                original(*args, **kwargs)
+
+        # the hooks around the backward pass find the weights where they belong
+        original, unwrap = wrap_backward(self.trainer, backward_ahead)
+        try:
+            self.module.manual_backward(loss)
+        finally:
+            unwrap()
+
     def _backward_again(self, loss: Tensor) -> None:
         """Do what ``manual_backward`` does, without the hooks, which only run in the first pass."""
         pre_backward(self.trainer, loss)
@@ -243,6 +281,11 @@ class _MicroBatches:
     def first(self, only: bool) -> Tensor:
         losses = [passes.first(only) for passes in self.passes]
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    def clean_loss(self) -> Tensor | None:
+        losses = [each.clean_loss() for each in self.passes]
+        known = [loss for loss in losses if loss is not None]
+        return torch.stack(known).mean() if len(known) == len(losses) else None
 
     def replay(self, transform: Transform, last: bool = True) -> None:
         for position, passes in enumerate(self.passes, start=1):

@@ -1,7 +1,7 @@
 """Records the calls of ``training_step`` in an accumulation window and replays them."""
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +16,10 @@ from lightning_gr._compat import (
     static_graph,
     trainer_parts,
     unsynced,
+    wrap_backward,
     wrap_training_step,
 )
+from lightning_gr.core.ahead import Ahead
 from lightning_gr.core.storage import WeightStorage
 from lightning_gr.core.two_pass import NoLossError, Transform, extract_loss
 from lightning_gr.replay.batch import Batch
@@ -114,16 +116,20 @@ class Recorder:
         self._calls: dict[int, tuple[Evaluation[Any], Batch]] = {}
         self.batch_idx = -1
         self._local = False
+        self._ahead: Ahead | None = None
+        self._records = True
         self._started = False
         self._unsynced = ExitStack()
         self._surroundings = surroundings_of(trainer, pl_module)
         self._called = False
         self.gave_up = False  # a second pass found no loss: what is evaluated then is the clean gradient
         self._original, self._unwrap = wrap_training_step(trainer, self._training_step)
+        self._original_backward, self._unwrap_backward = wrap_backward(trainer, self._backward_ahead)
 
     def remove(self) -> None:
-        """Give the strategy back the method that it had."""
+        """Give the strategy and the precision plugin back the methods that they had."""
         self.forget()
+        self._unwrap_backward()
         self._unwrap()
 
     @property
@@ -159,15 +165,23 @@ class Recorder:
         """Whether the last call was the first in its window to return a loss."""
         return len(self._calls) == 1
 
-    def expect(self, batch_idx: int, *, local: bool) -> None:
-        """Record the next call, as micro-batch ``batch_idx`` of the window; ``local``: without reducing gradients."""
-        self.batch_idx, self._local = batch_idx, local
+    def expect(self, batch_idx: int, *, local: bool = False, ahead: Ahead | None = None, records: bool = True) -> None:
+        """Look at the next call.
+
+        Args:
+            batch_idx: Which micro-batch of the window it is.
+            local: Whether its gradients are not to be reduced over devices.
+            ahead: Where its forward and its backward pass take place, if not at the weights.
+            records: Whether it is to be made again.
+        """
+        self.batch_idx, self._local, self._ahead, self._records = batch_idx, local, ahead, records
         self._called = self.gave_up = False
 
     def forget(self) -> None:
         """Drop the window and its batches."""
         self._calls.clear()
         self.batch_idx = -1
+        self._ahead = None
         self._unsynced.close()
         self._surroundings.hooks.end()
 
@@ -183,6 +197,9 @@ class Recorder:
         first, self._started, self._called = not self._started, True, True
         if self.batch_idx < 0:
             return self._original(*args, **kwargs)
+        if not self._records:
+            with self._at_the_point():
+                return self._original(*args, **kwargs)
         self._unsynced.close()
         # an optimizer such as LBFGS evaluates one micro-batch several times: the last time counts
         self._calls.pop(self.batch_idx, None)
@@ -191,7 +208,8 @@ class Recorder:
         if self._local and not (first and static_graph(self.trainer.strategy.model)):
             self._unsynced.enter_context(unsynced(self.trainer))
         gradients = _gradients(self.params) if self._calls else []
-        output = evaluation.first()
+        with self._at_the_point():
+            output = evaluation.first()
         batch.note_after_first()
         if gradients and _were_zeroed(gradients):
             # in plain training, what earlier micro-batches left in `.grad` is gone then
@@ -199,6 +217,29 @@ class Recorder:
         if extract_loss(output) is not None:
             self._calls[self.batch_idx] = evaluation, batch
         return output
+
+    def _at_the_point(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._ahead is None else self._ahead.displaced()
+
+    def _backward_ahead(self, *args: Any, **kwargs: Any) -> Any:
+        # between the two passes, where hooks run, the weights are themselves
+        with self._at_the_point():
+            return self._original_backward(*args, **kwargs)
+
+    def clean_losses(self) -> list[Tensor]:
+        """The losses of the window at the weights, each divided by the number of micro-batches, by a forward pass each.
+
+        Gradients are enabled, since a training step may ask for one.
+        """
+        losses = []
+        moved = [] if self._ahead is None else self._ahead.params
+        for evaluation, batch in self._calls.values():
+            batch.check(self.trainer.train_dataloader)
+            with unsynced(self.trainer), evaluation.again(moved, adding=False) as output:
+                loss = extract_loss(output)
+                if loss is not None:
+                    losses.append(loss.detach() / self.trainer.accumulate_grad_batches)
+        return losses
 
     def replay(self, transform: Transform, last: bool = True) -> None:
         """Make the calls of the window again, see :class:`~lightning_gr.core.two_pass.Replay`."""

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from lightning_gr.callbacks.base import TwoPassCallback
+from lightning_gr._validate import GradientClip
+from lightning_gr.callbacks.base import TwoPass
 from lightning_gr.core.rules import Accumulation, GRRule, SAMRule, Scheme
 
 __all__ = ["SAM", "GradientRegularization"]
 
 
-class GradientRegularization(TwoPassCallback):
+class GradientRegularization(TwoPass):
     """Gradient regularization with finite differences: penalizes (γ/2)‖∇L(θ)‖² using a second pass.
 
     F-GR (``scheme="forward"``) takes an ascent step and passes the optimizer
@@ -45,6 +46,8 @@ class GradientRegularization(TwoPassCallback):
         prog_bar: Whether to show the gradient norm in the progress bar.
         verbose: Whether to print a panel before training and a table after it. They are only printed if Lightning shows
             a progress bar or a model summary.
+        gradient_clip: Scale the clean gradient, and each further one, down to this norm before they are combined; two
+            numbers are the norms of the clean gradient and of the further ones. The Trainer's own clipping comes after.
 
     Raises:
         ValueError: If an argument is out of range, or, at the start of ``fit``, if a pattern matches nothing.
@@ -77,6 +80,7 @@ class GradientRegularization(TwoPassCallback):
         prefix: str = "gr/",
         prog_bar: bool = False,
         verbose: bool = True,
+        gradient_clip: GradientClip | None = None,
     ) -> None:
         super().__init__(
             GRRule(gamma, epsilon, scheme, normalize),
@@ -91,10 +95,11 @@ class GradientRegularization(TwoPassCallback):
             prefix=prefix,
             prog_bar=prog_bar,
             verbose=verbose,
+            gradient_clip=gradient_clip,
         )
 
 
-class SAM(TwoPassCallback):
+class SAM(TwoPass):
     """Sharpness-aware minimization: takes the gradient at the worst point of a ball around the weights.
 
         g = ∇L(θ + ρ ∇L(θ)/‖∇L(θ)‖)
@@ -122,6 +127,8 @@ class SAM(TwoPassCallback):
         prog_bar: Whether to show the gradient norm in the progress bar.
         verbose: Whether to print a panel before training and a table after it. They are only printed if Lightning shows
             a progress bar or a model summary.
+        gradient_clip: Scale the clean gradient, and each further one, down to this norm before they are combined; two
+            numbers are the norms of the clean gradient and of the further ones. The Trainer's own clipping comes after.
 
     Raises:
         ValueError: If an argument is out of range, or, at the start of ``fit``, if a pattern matches nothing.
@@ -153,6 +160,7 @@ class SAM(TwoPassCallback):
         prefix: str = "gr/",
         prog_bar: bool = False,
         verbose: bool = True,
+        gradient_clip: GradientClip | None = None,
     ) -> None:
         super().__init__(
             SAMRule(rho, adaptive, eta),
@@ -167,4 +175,5 @@ class SAM(TwoPassCallback):
             prefix=prefix,
             prog_bar=prog_bar,
             verbose=verbose,
+            gradient_clip=gradient_clip,
         )

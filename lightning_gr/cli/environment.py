@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_gr._compat import CallbackBase
-from lightning_gr.callbacks.base import TwoPassCallback
+from lightning_gr.callbacks.base import TwoPass
 from lightning_gr.callbacks.by_name import CALLBACKS_BY_NAME
 from lightning_gr.callbacks.flooding import Flooding
 
@@ -23,9 +23,9 @@ _USAGE = "for example LIGHTNING_GR='gamma=0.05,epsilon=0.05', 'sam,rho=0.1' or '
 def callbacks_from(text: str) -> list["FromEnvironment"]:
     """Create the callbacks described by a value of ``LIGHTNING_GR``.
 
-    Separate methods with semicolons. A method is a name, ``gr`` (the default), ``sam`` or ``flooding``, followed by
-    settings ``argument=value``, separated by commas or spaces. The arguments are those of the callback. Separate
-    multiple ``exclude`` patterns with ``|``. ``0`` and ``off`` disable the variable.
+    Separate methods with semicolons. A method is a name, ``gr`` (the default), ``sam``, ``msam`` or ``flooding``,
+    followed by settings ``argument=value``, separated by commas or spaces. The arguments are those of the callback.
+    Separate multiple ``exclude`` patterns with ``|``. ``0`` and ``off`` disable the variable.
 
     Raises:
         ValueError: If the text cannot be parsed, a value is out of range, or a method is given twice.
@@ -39,13 +39,13 @@ def callbacks_from(text: str) -> list["FromEnvironment"]:
     if text.lower() in ("0", "off"):
         return []
     methods = [_method(part) for part in text.split(";") if part.strip()]
-    for kind, what in ((TwoPassCallback, "one method with a second pass"), (Flooding, "one flood level")):
+    for kind, what in ((TwoPass, "one method besides flooding"), (Flooding, "one flood level")):
         if sum(isinstance(method, kind) for method in methods) > 1:
             raise ValueError(f"Expected LIGHTNING_GR to request at most {what} but got {text!r}, {_USAGE}")
     return [FromEnvironment(method) for method in methods]
 
 
-def _method(text: str) -> TwoPassCallback | Flooding:
+def _method(text: str) -> TwoPass | Flooding:
     words = text.replace(",", " ").split()
     name = words.pop(0).lower() if "=" not in words[0] else "gr"
     if name not in CALLBACKS_BY_NAME:
@@ -62,7 +62,7 @@ def _method(text: str) -> TwoPassCallback | Flooding:
             )
         settings[key] = _convert(known[key].annotation, key, value)
     try:
-        callback: TwoPassCallback | Flooding = kind(**settings)
+        callback: TwoPass | Flooding = kind(**settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"In LIGHTNING_GR: {error}, {_USAGE}") from None
     return callback
@@ -74,12 +74,15 @@ def _convert(annotation: Any, key: str, value: str) -> Any:
         return value.split("|")
     if annotation is bool:
         return {"true": True, "1": True, "false": False, "0": False}.get(value.lower(), value)
-    if annotation in (int, float):
-        convert: Callable[[str], Any] = annotation
-        try:
+    try:
+        if annotation in (int, float):
+            convert: Callable[[str], Any] = annotation
             return convert(value)
-        except ValueError:
-            return value  # the callback reports it
+        if float in typing.get_args(annotation):  # a number, or several
+            numbers = tuple(map(float, value.split("|")))
+            return numbers if len(numbers) > 1 else numbers[0]
+    except ValueError:
+        pass  # the callback reports it
     return value
 
 
@@ -90,7 +93,7 @@ class FromEnvironment(CallbackBase):
         callback: The method's callback.
     """
 
-    def __init__(self, callback: TwoPassCallback | Flooding) -> None:
+    def __init__(self, callback: TwoPass | Flooding) -> None:
         super().__init__()
         self.callback = callback
 
@@ -99,7 +102,7 @@ class FromEnvironment(CallbackBase):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if stage != "fit" or self.callback in callbacks:
             return
-        kind = Flooding if isinstance(self.callback, Flooding) else TwoPassCallback
+        kind = Flooding if isinstance(self.callback, Flooding) else TwoPass
         names = [type(callback).__name__ for callback in callbacks if isinstance(callback, kind)]
         if names:
             rank_zero_warn(
@@ -110,7 +113,7 @@ class FromEnvironment(CallbackBase):
         rank_zero_info(f"LIGHTNING_GR is set: training with {_describe(self.callback)}")
 
 
-def _describe(callback: TwoPassCallback | Flooding) -> str:
+def _describe(callback: TwoPass | Flooding) -> str:
     """Describe a method and its constants for log messages."""
     if isinstance(callback, Flooding):
         return f"Flooding(level={callback.level}, sync={callback.sync})"

@@ -27,11 +27,12 @@ __all__ = ["GradientRegularizationCLI", "run"]
 
 
 class GradientRegularizationCLI(_Base):
-    """A LightningCLI with flags (and YAML keys) ``gr``, ``sam`` and ``flooding`` that select and configure a method.
+    """A LightningCLI with flags (and YAML keys) ``gr``, ``sam``, ``msam`` and ``flooding`` that configure a method.
 
-    ``--gr.gamma=0.1`` trains with :class:`~lightning_gr.GradientRegularization` and ``--sam.rho=0.05`` with
-    :class:`~lightning_gr.SAM`. ``--flooding.level=0.1`` adds flooding, alone or combined with either of them. Omitted
-    arguments keep their defaults; ``--gr={}`` uses only defaults. Without any of these flags, training is plain.
+    ``--gr.gamma=0.1`` trains with :class:`~lightning_gr.GradientRegularization`, ``--sam.rho=0.05`` with
+    :class:`~lightning_gr.SAM`, and ``--msam.rho=2`` with :class:`~lightning_gr.MomentumSAM`. ``--flooding.level=0.1``
+    adds flooding, alone or combined with one of them. Omitted arguments keep their defaults; ``--gr={}`` uses only
+    defaults. Without any of these flags, training is plain.
 
     Use or subclass it like LightningCLI. It supports both namespaces: an instance becomes a LightningCLI of
     ``lightning.pytorch`` if any class passed to it, or named on the command line or in its configuration file, comes
@@ -90,8 +91,9 @@ class GradientRegularizationCLI(_Base):
 
     def _check_methods(self) -> None:
         settings = self._settings(self.config)
-        if settings.get("gr") and settings.get("sam"):
-            self.parser.error("Expected at most one method with a second pass but got --gr and --sam: remove one")
+        methods = [f"--{key}" for key in CALLBACKS_BY_NAME if key != "flooding" and settings.get(key)]
+        if len(methods) > 1:
+            self.parser.error(f"Expected at most one method besides flooding but got {' and '.join(methods)}: keep one")
         callbacks = settings.get("trainer.callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         for key, config in [

@@ -17,6 +17,7 @@ __all__ = [
     "check_graphless",
     "gradients_apart",
     "hidden_gradients",
+    "own_gradient",
     "unchanged_gradients",
 ]
 
@@ -86,7 +87,7 @@ class StashedGradients:
 
     def stash(self, params: Sequence[Tensor]) -> None:
         """Take the gradients of ``params``, without copying, except for views that will be overwritten."""
-        self._stashed = {id(param): (param, _own(param.grad)) for param in params if param.grad is not None}
+        self._stashed = {id(param): (param, own_gradient(param.grad)) for param in params if param.grad is not None}
         for param, _ in self._stashed.values():
             param.grad = None
 
@@ -121,7 +122,8 @@ class StashedGradients:
         self._restored = {}
 
 
-def _own(grad: Tensor) -> Tensor:
+def own_gradient(grad: Tensor) -> Tensor:
+    """Return ``grad``, or a copy if the next backward pass writes to its storage."""
     # a view of one of DDP's buckets (`gradient_as_bucket_view`), which the next backward pass writes to
     part = local_parts([grad])[0]
     is_view = part.layout == torch.strided and part.untyped_storage().nbytes() > part.nbytes

@@ -52,12 +52,16 @@ class Perturbation:
     first one. The weights are restored even after an exception.
 
     Args:
-        params: The parameters to displace. Each must have a gradient.
+        params: The parameters to displace. Each must have a gradient, unless ``directions`` are given.
         storage: Keeps the original weights in the meantime.
+        directions: A vector for each parameter to move along, see :meth:`displace_along`. Default: its gradient.
     """
 
-    def __init__(self, params: Sequence[Tensor], storage: WeightStorage) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], storage: WeightStorage, directions: Sequence[Tensor] | None = None
+    ) -> None:
         self.params = list(params)
+        self.directions = directions
         self.storage = storage
         self._distance: float | None = None
         self._displaced = False
@@ -65,7 +69,7 @@ class Perturbation:
     def __enter__(self) -> "Perturbation":
         with torch.no_grad():
             self._on_host = is_on_host(self.params)
-            self.storage.take(self.params, may_swap=self._on_host)
+            self.storage.take(self.params, self.directions, may_swap=self._on_host)
         return self
 
     def __exit__(
@@ -101,7 +105,7 @@ class Perturbation:
         self._distance = distance
         if update.direction == "adaptive":
             self.storage.scale_direction_(update.eta)
-        grads = [param.grad for param in self.params if param.grad is not None]
+        grads = self.directions or [param.grad for param in self.params if param.grad is not None]
         factor = direction_factor(update, grads, loss_scale, norm)
         if factor is not None and self._on_host:
             distance, factor = _clamp(distance * float(factor)), None
@@ -111,6 +115,13 @@ class Perturbation:
         # If the caller runs both passes in one autocast context, casts of the old weights may be cached.
         torch.clear_autocast_cache()
         return factor
+
+    @torch.no_grad()
+    def displace_along(self, factor: Tensor) -> None:
+        """Move the weights to θ + ``factor`` · v, where v are the given directions, which are not modified."""
+        self._displaced = True
+        self.storage.displace(_clamp(float(factor)) if self._on_host else factor)
+        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def move_to(self, distance: float) -> None:

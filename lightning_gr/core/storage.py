@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_gr._compat import storage_uses
 from lightning_gr.core.sharding import is_distributed, local_parts
-from lightning_gr.core.tensors import HALVES
+from lightning_gr.core.tensors import HALVES, scale_
 
 __all__ = ["SMALLEST", "CopyStorage", "Storage", "SwapStorage", "WeightStorage", "can_swap"]
 
@@ -28,16 +28,16 @@ SMALLEST = 2**17
 class Storage(Protocol):
     """Saves weights, displaces them and restores them bit for bit. Reuses its allocations from step to step."""
 
-    def take(self, params: Sequence[Tensor]) -> None:
-        """Save the current values of ``params``."""
+    def take(self, params: Sequence[Tensor], directions: Sequence[Tensor] | None = None) -> None:
+        """Save the current values of ``params``, to be moved along ``directions``. Default: along their ``.grad``."""
         ...
 
     def scale_direction_(self, eta: float) -> None:
         """Multiply ``.grad`` by T = |θ| + η, and keep T for the next :meth:`displace`."""
         ...
 
-    def displace(self, distance: float) -> None:
-        """Move the weights to θ + ``distance`` · ``.grad``, or · T ``.grad`` after :meth:`scale_direction_`."""
+    def displace(self, distance: float | Tensor) -> None:
+        """Move the weights to θ + ``distance`` · direction, or · T ``.grad`` after :meth:`scale_direction_`."""
         ...
 
     def stretch(self, factor: float) -> None:
@@ -62,10 +62,11 @@ class CopyStorage:
         self.copies: list[Tensor] = []
         self._weights: list[Tensor] = []
         self.params: list[Tensor] = []
+        self._given: list[Tensor] | None = None
         self._scales: list[Tensor] = []
 
-    def take(self, params: Sequence[Tensor]) -> None:
-        self.params = list(params)
+    def take(self, params: Sequence[Tensor], directions: Sequence[Tensor] | None = None) -> None:
+        self.params, self._given = list(params), None if directions is None else local_parts(directions)
         self._weights = [part.data for part in local_parts(params)]
         key = tuple((w.shape, w.dtype, w.device) for w in self._weights)
         if key != self._key:
@@ -75,6 +76,8 @@ class CopyStorage:
             torch._foreach_copy_(self.copies, self._weights)
 
     def _directions(self) -> list[Tensor]:
+        if self._given is not None:
+            return self._given
         return local_parts([param.grad for param in self.params if param.grad is not None])
 
     def scale_direction_(self, eta: float) -> None:
@@ -84,11 +87,16 @@ class CopyStorage:
                 torch._foreach_add_(self._scales, eta)
             torch._foreach_mul_(self._directions(), self._scales)
 
-    def displace(self, distance: float) -> None:
+    def displace(self, distance: float | Tensor) -> None:
         if not self._weights:
             return
         directions = self._directions()
-        if self._scales:
+        if isinstance(distance, Tensor):
+            # the copies hold θ, so that no room is needed for distance · direction
+            torch._foreach_copy_(self._weights, directions)
+            scale_(self._weights, distance)
+            torch._foreach_add_(self._weights, self.copies)
+        elif self._scales:
             torch._foreach_addcmul_(self._weights, directions, self._scales, value=distance)
         else:
             torch._foreach_add_(self._weights, directions, alpha=distance)
@@ -108,7 +116,7 @@ class CopyStorage:
 
     def release(self) -> None:
         """Drop the references to the parameters, since each counts as a user of the parameter's storage."""
-        self.params, self._weights, self._scales = [], [], []
+        self.params, self._weights, self._scales, self._given = [], [], [], None
 
 
 def _point(params: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
@@ -133,15 +141,15 @@ def _warn_if_unmoved(weights: Sequence[Tensor], before: Sequence[Tensor], direct
         )
 
 
-def can_swap(param: Tensor) -> bool:
-    """Whether ``param`` is a plain, large tensor that has its storage to itself.
+def can_swap(param: Tensor, direction: Tensor | None = None) -> bool:
+    """Whether ``param`` is a plain, large tensor that has its storage to itself, and ``direction`` is plain.
 
     CPU only: captured CUDA graphs and cuDNN's recurrent layers with flattened weights read from the original addresses.
     Views of a flat buffer, tied data, arrays that share memory and other aliases show up in the storage's use count; if
     torch does not expose that count, nothing is swapped. 16-bit weights are copied, so that :class:`CopyStorage` can
     check whether they move.
     """
-    grad = param.grad
+    grad = param.grad if direction is None else direction
     return (
         type(param) in (nn.Parameter, Tensor)
         and type(grad) is Tensor
@@ -167,10 +175,15 @@ class SwapStorage:
         self._spare: list[Tensor] = []
         self.params: list[Tensor] = []
         self.originals: list[Tensor] = []
+        self._given: list[Tensor] | None = None
         self._is_scaled = False
 
-    def take(self, params: Sequence[Tensor]) -> None:
+    def take(self, params: Sequence[Tensor], directions: Sequence[Tensor] | None = None) -> None:
         self.params, self.originals = list(params), [param.data for param in params]
+        self._given = None if directions is None else list(directions)
+
+    def _directions(self) -> list[Tensor]:
+        return [param.grad for param in self.params] if self._given is None else self._given  # type: ignore[misc]
 
     def scale_direction_(self, eta: float) -> None:
         self._is_scaled = True
@@ -180,14 +193,16 @@ class SwapStorage:
                 spare.add_(eta)
             param.grad.mul_(spare)  # type: ignore[union-attr]
 
-    def displace(self, distance: float) -> None:
+    def displace(self, distance: float | Tensor) -> None:
+        step = float(distance)  # on the CPU, where reading is free
         # Gradients that are no longer needed could serve as spare storage, but reallocating them would cost more.
-        for param, original, spare in zip(self.params, self.originals, self._spares(), strict=True):
-            grad: Tensor = param.grad  # type: ignore[assignment]
+        for param, original, grad, spare in zip(
+            self.params, self.originals, self._directions(), self._spares(), strict=True
+        ):
             if self._is_scaled:
-                torch.addcmul(original, grad, spare, value=distance, out=spare)
+                torch.addcmul(original, grad, spare, value=step, out=spare)
             else:
-                torch.add(original, grad, alpha=distance, out=spare)
+                torch.add(original, grad, alpha=step, out=spare)
             param.data = spare
         self._is_scaled = False
 
@@ -201,7 +216,7 @@ class SwapStorage:
 
     def release(self) -> None:
         """Drop the references to the parameters, since each counts as a user of the parameter's storage."""
-        self.params, self.originals = [], []
+        self.params, self.originals, self._given = [], [], None
 
     def _spares(self) -> list[Tensor]:
         key = tuple((p.shape, p.stride(), p.dtype) for p in self.originals)
@@ -221,12 +236,23 @@ class WeightStorage:
         self.copy, self.swap = CopyStorage(check_resolution), SwapStorage()
         self._both: tuple[CopyStorage | SwapStorage, ...] = (self.copy, self.swap)
 
-    def take(self, params: Sequence[Tensor], *, may_swap: bool = True) -> None:
-        """Save the current values of ``params``; with ``may_swap=False``, copy all of them."""
+    def take(
+        self, params: Sequence[Tensor], directions: Sequence[Tensor] | None = None, *, may_swap: bool = True
+    ) -> None:
+        """Save the current values of ``params``.
+
+        Args:
+            params: The parameters.
+            directions: The vector along which each one will be displaced. Default: its ``.grad``.
+            may_swap: Whether to swap storage where possible; otherwise all of them are copied.
+        """
         self.release()
-        swapped = [may_swap and can_swap(param) for param in params]
-        self.copy.take([param for param, swap in zip(params, swapped, strict=True) if not swap])
-        self.swap.take([param for param, swap in zip(params, swapped, strict=True) if swap])
+        along: Sequence[Tensor | None] = [None] * len(params) if directions is None else directions
+        swapped = [may_swap and can_swap(param, d) for param, d in zip(params, along, strict=True)]
+        for storage, own in ((self.copy, False), (self.swap, True)):
+            chosen = [i for i, swap in enumerate(swapped) if swap is own]
+            given = None if directions is None else [directions[i] for i in chosen]
+            storage.take([params[i] for i in chosen], given)
 
     @property
     def params(self) -> list[Tensor]:
@@ -237,7 +263,7 @@ class WeightStorage:
         for storage in self._both:
             storage.scale_direction_(eta)
 
-    def displace(self, distance: float) -> None:
+    def displace(self, distance: float | Tensor) -> None:
         for storage in self._both:
             storage.displace(distance)
 

@@ -7,12 +7,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_gr.core.apart import add_apart_, clip_, turn_
 from lightning_gr.core.gradients import StashedGradients, check_graphless, gradients_apart, unchanged_gradients
 from lightning_gr.core.hooks import without_hooks
 from lightning_gr.core.perturb import Perturbation, direction_factor
 from lightning_gr.core.rules import Update
 from lightning_gr.core.sharding import local_parts, settle_gradients
 from lightning_gr.core.signals import deferred_signals
+from lightning_gr.core.state import State
 from lightning_gr.core.storage import WeightStorage
 from lightning_gr.core.tensors import global_norm, scale_
 
@@ -63,6 +65,7 @@ def add_second_pass_(
     loss_scale: Tensor | None = None,
     check_finite: bool = True,
     observer: Observer | None = None,
+    state: State | None = None,
 ) -> bool:
     """Turn ``.grad`` = ∇L(θ) into the gradient of ``update``, leaving the weights unchanged bit for bit.
 
@@ -78,6 +81,7 @@ def add_second_pass_(
         check_finite: Whether this process may decide on its own to skip a gradient with NaN or infinity. This is only
             done on the CPU, where the check is free; on a GPU such values spread over ``.grad``, never to the weights.
         observer: Called with both gradients.
+        state: The vectors that a rule with ``turn`` or ``combine`` keeps from step to step.
 
     Returns:
         Whether ``.grad`` is regularized. It is False, and ``.grad`` is the clean gradient, if there was no gradient, if
@@ -93,18 +97,32 @@ def add_second_pass_(
     if not grads:
         return False
     looks = check_finite and all(grad.device.type == "cpu" for grad in grads)
-    norm = global_norm(grads) if looks or update.direction == "normalized" or observer is not None else None
+    needs_norm = update.direction == "normalized" or update.clip is not None or not update.is_linear
+    norm = global_norm(grads) if looks or needs_norm or observer is not None else None
     if observer is not None and norm is not None:
         observer.first(update, targets, norm, loss_scale)
     # an overflowing norm also counts as not finite
     if looks and norm is not None and not norm.isfinite():
         stashed.restore(targets)
         return False
+    state = State() if state is None else state
+    if update.clip is not None:
+        norm = clip_(grads, update.clip[0], loss_scale, norm)
+    if update.turn is not None and norm is not None:
+        turn_(update, targets, norm, loss_scale, state)
+        norm = loss_scale = None
     with unchanged_gradients(excluded):
         if update.curvature:
             _add_exact_(update, targets, grads, replay, stashed, loss_scale, norm)
         del grads  # frees their memory before the second pass if the method does not keep them
-        if update.probes and not _add_probes_(update, targets, replay, storage, stashed, loss_scale, norm):
+        if update.combine is not None or update.clip is not None:
+            try:
+                add_apart_(update, targets, replay, storage, loss_scale, norm, state)
+            except NoLossError:
+                return False
+            finally:
+                stashed.restore(targets)
+        elif update.probes and not _add_probes_(update, targets, replay, storage, stashed, loss_scale, norm):
             _recompute_(targets, replay, stashed)
             return False
     if observer is not None:

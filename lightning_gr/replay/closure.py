@@ -2,18 +2,20 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gr._validate import check_exclude
+from lightning_gr._validate import GradientClip, check_exclude, check_gradient_clip
+from lightning_gr.core.ahead import Ahead
 from lightning_gr.core.flooding import flood_gradient_
 from lightning_gr.core.gradients import BackwardCheck
-from lightning_gr.core.rules import Rule
-from lightning_gr.core.selection import match_names
+from lightning_gr.core.rules import Context, Rule, Update
+from lightning_gr.core.selection import match_params
+from lightning_gr.core.state import State
 from lightning_gr.core.storage import WeightStorage
 from lightning_gr.core.two_pass import NoLossError, Transform, add_second_pass_, extract_loss
 from lightning_gr.replay.evaluation import Evaluation, Surroundings
@@ -35,6 +37,8 @@ class ClosurePasses:
         flood: Floods the gradient of a loss; None disables flooding.
         without_sync: A context manager in which gradients are not reduced over devices.
         local: Whether to use ``without_sync`` in the first pass.
+        ahead: The point at which to compute the loss of the first pass, if not the weights. ``backward`` must go there
+            as well.
         on_no_loss: Called with a message if a second pass has no loss.
     """
 
@@ -49,10 +53,12 @@ class ClosurePasses:
         flood: Callable[[Tensor], object] | None = None,
         without_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
         local: bool = False,
+        ahead: Ahead | None = None,
         on_no_loss: Callable[[str], object] = warnings.warn,
     ) -> None:
         self.on_no_loss = on_no_loss
-        self.loss_fn, self.surroundings, self.storage = loss_fn, surroundings, storage
+        self.loss_fn, self.surroundings = loss_fn, surroundings
+        self.storage, self.ahead = storage, ahead
         self.backward, self.backward_again, self.flood = backward, backward_again, flood
         self.without_sync, self.local = without_sync, local
         self._gave_up = False
@@ -62,16 +68,25 @@ class ClosurePasses:
     def first(self, only: bool = False) -> Tensor:
         """Back-propagate the loss; returns it, detached and as ``loss_fn`` gave it. ``only``: there is no replay."""
         with self.without_sync() if self.local else nullcontext():
-            output = self.loss_fn() if only else self._evaluation.first()
+            with nullcontext() if self.ahead is None else self.ahead.displaced():
+                output = self.loss_fn() if only else self._evaluation.first()
             loss = extract_loss(output)
             if not isinstance(loss, Tensor) or not loss.requires_grad:
                 raise ValueError(f"Expected `loss_fn` to return a loss with a graph but got {_describe(loss)}")
-            check = None if only else BackwardCheck(self.surroundings.trained(), self.surroundings.learning)
+            around, watched = self.surroundings, self.ahead is not None or not only
+            check = BackwardCheck(around.trained(), around.learning) if watched else None
             with nullcontext() if only else self._watched_hooks():
                 self.backward(self._flooded(loss))
             if check is not None:
                 check.done()
         return loss.detach()
+
+    def clean_loss(self) -> Tensor | None:
+        """The loss at the weights, by a forward pass that leaves no trace; None if it has none there."""
+        moved = [] if self.ahead is None else self.ahead.params
+        with self.without_sync(), self._evaluation.again(moved, adding=False) as output:
+            loss = extract_loss(output)
+            return None if loss is None else loss.detach()
 
     def _watched_hooks(self) -> AbstractContextManager[Any]:
         around = self.surroundings
@@ -137,6 +152,9 @@ def regularized_backward(
     exclude: Iterable[str] = (),
     backward: Callable[[Tensor], object] = torch.Tensor.backward,
     loss_scale: Tensor | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    state: State | None = None,
+    gradient_clip: GradientClip | None = None,
 ) -> Tensor:
     """Compute the regularized gradient of a closure and add it to ``.grad``, without Lightning.
 
@@ -152,20 +170,28 @@ def regularized_backward(
         loss_fn: Computes the loss at the current weights: a scalar, or a mapping with the key ``"loss"``. It is called
             twice (three times for the central scheme).
         params: The module to regularize, or the parameters alone, which only protects what ``loss_fn`` captures.
-        rule: The method: :class:`~lightning_gr.GRRule` or :class:`~lightning_gr.SAMRule`.
+        rule: The method: :class:`~lightning_gr.GRRule`, :class:`~lightning_gr.SAMRule` or another one from
+            :mod:`lightning_gr.rules`.
         strength: A factor on the penalty (or the radius), for warm-up.
         level: Flood the loss at this level. None disables flooding.
-        exclude: Shell-style patterns for names of parameters that get exactly the clean gradient; requires a module.
+        exclude: Shell-style patterns for names of parameters that get exactly the clean gradient, or types of layers,
+            such as ``"type:LayerNorm"``; requires a module.
         backward: Back-propagates a loss, for example ``fabric.backward``.
         loss_scale: The scale S of a gradient scaler as a tensor, ``scaler.scale(torch.ones((), device=...))``. Each
             loss is multiplied by it before ``backward``, so that ``.grad`` is ready for ``scaler.unscale_``.
+        optimizer: The optimizer that will make the step. :class:`~lightning_gr.rules.MomentumSAMRule` needs it, for its
+            momentum.
+        state: What the rule keeps from step to step, for rules that do, such as
+            :class:`~lightning_gr.rules.FriendlySAMRule`. It also counts the steps.
+        gradient_clip: Scale the first gradient, and each further one, down to this norm before they are combined. Two
+            numbers are the norms of the first gradient and of the further ones.
 
     Returns:
         The loss of the first pass, detached, without flooding and scaling.
 
     Raises:
-        ValueError: If a pattern matches nothing, if there are no parameters, or if ``loss_fn`` does not return a loss
-            with a graph.
+        ValueError: If a pattern matches nothing, if there are no parameters, if ``loss_fn`` does not return a loss with
+            a graph, or if ``optimizer`` or ``state`` is missing for a rule that needs it.
 
     Source: Karakida et al. (ICML 2023, arXiv 2210.02720), F-GR and B-GR.
 
@@ -182,32 +208,66 @@ def regularized_backward(
     patterns = check_exclude(exclude)
     if not everything or (patterns and module is None):
         raise ValueError("Expected `params` to contain a parameter, and to be a module if `exclude` is given")
-    excluded = match_names(patterns, module.named_parameters(remove_duplicate=False)) if module is not None else set()
-    update = rule.update(strength)
+    excluded = set() if module is None else match_params(patterns, module)
+    group = {} if optimizer is None else optimizer.param_groups[0]
+    update = rule.update(Context(strength, 0 if state is None else state.step, group))
+    update = update.clipped(check_gradient_clip(gradient_clip))
+    targets = [p for p in everything if id(p) not in excluded]
 
     def scaled_backward(loss: Tensor) -> None:
         backward(loss if loss_scale is None else loss * loss_scale)
 
     surroundings, storage = _memory_of(module, everything)
+    ahead = _ahead(optimizer, targets, update, storage)
+
+    def first_backward(loss: Tensor) -> None:
+        with nullcontext() if ahead is None else ahead.displaced():
+            scaled_backward(loss)
+
     passes = ClosurePasses(
         loss_fn,
         surroundings,
         storage,
-        backward=scaled_backward,
+        backward=first_backward,
         backward_again=scaled_backward,
         flood=None if level is None else lambda loss: flood_gradient_(loss, level),
+        ahead=ahead,
     )
-    loss = passes.first(only=update.is_plain)
-    if not update.is_plain:
+    loss = passes.first(only=not update.has_second_pass)
+    if update.has_second_pass:
         add_second_pass_(
             update,
-            [p for p in everything if id(p) not in excluded],
+            targets,
             passes.replay,
             storage,
             excluded=[p for p in everything if id(p) in excluded],
             loss_scale=loss_scale,
+            state=_NoState() if state is None else state,
         )
+    if state is not None:
+        state.step += 1
     return loss
+
+
+class _NoState(State):
+    """What a rule gets if the caller has not created a state."""
+
+    def set(self, name: str, vector: Sequence[Tensor]) -> None:
+        raise ValueError(
+            f"Expected `state` with a rule that keeps {name!r}: create a `State()` and pass it in each step"
+        )
+
+
+def _ahead(
+    optimizer: torch.optim.Optimizer | None, params: list[Tensor], update: Update, storage: WeightStorage
+) -> Ahead | None:
+    if not update.ahead:
+        return None
+    if optimizer is None:
+        raise ValueError(
+            "Expected `optimizer` with a rule that looks ahead along its momentum: give the one that steps"
+        )
+    return Ahead(optimizer, params, update.ahead, storage)
 
 
 _Memory = tuple[Surroundings, WeightStorage]

@@ -6,25 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gr.core.rules import Rule, Update
+from lightning_gr.core.rules import Update
 from lightning_gr.core.sharding import by_layout, local_parts, sum_over_ranks
 from lightning_gr.core.tensors import inner_product, tensor_norms, wide_dtype
 from lightning_gr.core.two_pass import Replay, Transform
 
 __all__ = [
     "BY_LAYER",
-    "DEFAULT_METRICS",
     "METRICS",
     "OF_SECOND_GRADIENT",
     "Measurement",
     "check_metrics",
+    "default_metrics",
     "layer_norms",
     "layers_of",
     "undefined_metrics",
 ]
 
 METRICS = ("grad_norm", "grad_norm_perturbed", "penalty", "loss_perturbed", "sharpness", "alignment", "curvature")
-DEFAULT_METRICS = ("grad_norm", "sharpness", "penalty")
 BY_LAYER = "grad_norm_by_layer"
 # the metrics that need the second gradient separately
 OF_SECOND_GRADIENT = frozenset({"grad_norm_perturbed", "alignment", "curvature"})
@@ -58,16 +57,27 @@ def check_metrics(
     return tuple(dict.fromkeys(names))
 
 
-def undefined_metrics(rule: Rule) -> dict[str, str]:
-    """The metrics that are undefined for a rule, with the reason."""
-    update, reasons = rule.update(), {}
+def default_metrics(update: Update) -> tuple[str, ...]:
+    """Return what is logged by default: everything that does not cost a pass."""
+    return ("grad_norm",) if update.ahead else ("grad_norm", "sharpness", "penalty")
+
+
+def undefined_metrics(update: Update) -> dict[str, str]:
+    """Return the metrics that an update does not define, each with the reason."""
+    if update.ahead:
+        return dict.fromkeys(set(METRICS) - {"grad_norm", "sharpness"}, "there is a single pass")
+    reasons = {}
     if update.direction == "adaptive":
         reasons = dict.fromkeys(("penalty", "curvature"), "ASAM's direction is not along the gradient")
     if len(update.probes) != 1:
-        why = "this scheme has no single perturbed gradient"
-        reasons |= dict.fromkeys(("grad_norm_perturbed", "alignment"), why)
+        reasons |= dict.fromkeys(("grad_norm_perturbed", "alignment"), "this scheme has no separate perturbed gradient")
     if not update.probes:
         reasons |= dict.fromkeys(("loss_perturbed", "sharpness"), "this scheme does not perturb the weights")
+    if not update.is_linear:
+        unknown = OF_SECOND_GRADIENT | {"penalty"}
+        reasons |= dict.fromkeys(unknown, "this rule does not combine the gradients linearly")
+    if update.clip is not None:
+        reasons |= dict.fromkeys(OF_SECOND_GRADIENT, "each gradient is clipped")
     return reasons
 
 

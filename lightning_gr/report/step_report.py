@@ -41,6 +41,7 @@ class StepReport:
         self._losses: dict[int, Tensor] = {}
         self._measured: dict[str, dict[int, Measurement]] = {}
         self._plain: dict[str, dict[str, Tensor]] = {}
+        self._per_rank: list[str] = []
 
     def open(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Start a window of micro-batches, and decide whether to measure it."""
@@ -53,6 +54,11 @@ class StepReport:
         """Record the loss of a micro-batch, divided and scaled as it is back-propagated."""
         if self.due:
             self._losses[batch_idx] = loss.detach()
+
+    def loss_of_window(self, scale: Tensor | None) -> Tensor:
+        """The mean loss over the micro-batches that had one, without the gradient scaler's factor."""
+        total = torch.stack(list(self._losses.values())).sum()
+        return total if scale is None else total / scale
 
     def of_window(self, batch_idx: int | None, scale: Tensor | None, local: bool, stashed: bool) -> Measurement | None:
         """Create an observer for the second pass of a window (``batch_idx`` is None) or of one of its micro-batches.
@@ -79,14 +85,36 @@ class StepReport:
         self._measured.setdefault(group, {})[position] = observer
         return observer
 
+    @property
+    def measures_clean_loss(self) -> bool:
+        """Whether this step, if its gradient is taken at a point ahead, needs its loss at the weights too."""
+        return self.due and "sharpness" in self.names
+
     @torch.no_grad()
-    def first_only(self, params: Sequence[Tensor], scale: Tensor | None, group: str = "") -> None:
-        """Measure a gradient that does not get a second pass."""
+    def first_only(
+        self,
+        params: Sequence[Tensor],
+        scale: Tensor | None,
+        group: str = "",
+        sharpness: Tensor | None = None,
+    ) -> None:
+        """Measure a gradient that does not get a second pass.
+
+        Args:
+            params: The parameters with that gradient.
+            scale: The gradient scaler's factor in it.
+            group: Prefix of the keys.
+            sharpness: The loss where the gradient was taken minus the loss at the weights.
+        """
         grads = [p.grad for p in params if p.grad is not None]
         if self.due and self.names and grads:
             norm = global_norm(grads)
             values = {"grad_norm": norm if scale is None else norm / scale} if "grad_norm" in self.names else {}
-            self._plain[group] = values | {f"grad_norm/{n}": v for n, v in layer_norms(self._layers, scale).items()}
+            values |= {f"grad_norm/{n}": v for n, v in layer_norms(self._layers, scale).items()}
+            if sharpness is not None:
+                values["sharpness"] = sharpness
+                self._per_rank.append(group + "sharpness")
+            self._plain[group] = values
 
     def count(self, regularized: bool, due: bool) -> None:
         """Count an optimizer step."""
@@ -99,7 +127,7 @@ class StepReport:
         if not self.due:
             return
         values: dict[str, Tensor] = {}
-        per_rank: list[str] = []
+        per_rank = list(self._per_rank)
         for group, observers in self._measured.items():
             mean = _mean([observer.results() for observer in observers.values()])
             values |= {group + name: value for name, value in mean.items()}

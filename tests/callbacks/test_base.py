@@ -36,7 +36,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gr import SAM, Flooding, GradientRegularization, regularized_backward
-from lightning_gr.callbacks.base import TwoPassCallback
+from lightning_gr.callbacks.base import TwoPass
 
 LEVEL = 1.09  # among the losses, see test_two_pass
 EPOCHS = 3
@@ -632,5 +632,5 @@ def test_callbacks_can_be_copied_while_they_run(clone):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_arguments_are_those_of_the_rule(name):
     callback = METHODS[name].callback()
-    assert isinstance(callback, TwoPassCallback)
+    assert isinstance(callback, TwoPass)
     assert callback.rule == METHODS[name].rule

@@ -157,7 +157,7 @@ class MySAM(SAM):
 )
 def test_two_methods(callbacks, names):
     message = refused(TinyModule(), *callbacks)
-    assert message == f"Expected at most one method with a second pass in a Trainer but got {names}: remove all but one"
+    assert message == f"Expected at most one method besides flooding in a Trainer but got {names}: remove all but one"
 
 
 @pytest.mark.parametrize("kind", [SAM, GradientRegularization])

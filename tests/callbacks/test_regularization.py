@@ -12,6 +12,7 @@ KINDS = {GradientRegularization: ["gamma", "epsilon"], SAM: ["rho"]}
 OTHERS = {
     "start_step": 3, "interval": 2, "warmup_steps": 4, "lazy": True, "exclude": ["*.bias"], "ascent_sync": False,
     "accumulation": "micro_batch", "metrics": ["grad_norm"], "prefix": "x/", "prog_bar": True, "verbose": False,
+    "gradient_clip": (2.0, 1.0),
 }  # fmt: skip
 OF_RULE = {GradientRegularization: {"scheme": "central", "normalize": True}, SAM: {"adaptive": True, "eta": 0.1}}
 
@@ -39,6 +40,7 @@ def test_each_argument_arrives(kind):
         ("grad_norm",), "x/", ("grad_norm",),
     )  # fmt: skip
     assert callback.verbose is False
+    assert callback.gradient_clip == (2.0, 1.0)
 
 
 def test_the_rule_is_made_of_the_arguments():

@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import Namespace
 
 from lightning_gr import SAM, Flooding, GradientRegularization, GradientRegularizationCLI, GRRule, SAMRule
-from lightning_gr.callbacks.base import TwoPassCallback
+from lightning_gr.callbacks.base import TwoPass
 from lightning_gr.cli import main as cli
 
 NAMESPACES = ["pytorch_lightning", "lightning.pytorch"]
@@ -55,7 +55,7 @@ def stock(namespace, flags, kind=None):
 
 
 def ours(trainer):
-    return [callback for callback in trainer.callbacks if isinstance(callback, (TwoPassCallback, Flooding))]
+    return [callback for callback in trainer.callbacks if isinstance(callback, (TwoPass, Flooding))]
 
 
 LOGGING = ("lightning_gr.report.step_report", "lightning_gr.report.step_log", "lightning_gr.callbacks.flooding")
@@ -167,7 +167,7 @@ def test_flag_groups_choose_the_method(namespace):
         (["--gr.gamma=-0.1"], "--gr: Expected argument `gamma` to be a non-negative float but got -0.1"),
         (["--sam.rho=wide"], "--sam.rho: Expected a <class 'float'>. Got value: wide"),
         (["--gr.gama=0.1"], "'gama' is not"),
-        (["--gr.gamma=0.1", "--sam.rho=0.1"], "at most one method with a second pass but got --gr and --sam: remove"),
+        (["--gr.gamma=0.1", "--sam.rho=0.1"], "at most one method besides flooding but got --gr and --sam: keep"),
         (["--trainer.callbacks+=SAM", "--trainer.callbacks.rho=-1"], "Expected argument `rho` to be a non-negative"),
         (["--trainer.callbacks+=SAM", "--trainer.callbacks.rho=x"], "--trainer.callbacks.rho: Expected a <class 'floa"),
         (["--flooding={}"], "--flooding: "),

@@ -35,7 +35,7 @@ from lightning_gr import (
     SharpnessMonitor,
     regularized_backward,
 )
-from lightning_gr.callbacks.base import TwoPassCallback
+from lightning_gr.callbacks.base import TwoPass
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Using backward.. with create_graph=True", "ignore:.torch.jit.\\w+. is deprecated"
@@ -231,8 +231,8 @@ def test_a_hook_overridden_without_super_is_right_or_refused(kind):
 OURS = {
     kind: [name for name in vars(base) if hasattr(pl.Callback, name) and not name.startswith("__")]
     for kind, base in {
-        SAM: TwoPassCallback,
-        GradientRegularization: TwoPassCallback,
+        SAM: TwoPass,
+        GradientRegularization: TwoPass,
         Flooding: Flooding,
         GradientNormMonitor: GradientNormMonitor,
         SharpnessMonitor: SharpnessMonitor,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gr import GRRule, SAMRule
-from lightning_gr.core.rules import SCHEMES, Probe, Update
+from lightning_gr.core.rules import SCHEMES, Context, Probe, Update
 from lightning_gr.core.schedule import Schedule
 
 positive = st.floats(1e-4, 1e2)
@@ -37,7 +37,7 @@ def test_rows(rule, row):
 
 @given(gamma=positive, epsilon=positive, scheme=st.sampled_from(SCHEMES), normalize=st.booleans(), strength=strengths)
 def test_coefficients_of_gr_sum_to_one(gamma, epsilon, scheme, normalize, strength):
-    row = GRRule(gamma, epsilon, scheme, normalize).update(strength)
+    row = GRRule(gamma, epsilon, scheme, normalize).update(Context(strength))
     largest = max(1.0, *(abs(probe.weight) for probe in row.probes)) if row.probes else 1.0
     assert row.keep + sum(probe.weight for probe in row.probes) == pytest.approx(1.0, abs=1e-15 * largest)
     # what multiplies H d, to first order: the penalty, whichever scheme
@@ -48,16 +48,16 @@ def test_coefficients_of_gr_sum_to_one(gamma, epsilon, scheme, normalize, streng
 
 @given(rho=positive, adaptive=st.booleans(), strength=strengths)
 def test_sam_is_one_gradient_at_the_scaled_radius(rho, adaptive, strength):
-    row = SAMRule(rho, adaptive).update(strength)
+    row = SAMRule(rho, adaptive).update(Context(strength))
     assert (row.keep, row.probes, row.curvature) == (0.0, (Probe(strength * rho, 1.0),), 0.0)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_nothing_to_do_is_plain(scheme):
     assert GRRule(0.0, 0.1, scheme).update().is_plain
-    assert GRRule(0.1, 0.1, scheme).update(0.0).is_plain
+    assert GRRule(0.1, 0.1, scheme).update(Context(0.0)).is_plain
     assert SAMRule(0.0).update().is_plain
-    assert SAMRule(0.1).update(0.0).is_plain
+    assert SAMRule(0.1).update(Context(0.0)).is_plain
 
 
 def test_the_adaptive_direction_keeps_nothing():

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gr.core.selection import match_names
+from lightning_gr.core.selection import match_params
 
 
 def found(patterns, net):
-    return match_names(patterns, net.named_parameters(remove_duplicate=False))
+    return match_params(patterns, net)
 
 
 def test_patterns_are_over_whole_names_and_case_counts():
@@ -28,11 +28,40 @@ def test_any_name_of_a_tied_parameter_will_do():
 
 
 def test_a_message_names_some_of_many():
-    many = [(f"layer_{i}", torch.ones(1)) for i in range(5)]
+    many = nn.ParameterDict({f"layer_{i}": torch.ones(1) for i in range(5)})
     with pytest.raises(ValueError, match=r"'x' matches none of layer_0, layer_1, layer_2, layer_3, …;") as caught:
-        match_names(["layer_4", "x"], many)
+        match_params(["layer_4", "x"], many)
     assert "\n" not in str(caught.value)
 
 
 def test_no_pattern_needs_no_parameter():
-    assert match_names([], iter([])) == set()
+    assert match_params([], nn.Identity()) == set()
+
+
+class Attention(nn.Module):
+    """A layer with layers of its own, and a subclass."""
+
+    def __init__(self):
+        super().__init__()
+        self.project, self.norm = nn.Linear(3, 3), nn.LayerNorm(3)
+
+
+class Own(nn.LayerNorm):
+    pass
+
+
+def test_types_of_layers():
+    net = nn.Sequential(nn.Embedding(4, 3), Attention(), Own(3), nn.ReLU())
+    norms = {id(p) for layer in (net[1].norm, net[2]) for p in layer.parameters()}
+    assert found(["type:LayerNorm"], net) == norms
+    assert found(["type:Own"], net) == {id(p) for p in net[2].parameters()}
+    assert found(["type:Attention"], net) == {id(p) for p in net[1].parameters()}
+    assert found(["type:Embedding", "1.*.bias"], net) == {
+        id(net[0].weight),
+        id(net[1].project.bias),
+        id(net[1].norm.bias),
+    }
+    for unknown in ("type:ReLU", "type:layernorm", "type:", "type:Conv2d"):
+        with pytest.raises(ValueError, match="types are Embedding, LayerNorm, Linear, Own") as caught:
+            found([unknown], net)
+        assert "\n" not in str(caught.value)

@@ -28,7 +28,7 @@ from torch import nn
 from lightning_gr import GRRule, SAMRule, flood, regularized_backward
 from lightning_gr.core.gradients import StashedGradients
 from lightning_gr.core.rules import SCHEMES, Probe, Update
-from lightning_gr.core.selection import match_names
+from lightning_gr.core.selection import match_params
 from lightning_gr.core.storage import WeightStorage
 from lightning_gr.core.two_pass import NoLossError, add_second_pass_, extract_loss
 
@@ -315,7 +315,7 @@ def test_the_loss_is_what_a_step_returned_or_holds_as_loss():
 
 
 def names_of(net, patterns):
-    return match_names(patterns, net.named_parameters(remove_duplicate=False))
+    return match_params(patterns, net)
 
 
 def test_patterns_match_any_name_of_a_tied_parameter():

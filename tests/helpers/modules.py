@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gr import SAM, GradientRegularization, GradientRegularizationMixin, GRRule, SAMRule
+from lightning_gr import SAM, GradientRegularization, GradientRegularizationMixin, GRRule, MomentumSAM, SAMRule
+from lightning_gr.callbacks.base import TwoPass
 from lightning_gr.core.rules import SCHEMES
+from lightning_gr.rules import FriendlySAMRule, GSAMRule, LookSAMRule, MomentumSAMRule
 
 FEATURES, CLASSES = 5, 3
 
@@ -46,6 +48,10 @@ def make_loader(count=24, batch_size=8, dtype=torch.float64, seed=1):
 
 def sgd(params):
     return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+def adamw(params):
+    return torch.optim.AdamW(params, lr=0.01, weight_decay=0.1)
 
 
 def adam(params):
@@ -184,4 +190,27 @@ FIRST_ORDER = [name for name, method in METHODS.items() if not method.rule.updat
 # one of each kind, where the code does not depend on the row any further
 SOME = ["forward GR", "central norm penalty", "exact GR", "ASAM with eta"]
 SOME_MOVING = [name for name in SOME if name in MOVING]
+
+
+class Stateful(NamedTuple):
+    """A rule that keeps something from step to step, or looks at the optimizer, and the same by hand."""
+
+    rule: object
+    by_hand: type
+
+    def callback(self, **options):
+        if isinstance(self.rule, MomentumSAMRule):
+            return MomentumSAM(self.rule.rho, **options)
+        return TwoPass(self.rule, **options)
+
+    def reference(self):
+        return self.by_hand(**asdict(self.rule))
+
+
+STATEFUL = {
+    "Momentum-SAM": Stateful(MomentumSAMRule(0.5), reference.MomentumSAM),
+    "GSAM": Stateful(GSAMRule(0.2, 0.4), reference.GSAM),
+    "Friendly-SAM": Stateful(FriendlySAMRule(0.2, 0.8, 0.7), reference.FriendlySAM),
+    "LookSAM": Stateful(LookSAMRule(0.2, 0.7, 3), reference.LookSAM),
+}
 OPTIMIZERS = {"SGD": (sgd, reference.SGD), "Adam": (adam, reference.Adam)}

@@ -89,6 +89,69 @@ def unnormalized_sam(loss, theta, rho):
     return moved(loss, theta, rho, plain(loss, theta))
 
 
+def inner(x, y):
+    return sum(float((x[name] * y[name]).sum()) for name in x)
+
+
+class MomentumSAM:
+    """∇L(θ − ρ v/‖v‖) with v the optimizer's momentum (Becker et al. 2024); ∇L(θ) before there is one."""
+
+    def __init__(self, rho):
+        self.rho = rho
+
+    def gradient(self, step, loss, theta, optimizer):
+        v = optimizer.momentum_vector
+        return moved(loss, theta, -self.rho, unit(v)) if v else plain(loss, theta)
+
+
+class GSAM:
+    """g₁ minus α times the part of g₀ that is perpendicular to it (Zhuang et al. 2022)."""
+
+    def __init__(self, rho, alpha):
+        self.rho, self.alpha = rho, alpha
+
+    def gradient(self, step, loss, theta, optimizer):
+        g0 = plain(loss, theta)
+        g1 = moved(loss, theta, self.rho, unit(g0))
+        parallel = {name: inner(g0, g1) / inner(g1, g1) * g1[name] for name in g1}
+        perpendicular = combine(1.0, g0, -1.0, parallel)
+        return combine(1.0, g1, -self.alpha, perpendicular)
+
+
+class FriendlySAM:
+    """SAM along g₀ − σ m, with m an average of earlier gradients (Li et al. 2024)."""
+
+    def __init__(self, rho, sigma, decay):
+        self.rho, self.sigma, self.decay, self.average = rho, sigma, decay, None
+
+    def gradient(self, step, loss, theta, optimizer):
+        g0, m = plain(loss, theta), self.average
+        direction = g0 if m is None else combine(1.0, g0, -self.sigma, m)
+        self.average = g0 if m is None else combine(self.decay, m, 1 - self.decay, g0)
+        return moved(loss, theta, self.rho, unit(direction))
+
+
+class LookSAM:
+    """SAM every k steps, and the part of its gradient perpendicular to g₀ again between (Liu et al. 2022)."""
+
+    def __init__(self, rho, alpha, interval):
+        self.rho, self.alpha, self.interval, self.kept = rho, alpha, interval, None
+
+    def gradient(self, step, loss, theta, optimizer):
+        g0 = plain(loss, theta)
+        if step % self.interval == 0:
+            g1 = moved(loss, theta, self.rho, unit(g0))
+            self.kept = combine(1.0, g1, -inner(g1, g0) / inner(g0, g0), g0)
+            return g1
+        return combine(1.0, g0, self.alpha * norm(g0) / norm(self.kept), self.kept)
+
+
+def clipped(gradient, limit):
+    """``gradient``, scaled down to the norm ``limit`` if it is longer."""
+    factor = min(1.0, limit / norm(gradient))
+    return {name: factor * value for name, value in gradient.items()}
+
+
 def excluding(method, names):
     """``method`` over the parameters that are not in ``names``; those in ``names`` keep ∇L(θ)."""
 
@@ -124,17 +187,25 @@ class SGD:
     def __init__(self, lr=0.1, momentum=0.9):
         self.lr, self.momentum, self.velocity = lr, momentum, None
 
+    @property
+    def momentum_vector(self):
+        return self.velocity
+
     def step(self, theta, g):
         self.velocity = g if self.velocity is None else combine(self.momentum, self.velocity, 1.0, g)
         return combine(1.0, theta, -self.lr, self.velocity)
 
 
 class Adam:
-    """Kingma & Ba (2015), algorithm 1."""
+    """Kingma & Ba (2015), algorithm 1; with ``decay``, AdamW (Loshchilov & Hutter 2019), algorithm 2."""
 
-    def __init__(self, lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8):
-        self.lr, self.beta1, self.beta2, self.eps = lr, beta1, beta2, eps
+    def __init__(self, lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8, decay=0.0):
+        self.lr, self.beta1, self.beta2, self.eps, self.decay = lr, beta1, beta2, eps, decay
         self.m, self.v, self.t = {}, {}, 0
+
+    @property
+    def momentum_vector(self):
+        return self.m
 
     def step(self, theta, g):
         self.t += 1
@@ -143,7 +214,7 @@ class Adam:
             self.m[name] = self.beta1 * self.m.get(name, 0.0) + (1 - self.beta1) * g[name]
             self.v[name] = self.beta2 * self.v.get(name, 0.0) + (1 - self.beta2) * g[name] ** 2
             m, v = self.m[name] / (1 - self.beta1**self.t), self.v[name] / (1 - self.beta2**self.t)
-            new[name] = value - self.lr * m / (v.sqrt() + self.eps)
+            new[name] = (1 - self.lr * self.decay) * value - self.lr * m / (v.sqrt() + self.eps)
         return new
 
 
@@ -153,3 +224,8 @@ def train(net, losses, optimizer, gradient):
     for step, loss in enumerate(losses):
         theta = optimizer.step(theta, gradient(step, loss, theta))
     return theta
+
+
+def train_with(net, losses, optimizer, method):
+    """As :func:`train`, for a method that keeps something from step to step. Returns θ."""
+    return train(net, losses, optimizer, lambda step, loss, theta: method.gradient(step, loss, theta, optimizer))

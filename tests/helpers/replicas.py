@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from modules import METHODS, make_data, mlp, weights
+from modules import METHODS, STATEFUL, make_data, mlp, weights
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 from torch.distributed import nn as collectives
@@ -34,7 +34,7 @@ class Case(NamedTuple):
     manual: bool = False
 
     def callbacks(self):
-        own = [] if self.method is None else [METHODS[self.method].callback(**self.options)]
+        own = [] if self.method is None else [(METHODS | STATEFUL)[self.method].callback(**self.options)]
         return own if self.flooding is None else [*own, Flooding(**self.flooding)]
 
 
@@ -47,7 +47,11 @@ UNUSED = {"find_unused_parameters": True}
 FLOODED = {"level": 1.0, "sync": True}
 
 JOINT = {
-    **{f"synced {name}": Case(name) for name in METHODS},
+    **{f"synced {name}": Case(name) for name in METHODS | STATEFUL},
+    **{f"synced accumulation {name}": Case(name, trainer=TWO) for name in STATEFUL},
+    **{f"synced manual {name}": Case(name, manual=True) for name in STATEFUL},
+    "synced clipping": Case("SAM", {"gradient_clip": (0.1, 0.05)}),
+    "synced clipping, three passes": Case("central GR", {"gradient_clip": 0.05}),
     "synced exclude": Case("SAM", EXCLUDE),
     "synced accumulation": Case("SAM", trainer=TWO),
     "synced flooding": Case(None, flooding=FLOODED),

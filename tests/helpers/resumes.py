@@ -20,7 +20,8 @@ from modules import TinyModule, make_data, make_trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_gr import SAM, Flooding, GradientRegularization, in_second_pass
+from lightning_gr import SAM, Flooding, GradientRegularization, MomentumSAM, TwoPass, in_second_pass
+from lightning_gr.rules import FriendlySAMRule, LookSAMRule
 
 KILLS = 6
 SAMPLES, BATCH_SIZE = 21, 3
@@ -92,6 +93,12 @@ TRAININGS = {
     "GR": (regularization, {}, 2),
     "SAM": (lambda: [SAM(0.1), Flooding(1.0)], {"accumulate_grad_batches": 2}, 1),
     "SAM by micro-batch": (lambda: [SAM(0.1, accumulation="micro_batch")], {"accumulate_grad_batches": 2}, 1),
+}
+# rules that keep something, or look at what the optimizer keeps
+KEEPING = {
+    "Momentum-SAM": (lambda: [MomentumSAM(0.5, warmup_steps=9)], {"accumulate_grad_batches": 2}),
+    "Friendly-SAM": (lambda: [TwoPass(FriendlySAMRule(0.1))], {"accumulate_grad_batches": 2}),
+    "LookSAM": (lambda: [TwoPass(LookSAMRule(0.1, interval=4))], {}),
 }
 
 

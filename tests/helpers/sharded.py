@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from modules import FIRST_ORDER, METHODS, make_data, mlp
+from modules import FIRST_ORDER, METHODS, STATEFUL, make_data, mlp
 from pytorch_lightning.callbacks import OnExceptionCheckpoint
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
@@ -38,13 +38,19 @@ class Case(NamedTuple):
     manual: bool = False
 
     def callbacks(self):
-        own = [] if self.method is None else [METHODS[self.method].callback(**self.options)]
+        own = [] if self.method is None else [(METHODS | STATEFUL)[self.method].callback(**self.options)]
         return own if self.level is None else [*own, Flooding(self.level, sync=self.sync_flood)]
 
 
 EXCLUDE = {"exclude": ["*.bias"]}
 CASES = {
     **{f"{layout} {name}": Case(layout, name) for layout in ("fsdp", "tensor", "both") for name in FIRST_ORDER},
+    **{f"{layout} Momentum-SAM": Case(layout, "Momentum-SAM") for layout in ("fsdp", "tensor", "both", "kept whole")},
+    "fsdp Momentum-SAM by hand": Case("fsdp", "Momentum-SAM", manual=True),
+    "fsdp Momentum-SAM, Adam, accumulation": Case(
+        "fsdp", "Momentum-SAM", {"exclude": ["*.bias"]}, trainer={"accumulate_grad_batches": 2}, adam=True
+    ),
+    "fsdp clipping each": Case("fsdp", "SAM", {"gradient_clip": (0.1, 0.05)}),
     "fsdp exclude": Case("fsdp", options=EXCLUDE),
     "tensor exclude": Case("tensor", options=EXCLUDE),
     "both exclude": Case("both", "SAM", options=EXCLUDE),

@@ -113,7 +113,13 @@ def test_all_reduces_per_step(results, name):
     """Two with a synced ascent, one with a local one, which is what plain training takes; three passes take no more."""
     case = CASES[name]
     steps = EPOCHS * WINDOWS // case.trainer.get("accumulate_grad_batches", 1)
-    synced = case.method is not None and case.options.get("ascent_sync", True)
+    synced = case.method not in (None, "Momentum-SAM") and case.options.get("ascent_sync", True)
+    if case.method == "LookSAM":  # a second pass on each third step only
+        assert results[0][name]["reduced"] == steps + -(-steps // 3)
+        return
+    if name == "synced clipping, three passes":  # which needs each gradient as a whole
+        assert results[0][name]["reduced"] == 3 * steps
+        return
     # DDP learns a static graph in a first step that reduces
     extra = 1 if case.ddp.get("static_graph") and not synced else 0
     assert results[0][name]["reduced"] == steps * (1 + synced) + extra

@@ -53,7 +53,7 @@ def test_gan_on_two_processes():
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("name", ["plain_loop.py", "fabric_loop.py", "alternating_optimizers.py"])
+@pytest.mark.parametrize("name", ["plain_loop.py", "fabric_loop.py", "accelerate_loop.py", "alternating_optimizers.py"])
 def test_loops(name):
     accuracies = re.findall(r"test accuracy ([\d.]+)", run(name, "--epochs", "15"))
     assert len(accuracies) == 2
@@ -100,6 +100,15 @@ def test_language_model(run_here):
     assert bits[1] < bits[0]
     assert bits[3] < bits[2]
     assert bits[1] != bits[3]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # transformers' own
+def test_finetuning_of_gpt2(run_here):
+    out = run_here("finetune_gpt2.py", "--epochs", "2", "--characters", "20000")
+    plain, regularized = (float(number) for number in re.findall(r"bits per character ([\d.]+)", out))
+    assert plain < 5.5  # of 6.3 for 80 characters alike
+    assert regularized == pytest.approx(plain, rel=0.05)
 
 
 @pytest.mark.slow

@@ -39,16 +39,18 @@ def quiet_trainer(**options):
     )
 
 
-def test_readme_examples_run():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) >= 4
+@pytest.mark.parametrize(("page", "count"), [("README.md", 4), ("docs/methods.md", 2)])
+def test_examples_run(page, count):
+    text = (README.parent / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) >= count
     data, steps = TensorDataset(torch.randn(16, 4), torch.randint(2, (16,))), []
     namespace = {"Trainer": quiet_trainer, "Model": Model, "model": Model(), "train_loader": DataLoader(data, 8)}
     namespace["torch"] = torch
     with register_optimizer_step_post_hook(lambda *_: steps.append(1)):
         for block in blocks:
             steps.clear()
-            exec(compile(block, str(README), "exec"), namespace)
+            exec(compile(block, page, "exec"), namespace)
             assert steps
 
 

@@ -13,10 +13,10 @@ import pytorch_lightning as pl
 import torch
 from launching import HERE, ROOT
 from modules import METHODS, SOME, assert_same, make_trainer
-from resumes import KILLS, TRAININGS, Loader, Training, last_complete, regularization, train
+from resumes import KEEPING, KILLS, TRAININGS, Loader, Training, last_complete, regularization, train
 
 from lightning_gr import Flooding, GRRule, in_second_pass
-from lightning_gr.callbacks.base import TwoPassCallback
+from lightning_gr.callbacks.base import TwoPass
 
 LIMIT = 120.0  # seconds
 
@@ -110,6 +110,19 @@ def test_schedules_follow_the_global_step(name, tmp_path):
         assert state_of(trainer) == expected
 
 
+@pytest.mark.parametrize("name", KEEPING)
+def test_what_a_rule_keeps_is_resumed(name, tmp_path):
+    callbacks, options = KEEPING[name]
+    options = {"max_epochs": 3, **options}
+    expected = state_of(train(*callbacks(), Saves(tmp_path), **options))
+    for batches in (2, 4, 9, 14, 18, 20):
+        checkpoint = torch.load(tmp_path / f"{batches}.ckpt", weights_only=True)
+        kept = [state["state"] for state in checkpoint["callbacks"].values() if "state" in state]
+        assert bool(kept) == (name != "Momentum-SAM")
+        assert all(set(vector) <= set(checkpoint["state_dict"]) for each in kept for vector in each.values())
+        assert state_of(train(*callbacks(), ckpt_path=tmp_path / f"{batches}.ckpt", **options)) == expected
+
+
 @pytest.mark.parametrize("name", ["SAM", "SAM by micro-batch"])
 def test_the_rest_of_a_window_is_regularized(name, tmp_path):
     callbacks, options, _ = TRAININGS[name]
@@ -143,7 +156,7 @@ CHANGES = [("plain", "GR"), ("plain", "SAM"), ("GR", "plain"), ("GR", "SAM"), ("
 
 
 def method(name):
-    return [] if name == "plain" else [TwoPassCallback(RULES[name])]
+    return [] if name == "plain" else [TwoPass(RULES[name])]
 
 
 @pytest.mark.parametrize(("before", "after"), CHANGES)
@@ -155,7 +168,7 @@ def test_another_method_goes_on(before, after, tmp_path):
             both.rule = RULES[before if trainer.global_step < 9 else after]
 
     train(*method(before), Saves(tmp_path), max_epochs=2)
-    both = TwoPassCallback(RULES[before])
+    both = TwoPass(RULES[before])
     expected = state_of(train(Changes(), both, max_epochs=3))
     assert state_of(train(*method(after), ckpt_path=tmp_path / "9.ckpt", max_epochs=3)) == expected
 

@@ -7,7 +7,8 @@ from modules import assert_near, assert_same
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from sharded import CASES, RANKS, Module, spread, trainer, whole
 
-from lightning_gr import SAM, GradientRegularization
+from lightning_gr import SAM, GradientRegularization, TwoPass
+from lightning_gr.rules import GSAMRule
 
 LIMIT = 240
 pytestmark = [
@@ -72,6 +73,7 @@ def test_checkpoints_are_clean(results, full):
     ("callback", "message"),
     [
         (GradientRegularization(scheme="exact"), r"`scheme='exact'` cannot .* use `scheme='central'`"),
+        (TwoPass(GSAMRule()), r"GSAM combines its gradients itself, which was not shown .* strategy='ddp'"),
         (SAM(ascent_sync=False), r"`ascent_sync=False` needs all parameters on each device.*strategy='ddp'"),
     ],
 )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from lightning_gr.callbacks.base import TwoPassCallback
+from lightning_gr.callbacks.base import TwoPass
 from lightning_gr.callbacks.flooding import Flooding
 from lightning_gr.callbacks.regularization import SAM, GradientRegularization
 
@@ -35,7 +35,7 @@ TRAINING, NOISE, TEST = 500, 0.2, 897
 LEARNING_RATE, MOMENTUM, BATCH = 0.05, 0.9, 64
 
 # Selected on the validation split by `python examples/select_demo_constants.py`, which prints the full grid.
-DEMO_METHODS: dict[str, Callable[[], list[TwoPassCallback | Flooding]]] = {
+DEMO_METHODS: dict[str, Callable[[], list[TwoPass | Flooding]]] = {
     "plain": list,
     "F-GR": lambda: [GradientRegularization(gamma=1.0, epsilon=0.5)],
     "B-GR": lambda: [GradientRegularization(gamma=0.5, epsilon=0.3, scheme="backward")],

@@ -1,0 +1,154 @@
+"""The point ahead along the momentum: which momentum, and weights that come back bit for bit."""
+
+import pytest
+import torch
+from accelerator import treated_as_accelerator
+from modules import assert_near, assert_same, mlp, weights
+from torch import nn
+
+from lightning_gr.core.ahead import Ahead, keeps_momentum, momenta_of
+from lightning_gr.core.storage import WeightStorage
+
+WITH = {
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "Nesterov": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True),
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+    "NAdam": torch.optim.NAdam,
+    "RAdam": torch.optim.RAdam,
+    "Adamax": torch.optim.Adamax,
+    "RMSprop": lambda params: torch.optim.RMSprop(params, momentum=0.9),
+    "fused": lambda params: torch.optim.AdamW(params, fused=True),
+}
+WITHOUT = {
+    "SGD": torch.optim.SGD,
+    "Adagrad": torch.optim.Adagrad,
+    "Adadelta": torch.optim.Adadelta,
+    "RMSprop": torch.optim.RMSprop,
+    "Rprop": torch.optim.Rprop,
+    "ASGD": torch.optim.ASGD,
+    "Adafactor": torch.optim.Adafactor,
+}
+
+
+class Lion(torch.optim.Optimizer):
+    """An optimizer of a user's own, with attributes and random numbers of its own."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+        self.made = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.made += 1
+        for group in self.param_groups:
+            for param in group["params"]:
+                average = self.state[param].setdefault("exp_avg", torch.zeros_like(param))
+                average.lerp_(param.grad, 0.1 + 0 * torch.rand(()))
+                param.sub_(average.sign(), alpha=group["lr"])
+
+
+def stepped(make, net, steps=2):
+    optimizer = make(net.parameters())
+    for _ in range(steps):
+        for param in net.parameters():
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("name", WITH)
+def test_optimizers_with_a_momentum(name):
+    net = mlp(dtype=torch.float32)
+    optimizer = WITH[name](net.parameters())
+    assert momenta_of(optimizer, net.parameters()) == []
+    assert keeps_momentum(optimizer)
+    assert len(momenta_of(stepped(WITH[name], net), net.parameters())) == 4
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_optimizers_without_one(name):
+    assert keeps_momentum(WITHOUT[name](mlp().parameters())) is False
+
+
+def test_one_of_several_groups_is_enough():
+    net = mlp()
+    groups = [{"params": net[0].parameters()}, {"params": net[2].parameters(), "momentum": 0.9}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    assert keeps_momentum(optimizer)
+
+
+def test_looking_leaves_an_optimizer_alone():
+    """Its state, attributes, hooks, scheduler and the random numbers."""
+    net, calls = mlp(), []
+    before = weights(net)
+    optimizer = Lion(net.parameters())
+    optimizer.register_step_pre_hook(lambda *args: calls.append(1))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    numbers = torch.get_rng_state()
+    assert keeps_momentum(optimizer)
+    assert (dict(optimizer.state), optimizer.made, calls, scheduler._step_count) == ({}, 0, [], 1)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert_same(weights(net), before)
+    assert optimizer.param_groups[0]["params"] == list(net.parameters())
+
+
+def test_what_cannot_be_found_out():
+    assert keeps_momentum(torch.optim.LBFGS(mlp().parameters())) is None
+
+
+@pytest.mark.parametrize("host", [True, False])
+@pytest.mark.parametrize("size", [8, 300])  # copied, and swapped
+def test_the_point_and_the_way_back(host, size):
+    net = nn.Sequential(nn.Linear(size, size), nn.Linear(size, 3))
+    optimizer = stepped(WITH["SGD"], net)
+    before = weights(net)
+    momenta = {name: optimizer.state[param]["momentum_buffer"].clone() for name, param in net.named_parameters()}
+    norm = torch.cat([v.flatten() for v in momenta.values()]).norm()
+    ahead = Ahead(optimizer, net.parameters(), 0.5, WeightStorage())
+    for _ in range(2):
+        if host:
+            with ahead.displaced():
+                inside = weights(net)
+        else:
+            with treated_as_accelerator(), ahead.displaced():
+                inside = weights(net)
+        assert_near(inside, {name: before[name] - 0.5 * momenta[name] / norm for name in before}, 1e-6)
+        assert_same(weights(net), before)
+    assert_same({n: optimizer.state[p]["momentum_buffer"] for n, p in net.named_parameters()}, momenta)
+
+
+def test_an_error_in_between():
+    net = mlp()
+    optimizer = stepped(WITH["AdamW"], net)
+    before = weights(net)
+    ahead = Ahead(optimizer, net.parameters(), 1.0, WeightStorage())
+
+    def fail():
+        with ahead.displaced():
+            assert not torch.equal(net[0].weight, before["0.weight"])
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        fail()
+    assert_same(weights(net), before)
+
+
+def test_without_momentum_the_weights_stay():
+    net = mlp()
+    before = weights(net)
+    ahead = Ahead(WITH["SGD"](net.parameters()), net.parameters(), 1.0, WeightStorage())
+    assert not ahead
+    with ahead.displaced():
+        assert_same(weights(net), before)
+
+
+def test_a_momentum_of_zero_moves_nothing():
+    net = mlp()
+    optimizer = WITH["SGD"](net.parameters())
+    for param in net.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    before = weights(net)
+    with Ahead(optimizer, net.parameters(), 1.0, WeightStorage()).displaced():
+        assert_same(weights(net), before)

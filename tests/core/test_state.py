@@ -1,0 +1,75 @@
+"""What a rule keeps: by parameter, saved by name, and taken back where a gradient was not finite."""
+
+import pytest
+import torch
+from modules import assert_same, mlp
+from torch import nn
+
+from lightning_gr.core.state import State
+
+
+def filled(net, value=1.0):
+    state = State()
+    params = list(net.parameters())
+    with state.of(params):
+        state.set("average", [torch.full_like(param, value) for param in params])
+    return state
+
+
+def test_nothing_is_known_until_each_parameter_has_a_vector():
+    net, state = mlp(), State()
+    first, *others = net.parameters()
+    with state.of([first]):
+        assert state.get("average") is None
+        state.set("average", [torch.ones_like(first)])
+        assert state.get("average")[0] is state.get("average")[0]
+    with state.of([first, *others]):
+        assert state.get("average") is None
+        assert state.get("another") is None
+
+
+def test_one_vector_for_each_parameter():
+    state = State()
+    with state.of(list(mlp().parameters())), pytest.raises(ValueError, match="shorter"):
+        state.set("average", [torch.ones(1)])
+
+
+def test_saved_and_restored_by_name():
+    net, other = mlp(), mlp()
+    saved = filled(net, 2.0).state_dict(net.named_parameters())
+    assert_same(saved["average"], {name: torch.full_like(p, 2.0) for name, p in net.named_parameters()})
+    state = State()
+    state.load_state_dict(saved, other.named_parameters())
+    with state.of(list(other.parameters())):
+        assert all((vector == 2.0).all() for vector in state.get("average"))
+    with state.of(list(net.parameters())):
+        assert state.get("average") is None
+
+
+def test_a_layer_that_is_gone_is_left_out():
+    saved = filled(mlp()).state_dict(mlp().named_parameters())
+    assert saved == {"average": {}}
+    net = mlp()
+    saved = filled(net).state_dict(net.named_parameters())
+    state = State()
+    state.load_state_dict(saved, nn.Sequential(net[0]).named_parameters())
+    with state.of(list(net[0].parameters())):
+        assert state.get("average") is not None
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_taken_back_unless_finite(finite):
+    net = mlp()
+    params = list(net.parameters())
+    state = filled(net)
+    with state.of(params):
+        before = state.snapshot()
+        state.get("average")[0].fill_(5.0)
+        state.set("new", [torch.full_like(param, torch.nan) for param in params])
+        state.restore_unless(torch.tensor(finite), before)
+        assert (state.get("average")[0] == (5.0 if finite else 1.0)).all()
+        assert (state.get("average")[1] == 1.0).all()
+        if finite:
+            assert state.get("new")[0].isnan().all()
+        else:
+            assert (state.get("new")[0] == 0.0).all()
