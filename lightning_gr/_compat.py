@@ -39,6 +39,7 @@ __all__ = [
     "stepped_twin",
     "stop_progress_bars",
     "storage_uses",
+    "torchs_own_methods",
     "trainer_parts",
     "unsynced",
     "will_log",
@@ -133,6 +134,16 @@ def storage_uses(tensor: Tensor) -> int | None:
     count = getattr(torch._C, "_storage_Use_Count", None)
     storage = tensor.untyped_storage()
     return None if count is None else int(count(storage._cdata)) - 1
+
+
+def torchs_own_methods() -> AbstractContextManager[Any]:
+    """Let what is asked of a tensor be answered by torch, with tensors of its own class, and not by a subclass.
+
+    Such a class may label its rows and refuse to be cloned without the labels. It relies on torch's private switch for
+    ``__torch_function__``. Methods that are overridden in Python are to be called unbound (``Tensor.clone(x)``);
+    classes with a ``__torch_dispatch__`` (DTensor) stay what they are.
+    """
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 import _thread
 import threading
 
+import pytest
 import pytorch_lightning as pl
 import torch
 from modules import TinyModule, fit
@@ -21,6 +22,7 @@ from lightning_gr._compat import (
     loggers_and_methods,
     namespace_of,
     storage_uses,
+    torchs_own_methods,
     trainer_parts,
     will_log,
     writing_methods,
@@ -171,3 +173,19 @@ def test_hooks_run_as_they_stand_in_the_tables_of_a_tensor():
     first.remove()
     last.remove()
     assert hook_tables(weight) == [{}, {}]
+
+
+def test_a_subclass_of_tensor_is_answered_by_torch():
+    """`torch._C.DisableTorchFunctionSubclass`: results are plain tensors, and `__torch_function__` is not asked."""
+
+    class Asks(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            raise TypeError("asked")
+
+    tensor = torch.zeros(2).as_subclass(Asks)
+    with torchs_own_methods():
+        assert type(torch.Tensor.detach(tensor)) is torch.Tensor
+        assert type(tensor.data) is torch.Tensor
+    with pytest.raises(TypeError, match="asked"):
+        torch.Tensor.detach(tensor)

@@ -1,6 +1,7 @@
 """Saves, compares and restores the contents of tensors, NumPy arrays and generators in place."""
 
 import contextvars
+import ctypes
 import io
 import random
 from collections.abc import Callable, Iterator
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from lightning_gr._compat import hook_tables
+from lightning_gr._compat import hook_tables, torchs_own_methods
 from lightning_gr.core.hooks import OwnHook
 from lightning_gr.core.sharding import is_distributed, local_parts
 from lightning_gr.core.tensors import dense_parts, is_lazy
 from lightning_gr.replay.places import Place
 
 __all__ = [
+    "NUMBERS_OF_C",
     "STATES",
     "ArrayPlace",
     "Content",
@@ -42,6 +44,18 @@ def _set_bit_generator(generator: np.random.Generator, state: Any) -> None:
     generator.bit_generator.state = state
 
 
+# no pointers, of which ctypes keeps what they point to elsewhere
+NUMBERS_OF_C = (
+    ctypes.c_bool, ctypes.c_char, ctypes.c_wchar, ctypes.c_byte, ctypes.c_ubyte, ctypes.c_short, ctypes.c_ushort,
+    ctypes.c_int, ctypes.c_uint, ctypes.c_long, ctypes.c_ulong, ctypes.c_longlong, ctypes.c_ulonglong, ctypes.c_float,
+    ctypes.c_double, ctypes.c_longdouble,
+)  # fmt: skip
+
+
+def _set_bytes(data: Any, value: bytes) -> None:
+    ctypes.memmove(ctypes.addressof(data), value, len(value))
+
+
 _UNSET: Any = object()
 # types whose state can be read and set, with the functions that do so
 _STATES: tuple[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], object]], ...] = (
@@ -51,6 +65,7 @@ _STATES: tuple[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], object]], .
     (np.random.RandomState, np.random.RandomState.get_state, np.random.RandomState.set_state),
     (random.Random, random.Random.getstate, random.Random.setstate),
     ((io.BytesIO, io.StringIO), lambda stream: stream.__getstate__(), lambda stream, state: stream.__setstate__(state)),
+    ((*NUMBERS_OF_C, ctypes.Array), bytes, _set_bytes),
     (contextvars.ContextVar, lambda variable: variable.get(_UNSET), lambda variable, value: variable.set(value)),
 )
 
@@ -59,13 +74,17 @@ STATES = tuple(row[0] for row in _STATES)
 
 
 class SettablePlace(Place):
-    """A random number generator (of torch, NumPy or Python), an in-memory file, or a context variable."""
+    """A random number generator, an in-memory file, a number or array of ctypes, or a context variable."""
 
     __slots__ = ("_get", "_set")
 
     def __init__(self, owner: Any, path: str) -> None:
         super().__init__(owner, path)
         _, self._get, self._set = next(row for row in _STATES if isinstance(owner, row[0]))
+
+    @property
+    def is_watched(self) -> bool:
+        return not isinstance(self.owner, ctypes.Array) or ctypes.sizeof(self.owner) <= _MOST_BYTES
 
     def save(self) -> Any:
         return self._get(self.owner)
@@ -116,7 +135,8 @@ class TensorPlace(Place):
         tensor = self.owner
         if is_lazy(tensor):
             return None
-        detached = tensor.detach()
+        with torchs_own_methods():
+            detached = Tensor.detach(tensor)
         can_be_large = tensor.requires_grad and not self.is_watched
         return Content(detached.clone(), None if can_be_large or is_distributed(tensor) else detached)
 
@@ -126,7 +146,8 @@ class TensorPlace(Place):
     @torch.no_grad()
     def has_changed(self, saved: Content | None) -> bool:
         """Whether the content differs from the saved one."""
-        return saved is not None and not torch.equal(self.owner, saved.value)
+        with torchs_own_methods():
+            return saved is not None and not torch.equal(self.owner, saved.value)
 
     def restore(self, saved: Content | None) -> None:
         if saved is not None:
@@ -256,12 +277,17 @@ class LazyPlace(Place):
 @torch.no_grad()
 def restore_tensors(tensors: list[Tensor], saved: list[Content]) -> None:
     """Restore contents in place, for any layout, including tensors that were resized or pointed elsewhere."""
+    with torchs_own_methods():
+        _restore(tensors, saved)
+
+
+def _restore(tensors: list[Tensor], saved: list[Content]) -> None:
     simple, values = [], []
     for tensor, (value, alias) in zip(tensors, saved, strict=True):
         if alias is not None and _is_elsewhere(tensor, alias):
             tensor.data = alias
         elif alias is None and tensor.shape != value.shape:
-            tensor.resize_(value.shape)
+            Tensor.resize_(tensor, value.shape)
         if _is_simple(tensor):
             simple.append(tensor.data)
             values.append(value)
@@ -298,18 +324,18 @@ def _is_simple(tensor: Tensor) -> bool:
 
 
 def _copy_parts(tensor: Tensor, value: Tensor) -> None:
-    for part, kept in zip(dense_parts(tensor.detach()), dense_parts(value), strict=True):
+    for part, kept in zip(dense_parts(Tensor.detach(tensor)), dense_parts(value), strict=True):
         one = tuple(slice(0, 1) if step == 0 else slice(None) for step in part.stride())
         part[one].copy_(kept[one])
 
 
 def sample(tensors: list[Tensor]) -> list[Any]:
     """A few entries of each tensor: they tell of a write through ``.data``, which no version counter does."""
-    return [_few(tensor) for tensor in tensors]
+    with torchs_own_methods():
+        return [_few(Tensor.detach(tensor)) for tensor in tensors]
 
 
-def _few(tensor: Tensor) -> Any:
-    flat = tensor.detach()
+def _few(flat: Tensor) -> Any:
     count = flat.numel()
     if count == 0:
         return ()

@@ -5,6 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
+from lightning_gr._compat import torchs_own_methods
 from lightning_gr.core.sharding import local_parts
 from lightning_gr.core.tensors import dense_parts
 
@@ -22,7 +23,8 @@ def digests(tensors: list[Tensor]) -> list[int]:
     A change of one entry of 32 bits always changes it, any other with a probability of at least 1 − 2⁻³².
     Reads each tensor once and waits for its device once for all of them.
     """
-    found = [_digest(tensor) for tensor in tensors]
+    with torchs_own_methods():
+        found = [_digest(Tensor.detach(tensor)) for tensor in tensors]
     by_device: dict[torch.device, list[int]] = {}
     for position, value in enumerate(found):
         by_device.setdefault(value.device, []).append(position)
@@ -36,7 +38,7 @@ def digests(tensors: list[Tensor]) -> list[int]:
 
 def _digest(tensor: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for part in dense_parts(local_parts([tensor.detach()])[0]):
+    for part in dense_parts(local_parts([tensor])[0]):
         for number, slab in enumerate(torch.split(_integers(part), _SLAB)):
             slab_sum = (slab.long() * _weights(part.device)[: len(slab)]).sum()
             total = total * 0x5851F42D4C957F2D + slab_sum * (2 * number + 1) + len(slab)

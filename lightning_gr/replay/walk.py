@@ -1,5 +1,6 @@
 """Searches everything that a training step can reach, by types and ``__dict__``, without running any properties."""
 
+import ctypes
 import enum
 import gc
 import logging
@@ -10,6 +11,7 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache, partial
+from multiprocessing.sharedctypes import SynchronizedBase
 from pathlib import PurePath
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from lightning_gr._compat import has_base_named, is_writer
 from lightning_gr.core.tensors import is_lazy
 from lightning_gr.replay.contents import (
+    NUMBERS_OF_C,
     STATES,
     ArrayPlace,
     Hooked,
@@ -196,6 +199,14 @@ class Walk:
     def _local(self, value: threading.local, path: str) -> None:
         self._waiting.append((path, value.__dict__))
 
+    def _shared(self, value: Any, path: str) -> None:
+        """``multiprocessing.Value``, which keeps its memory from the processes behind a lock."""
+        self._waiting.append((path, value.get_obj()))
+
+    def _array_of_c(self, value: "ctypes.Array[Any]", path: str) -> None:
+        plain = issubclass(value._type_, NUMBERS_OF_C)
+        self._add(SettablePlace(value, path) if plain else OpaquePlace(value, path))
+
     def _state(self, value: Any, path: str) -> None:
         self._add(SettablePlace(value, path))
 
@@ -239,6 +250,7 @@ _KINDS: tuple[tuple[Any, Callable[[Walk, Any, str], None]], ...] = (
     ((tuple, frozenset), Walk._constant),
     (dict, Walk._dictionary),
     ((list, deque, set, bytearray, array), Walk._sequence),
+    (ctypes.Array, Walk._array_of_c),
     (STATES, Walk._state),
     (nn.Module, Walk._module),
     (types.FunctionType, Walk._function),
@@ -249,6 +261,7 @@ _KINDS: tuple[tuple[Any, Callable[[Walk, Any, str], None]], ...] = (
     (_CACHE, Walk._cache),
     (type, Walk._class),
     (threading.local, Walk._local),
+    (SynchronizedBase, Walk._shared),
 )
 
 

@@ -1,5 +1,6 @@
 """Everything that hangs on an object, as a flat dictionary from paths to plain values, and how two of them differ."""
 
+import ctypes
 import math
 import random
 import types
@@ -185,7 +186,7 @@ class _Walk:
         ((torch.Generator, np.random.Generator, np.random.RandomState, random.Random), "of_generator"),
         ((dict, UserDict, types.MappingProxyType), "of_mapping"),
         ((list, tuple, deque, set, frozenset, array), "of_sequence"),
-        ((bytearray, memoryview), "of_raw"),
+        ((bytearray, memoryview, ctypes._SimpleCData, ctypes.Array), "of_raw"),
         ((pl.Trainer, weakref.ref), "of_skip"),
         (types.FunctionType, "of_function"),
         (types.MethodType, "of_method"),

@@ -1,5 +1,7 @@
 """Each kind of content: a save does not change it, a change is seen, and a restore leaves no trace."""
 
+import ctypes
+import multiprocessing
 import random
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_gr.replay import contents
+from lightning_gr.replay.digest import digests
 
 ARRAYS = {
     "numpy": (lambda: np.arange(4.0), lambda a: a.__setitem__(1, 9)),
@@ -124,3 +127,48 @@ def test_a_sample_sees_a_write_through_data():
         now = contents.sample(tensors)
         assert now[position] != before[position]
         tensor.data -= 1
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (lambda: ctypes.c_int(3), lambda number: setattr(number, "value", 4)),
+        (lambda: (ctypes.c_double * 2)(1.0, 2.0), lambda numbers: numbers.__setitem__(1, 5.0)),
+        (lambda: multiprocessing.Value("i", 3).get_obj(), lambda number: setattr(number, "value", 4)),
+    ],
+)
+def test_numbers_of_c_are_put_back(make, change):
+    owner = make()
+    before, place = bytes(owner), contents.SettablePlace(owner, "x")
+    saved = place.save()
+    assert place.is_watched
+    change(owner)
+    assert bytes(owner) != before
+    place.restore(saved)
+    assert bytes(owner) == before
+
+
+def test_a_large_array_of_c_is_saved_only_where_it_was_seen_to_change():
+    assert not contents.SettablePlace((ctypes.c_double * 10_000)(), "x").is_watched
+
+
+class Refuses(torch.Tensor):
+    def clone(self):
+        raise TypeError("refused")
+
+    detach = reshape = flatten = copy_ = resize_ = clone
+
+
+@pytest.mark.parametrize("change", [lambda t: t.mul_(2.0), lambda t: torch.Tensor.resize_(t, 5)])
+def test_a_class_of_tensors_that_refuses_its_methods_is_put_back_by_those_of_torch(change):
+    owner = torch.arange(3.0).as_subclass(Refuses)
+    place = contents.TensorPlace(owner, "x")
+    saved = place.save()
+    assert not place.has_changed(saved)
+    assert contents.sample([owner]) == [[0.0, 1.0, 2.0]]
+    before = digests([owner])
+    change(owner)
+    assert digests([owner]) != before
+    place.restore(saved)
+    assert type(owner) is Refuses
+    assert digests([owner]) == before
