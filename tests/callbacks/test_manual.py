@@ -1,4 +1,4 @@
-"""What the mixin keeps between calls: for one Trainer, each optimizer by itself, and never copied with the module."""
+"""The mixin's state between calls: per Trainer and optimizer, and never copied with the module."""
 
 import copy
 import pickle

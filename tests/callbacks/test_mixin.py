@@ -99,7 +99,7 @@ def test_the_loss_is_the_clean_one():
 @pytest.mark.parametrize("accumulation", ["one call", "several calls"])
 @pytest.mark.parametrize("name", SOME)
 def test_micro_batches_are_one_large_batch(name, accumulation):
-    """A sequence of closures; and, for the sum of what each would do by itself, several calls."""
+    """A sequence of closures, and several calls for the sum of their separate effects."""
 
     class Accumulates(Manual):
         def training_step(self, batch, batch_idx):
@@ -127,7 +127,7 @@ def test_micro_batches_are_one_large_batch(name, accumulation):
 
 
 def test_several_calls_sum_up_at_the_same_direction():
-    """Each call takes the direction of its own loss, whatever lies in ``.grad`` already."""
+    """Each call uses the direction of its own loss, regardless of what is in ``.grad``."""
     module, seen = Manual(), []
 
     def step(batch, batch_idx):
@@ -148,7 +148,7 @@ PASSES = {}  # not in the module: what it notes in a second pass would be undone
 
 
 class GAN(GradientRegularizationMixin, pl.LightningModule):
-    """Two linear players, each with an optimizer of its own."""
+    """Two linear players, each with its own optimizer."""
 
     def __init__(self, generator_rule="trainer", toggles=True):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The steps of several optimizers, each counted by itself."""
+"""Counting the steps of several optimizers separately."""
 
 import copy
 import pickle

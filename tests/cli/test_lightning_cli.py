@@ -306,7 +306,7 @@ def test_a_missing_extra_is_named(name, capsys, monkeypatch):
 
 @pytest.mark.launch
 def test_completion_knows_our_flags():
-    """In a process of its own: it goes through all classes there are, and the other tests have many."""
+    """In a new process, because it searches all classes, and the other tests define many."""
     command = [sys.executable, "-m", "lightning_gr", "completion", "bash"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
     assert "--gr.gamma" in ended.stdout

@@ -201,7 +201,7 @@ def test_a_loader_that_refills_its_tensors_is_right_or_refused(name, accumulate)
 
 
 def test_refilled_tensors_are_what_plain_training_sees():
-    """Or the test above would show nothing."""
+    """Checks that the test above is meaningful."""
     fill, make = REFILLS["tensors"]
     plain = train(Last, "accumulation", lr=0.05)
     seed()

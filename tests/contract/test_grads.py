@@ -162,7 +162,7 @@ class LooksAtTheLast(Situation):
 
 
 class Clips(Situation):
-    """An auxiliary loss with a clipped gradient of its own."""
+    """An auxiliary loss with its own clipped gradient."""
 
     def step(self, batch):
         self.mse(batch).backward()

@@ -112,7 +112,7 @@ class OnTensor(Hooked):
 
 
 class Pruned(Hooked):
-    """``torch.nn.utils.prune`` makes the weight anew in a hook of each call."""
+    """``torch.nn.utils.prune`` recreates the weight in a hook in each call."""
 
     has_oracle = False  # a deep copy of a weight with a graph is refused
 

@@ -247,7 +247,7 @@ test_leaves_no_trace, test_gradient = contract(*HOOKED, Counts, RegisteredInStep
 
 @over(*HOOKED)
 def test_with_other_methods(kind, form):
-    """With a ratio that turned the step round, where one hook clips both gradients as one."""
+    """With a ratio that reversed the step if a hook clipped the sum of both gradients."""
     for method in (forward(5.0, 0.5), CENTRAL, sam(0.3)):
         check_gradient(kind, form, method, lr=0.01)
 
@@ -269,7 +269,7 @@ class Parabola(Situation):
 @pytest.mark.parametrize("form", FORMS)
 def test_clipping_does_not_turn_the_step_round(form):
     """γ/ε = 10: −9 · 0.1 + 10 · 0.1, which was −9 · 0.1 + 0.1."""
-    # each micro-batch of a window comes by itself, a third of it: 1/3 is clipped at 0.1 too
+    # each micro-batch arrives separately as a third of the window: 1/3 is also clipped at 0.1
     value = 0.1 * (WINDOW if form == "accumulation" else 1)
     found = train(Parabola, form, forward(1.0, 0.1))
     assert [float(g["net.weight"]) for g in found.gradients] == pytest.approx([value] * len(found.gradients))
@@ -426,7 +426,7 @@ def test_hooks_after_accumulation_on_excluded_parameters_run_once():
 
 @pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
 def test_exact_scheme_beside_hooks(hook):
-    """The gradient of the penalty, γ H ∇L, is one of its own: L = w²/2, g = clip(1) + clip(γ · 1 · clip(1))."""
+    """The gradient of the penalty, γ H ∇L, is separate: L = w²/2, g = clip(1) + clip(γ · 1 · clip(1))."""
     weight = nn.Parameter(torch.ones(1).double())
 
     def clip(grad):

@@ -80,7 +80,7 @@ class ClassAttributes(Factor):
 
 
 class Mappings(Factor):
-    """A mapping of one's own, and the standard library's."""
+    """A custom mapping, and those of the standard library."""
 
     class Table(dict):
         def __init__(self, owner):
@@ -140,7 +140,7 @@ class Queue(Factor):
 
 
 class Closure(Factor):
-    """A function that counts by itself."""
+    """A function that counts its calls."""
 
     has_oracle = False  # a deep copy shares it
 

@@ -111,7 +111,7 @@ class InBackward(Situation):
 
 
 class Fused(InBackward):
-    """A kernel of its own, as of LOMO: no version counter moves, and the gradients are dropped as they come."""
+    """A custom kernel, like LOMO's: version counters do not change, and gradients are dropped as they arrive."""
 
     def hook(self):
         for param in self.net.parameters():
@@ -249,7 +249,7 @@ def test_any_hook_without_super_is_refused_and_with_it_is_not(kind, hook):
         return args
 
     class Mixed:
-        """Without a base class of its own, before ours."""
+        """Without its own base class, listed before ours."""
 
     setattr(Mixed, hook, silent)
     arguments = (0.1,) if kind is Flooding else ()
@@ -334,7 +334,7 @@ def test_the_schedule_and_the_count_of_each_trainer_are_its_own():
 
 
 class Inner(Situation):
-    """vector-quantize-pytorch: an optimizer of its own that steps inside ``forward``."""
+    """vector-quantize-pytorch: its own optimizer steps inside ``forward``."""
 
     def prepare(self):
         self.codes = nn.Parameter(torch.zeros(2).double(), requires_grad=False)

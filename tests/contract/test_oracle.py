@@ -23,7 +23,7 @@ class Parabola(Situation):
 
 
 class Inner(Parabola):
-    """With a backward pass of its own."""
+    """A step with its own backward pass."""
 
     def step(self, batch):
         (5 * self.net.weight).sum().backward()

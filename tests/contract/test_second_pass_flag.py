@@ -34,7 +34,7 @@ class Asks(Situation):
         return self.mse(batch)
 
     def nest(self, batch):
-        """Nothing."""
+        """A method that does nothing."""
 
 
 class Trace(Asks):

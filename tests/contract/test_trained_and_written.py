@@ -47,7 +47,7 @@ class Late(Shrunk):
 
 
 class InnerOptimizer(Situation):
-    """A codebook with an Adam of its own, which makes a step before the loss is taken."""
+    """A codebook with its own Adam, which steps before the loss is computed."""
 
     forms = ("automatic", "mixin", "functional")
 

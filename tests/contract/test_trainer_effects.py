@@ -81,7 +81,7 @@ class Plateau(InTrainer):
 
 
 class OptimizerState(InTrainer):
-    """Writes the optimizer's state: momentum that is reset, a counter of its own."""
+    """Writes the optimizer's state: resets momentum, and keeps a counter."""
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
@@ -115,7 +115,7 @@ class NewState(OptimizerState):
 
 
 class TrainerAttributes(InTrainer):
-    """Longer training, other limits, and an attribute of its own."""
+    """Longer training, different limits, and a custom attribute."""
 
     def affect(self, loss):
         trainer = self.trainer

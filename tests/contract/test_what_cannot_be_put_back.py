@@ -108,7 +108,7 @@ def test_one_warning_names_what_cannot_be_put_back(kind, form, tmp_path):
     PLACE["path"] = tmp_path
     found, texts = warned(kind, form)
     ours = [text for text in texts if kind.attribute in text]
-    if form == "functional":  # each call is one by itself, and Python shows the same line once
+    if form == "functional":  # each call is separate, and Python shows a warning from the same line once
         ours = sorted(set(ours))
     assert len(ours) == 1
     assert ours == sorted(set(texts)) if form == "functional" else ours == texts

@@ -43,7 +43,7 @@ def test_the_hook_survives_double_backward(level):
     (hg,) = torch.autograd.grad(g @ g.detach(), x)
     sign = 1 if level < 5 else -1
     assert torch.equal(g, sign * 2 * x)
-    assert torch.equal(hg, 4 * x)  # both factors turn round
+    assert torch.equal(hg, 4 * x)  # both factors change sign
 
 
 @pytest.mark.parametrize("value", [1.0, 9.0])

@@ -1,4 +1,4 @@
-"""Tensors on the CPU, treated as those of an accelerator, whose numbers are not looked at."""
+"""Runs the code paths for accelerators, which never read values on the host, with tensors on the CPU."""
 
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -8,6 +8,6 @@ from lightning_gr.core import perturb
 
 @contextmanager
 def treated_as_accelerator():
-    """Take the branches that accelerators take; gives the calls that asked."""
+    """Take the branches for accelerators; yield the mock that records the calls."""
     with patch.object(perturb, "is_on_host", return_value=False) as asked:
         yield asked

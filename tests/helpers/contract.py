@@ -1,4 +1,4 @@
-"""The contract "nothing else changes": a step that writes something, in four forms, against the same step without us.
+"""Tests the contract "nothing else changes": a step that writes state, in four forms, with and without a callback.
 
 A :class:`Situation` is a module whose ``step`` writes some kind of state. :func:`check_no_trace` trains it with a
 learning rate of zero and a huge radius, so that whatever a second pass leaves behind is seen; :func:`check_gradient`
@@ -34,7 +34,7 @@ GRADIENTS: list[dict[str, torch.Tensor]] = []
 
 
 def witness(value):
-    """Note what a step starts from, in whichever pass it is."""
+    """Record the state that a step starts from, in any pass."""
     (SECOND if in_second_pass() else FIRST).append(copy.deepcopy(value.detach() if torch.is_tensor(value) else value))
 
 
@@ -45,12 +45,12 @@ def seed():
 
 
 def generators():
-    """The state of all global generators."""
+    """Return the state of all global generators."""
     return {"torch": torch.get_rng_state(), "numpy": repr(np.random.get_state()), "python": repr(random.getstate())}
 
 
 class Batches:
-    """A loader that gives its batches as they are."""
+    """A loader that yields its batches unchanged."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -63,7 +63,7 @@ class Batches:
 
 
 class Situation(pl.LightningModule):
-    """Subclasses say what a step keeps (``prepare``) and does (``step``), with ``self.net`` as what is trained.
+    """Subclasses define the state of a step (``prepare``) and what it does (``step``); ``self.net`` is trained.
 
     ``forms``: in which it makes sense. ``has_oracle``: whether a deep copy of it is a copy of all that it writes.
     """
@@ -80,14 +80,14 @@ class Situation(pl.LightningModule):
         self.prepare()
 
     def prepare(self):
-        """Make what the step writes."""
+        """Create the state that the step writes."""
 
     def step(self, batch):
         """Compute the loss."""
         raise NotImplementedError
 
     def hook(self):
-        """Put hooks on parameters, which a deep copy loses."""
+        """Register hooks on parameters, which a deep copy loses."""
 
     def mse(self, batch):
         x, y = batch
@@ -120,13 +120,13 @@ class Situation(pl.LightningModule):
 
 
 def gradients(module):
-    """A copy of all gradients, by name; zeros count as none, which is a matter of ``set_to_none``."""
+    """Copy all gradients by name; zeros count as None, since they depend on ``set_to_none``."""
     named = [(n, p.grad) for n, p in module.named_parameters() if p.grad is not None]
     return {name: grad.clone() for name, grad in named if grad.any()}
 
 
 class Run(NamedTuple):
-    """What a training ends with."""
+    """The final state of a training run."""
 
     module: Any
     trainer: Any
@@ -138,7 +138,7 @@ class Run(NamedTuple):
 
 
 def build(kind, form, lr=0.0, mixin=False):
-    """The module, always the same."""
+    """Create the module, always with the same weights."""
     seed()
     module = (type(kind.__name__, (GradientRegularizationMixin, kind), {}) if mixin else kind)(lr)
     module.automatic_optimization = form != "mixin"
@@ -153,7 +153,7 @@ def make_trainer(*callbacks, **options):
 
 
 def train(kind, form, method=None, lr=0.0, callbacks=(), **options):
-    """Train ``kind`` in one of FORMS with ``method``, plainly if it is None."""
+    """Train ``kind`` in one of FORMS with ``method``; None is plain training."""
     module = build(kind, form, lr, mixin=form == "mixin" and method is not None)
     seed()
     batches, trainer = module.make_batches(), None
@@ -172,7 +172,7 @@ def train(kind, form, method=None, lr=0.0, callbacks=(), **options):
 
 
 def loop(module, batches, method):
-    """A plain loop with the functional form."""
+    """Train in a plain loop with the functional API."""
     optimizer = module.configure_optimizers()
     for batch in batches:
         optimizer.zero_grad()
@@ -185,7 +185,7 @@ def loop(module, batches, method):
 
 
 def over(*kinds, forms=FORMS):
-    """Parametrize a test over situations and the forms in which they make sense."""
+    """Parametrize a test over situations and the forms that they support."""
     cases = [(kind, form) for kind in kinds for form in kind.forms if form in forms]
     return pytest.mark.parametrize(
         ("kind", "form"), [pytest.param(*case, id=f"{case[0].__name__}-{case[1]}") for case in cases]
@@ -193,7 +193,7 @@ def over(*kinds, forms=FORMS):
 
 
 def check_no_trace(kind, form, method=HUGE, **options):
-    """With a learning rate of zero everything is as without the callback, and each call is made again as it was."""
+    """Check that, with a learning rate of zero, training is as without the callback and replays are exact."""
     plain = train(kind, form, **options)
     found = train(kind, form, method, **options)
     same("first passes", as_dict(found.first), as_dict(plain.first))
@@ -206,7 +206,7 @@ def check_no_trace(kind, form, method=HUGE, **options):
 
 
 def repeated(form, method, first):
-    """What second passes must see: all that a window saw, once for each of the points where they look."""
+    """Return what second passes must see: everything a window saw, once for each probe."""
     calls = np.flatnonzero([isinstance(value, str) and value == "call" for value in first]).tolist()
     size = WINDOW if form == "accumulation" else 1
     bounds = [*calls[::size], len(first)]
@@ -219,7 +219,7 @@ def as_dict(values):
 
 
 def effects(trainer):
-    """What a step may do to its Trainer."""
+    """Return the effects that a step may have on its Trainer."""
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("gr/")}
     rates = [
         [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -230,7 +230,7 @@ def effects(trainer):
 
 
 def check_gradient(kind, form, method=FGR, lr=0.05, rtol=1e-9):
-    """Each gradient, and what is written on the way, is that of the oracle."""
+    """Check that all gradients and written state match the oracle."""
     expected = by_hand(kind, form, method, lr)
     found = train(kind, form, method, lr)
     same("gradients", as_dict(found.gradients), as_dict(expected.gradients), rtol)
@@ -239,14 +239,14 @@ def check_gradient(kind, form, method=FGR, lr=0.05, rtol=1e-9):
 
 
 def same(what, actual, expected, rtol=0.0):
-    """Fail with a list of what differs."""
+    """Fail with a list of differences."""
     found = differences(actual, expected, rtol)
     if found:
         pytest.fail(f"{what}: {len(found)} differ\n" + "\n".join(found[:4]), pytrace=False)
 
 
 def contract(*kinds, methods=(FGR, CENTRAL)):
-    """The two tests that each situation goes through, to be assigned to names that begin with ``test_``."""
+    """Create the two tests of each situation, to be assigned to names that begin with ``test_``."""
 
     @over(*kinds)
     def leaves_no_trace(kind, form):
@@ -266,7 +266,7 @@ def contract(*kinds, methods=(FGR, CENTRAL)):
 
 @contextmanager
 def refused(match):
-    """An error of one line."""
+    """Expect a one-line error."""
     with pytest.raises(Exception, match=match) as caught:
         yield
     assert "\n" not in str(caught.value)
@@ -274,7 +274,7 @@ def refused(match):
 
 
 def right_or_refused(check, match):
-    """``check`` holds, or there is an error of one line."""
+    """Check that ``check`` passes or raises a one-line error."""
     try:
         check()
     except AssertionError:
@@ -285,6 +285,6 @@ def right_or_refused(check, match):
 
 
 def report(callback):
-    """How many steps there were, and how many of them regularized."""
+    """Return the number of steps and of regularized steps."""
     found = getattr(callback, "report", None) or callback.watch
     return found.regularized, found.steps

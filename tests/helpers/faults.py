@@ -1,4 +1,4 @@
-"""A training that is sent signals at random moments; run as a child process by test_signals.py.
+"""A training run that receives signals at random moments, run as a child process by test_signals.py.
 
 Each handler does what Lightning's SLURM handler does, at whatever moment it is called: it saves a checkpoint. It
 acknowledges each signal on standard output, so that the sender can tell if one got lost.
@@ -23,7 +23,7 @@ NUMBERS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 
 
 class Training(pl.LightningModule):
-    """Trains until it has been told to stop."""
+    """Trains until it is told to stop."""
 
     def __init__(self):
         super().__init__()
@@ -51,14 +51,14 @@ os.set_blocking(wake, False)
 
 
 def arrived(second):
-    """Count the signals that the interpreter has seen arriving since the last call."""
+    """Count the signals that the interpreter has received since the last call."""
     with contextlib.suppress(BlockingIOError):
         letters = [letter for letter in os.read(mail, 1000) if letter in NUMBERS]
         in_pass[0] += len(letters) * second
 
 
 class Faults(pl.Callback):
-    """Installs the handlers after Lightning's own, which would end the training, and keeps digests of all weights."""
+    """Installs its handlers after Lightning's own, which would end the training, and keeps digests of all weights."""
 
     def __init__(self, limit, folder):
         self.limit = limit

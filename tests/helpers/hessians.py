@@ -1,4 +1,4 @@
-"""The dense Hessian, and losses whose Hessian is measured."""
+"""A dense Hessian for reference, and losses to measure."""
 
 import random
 
@@ -21,7 +21,7 @@ def loss_of(net, data=DATA):
 
 
 def dense_hessian(net, data=DATA):
-    """All of it, column by column."""
+    """Compute the dense Hessian column by column."""
     named = {n: p.detach() for n, p in net.named_parameters()}
     sizes = [p.numel() for p in named.values()]
 
@@ -33,7 +33,7 @@ def dense_hessian(net, data=DATA):
 
 
 class Noisy(nn.Module):
-    """Draws, counts and keeps statistics."""
+    """A module that draws random numbers, counts calls and keeps statistics."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Clips gradients by hooks on two ranks with DDP, and by hand; run by torchrun from test_hooks_over_ranks.py."""
+"""Clips gradients with hooks and by hand, on two ranks with DDP; run with torchrun by test_hooks_over_ranks.py."""
 
 import sys
 from pathlib import Path

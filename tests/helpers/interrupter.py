@@ -13,7 +13,7 @@ from lightning_gr.replay.footprint import Footprint
 
 
 def second_pass_of(name, net):
-    """A function that runs the second pass of a method on ``net``, all of it but what Lightning adds."""
+    """Create a function that runs the second pass of a method on ``net``, without Lightning."""
     batch, params, storage = make_data(), list(net.parameters()), WeightStorage()
     surroundings = Surroundings(Footprint(lambda: {"net": net}), trained=lambda: params)
     evaluation = Evaluation(lambda: cross_entropy(net, batch), surroundings)
@@ -32,7 +32,7 @@ NOP = opmap["NOP"]
 
 
 class Interrupter:
-    """Raises KeyboardInterrupt before the ``count``-th bytecode that the package (that ``part`` of it) executes."""
+    """Raises KeyboardInterrupt before the ``count``-th bytecode executed in the package, or in ``part`` of it."""
 
     def __init__(self, count, part="lightning_gr"):
         self.left, self.part = count, part

@@ -1,4 +1,4 @@
-"""One training with DDP, started as the command line says; run by test_launchers.py."""
+"""A training run with DDP and options from the command line; run by test_launchers.py."""
 
 import sys
 
@@ -9,7 +9,7 @@ from lightning_gr import in_second_pass
 
 
 class Saving(Module):
-    """Saves what each rank ends with; fails on request, on the last rank and in its second pass."""
+    """Saves the final state of each rank; on request, fails on the last rank in its second pass."""
 
     def __init__(self, case, folder, fails):
         super().__init__(case)

@@ -1,4 +1,4 @@
-"""Start processes that train, wait for them for a bounded time, and leave none behind."""
+"""Starts training processes, waits for them with a timeout, and cleans up."""
 
 import contextlib
 import os
@@ -20,21 +20,21 @@ def free_port():
 
 
 def start(command, *, environment=None, **options):
-    """A process in a group of its own, with the package and the tests importable."""
+    """Start a process in a new process group, with the package and the tests importable."""
     path = os.pathsep.join([str(ROOT), str(HERE)])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(environment or {})}
     return subprocess.Popen([*map(str, command)], env=environment, start_new_session=True, **options)
 
 
 def end(process):
-    """Kill what is left of the process and of its children."""
+    """Kill the process and its children, if they are still running."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def finish(log, *commands, limit):
-    """Run commands side by side; returns the exit statuses and what all of them printed."""
+    """Run commands in parallel; return their exit statuses and combined output."""
     temporary = {"TMPDIR": str(Path(log).parent)}  # torchrun leaves folders there
     with open(log, "w", encoding="utf-8") as output:
         options = {"stdout": output, "stderr": subprocess.STDOUT, "environment": temporary}
@@ -50,7 +50,7 @@ def finish(log, *commands, limit):
 
 
 def torchrun(script, folder, *args, ranks, limit):
-    """Run a script of this folder on several ranks, and be sure that it succeeds."""
+    """Run a script in this folder on several ranks, and check that it succeeds."""
     command = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     codes, output = finish(folder / "log", [*command, HERE / script, folder, *args], limit=limit)
     assert codes == [0], output[-3000:]

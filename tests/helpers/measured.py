@@ -1,4 +1,4 @@
-"""Measures on two CPU ranks with DDP and FSDP2, case after case; run by torchrun from test_measured.py."""
+"""Measures several cases on two CPU ranks with DDP and FSDP2; run with torchrun by test_measured.py."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ CLIP = {"gradient_clip_val": 0.01}
 
 
 class Case(replicas.Case):
-    """With callbacks that only look."""
+    """A case with callbacks that only monitor."""
 
     def callbacks(self):
         own = [] if self.method is None else [METHODS[self.method].callback(**self.options)]
@@ -48,7 +48,7 @@ CASES = {
 
 
 def logged(module, **options):
-    """What a training of one step logs."""
+    """Return what a training run of one step logs."""
     import pytorch_lightning as pl
 
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -65,7 +65,7 @@ def replicated(case, **options):
 
 
 class Spread(sharded.Case):
-    """With a callback that only looks."""
+    """Train with a callback that only monitors."""
 
     def callbacks(self):
         return [METHODS[self.method].callback(**ALL), GradientNormMonitor(by_layer=True)]
@@ -77,7 +77,7 @@ def spread(method, layout="fsdp", **options):
 
 
 def by_metrics():
-    """The torchmetrics classes, each rank with updates of its own and another number of them."""
+    """Compute the torchmetrics with different updates, and a different number of them, on each rank."""
     rank = torch.distributed.get_rank()
     collection = MetricCollection([GradientNorm(), GradientAlignment(), Sharpness()])
     for count in range(1 + rank):
@@ -90,7 +90,7 @@ def by_metrics():
 
 
 def all_reduces(metrics, every):
-    """How many a training of four steps makes."""
+    """Count the collectives in a training run of four steps."""
     case = Case("SAM", {"metrics": metrics}, net="unmonitored", trainer={"log_every_n_steps": every})
     with sharded.Collectives() as mode:
         logged(replicas.Module(case), devices=RANKS, strategy=DDPStrategy(), limit_train_batches=4)

@@ -1,4 +1,4 @@
-"""The metrics of a step, the slow way."""
+"""Reference implementations of the metrics of a step."""
 
 import reference
 
@@ -8,7 +8,7 @@ def dot(x, y):
 
 
 def by_hand(method, loss, theta, strength=1.0):
-    """All metrics that are defined for a row of the table, the slow way."""
+    """Compute all metrics that are defined for a method, in the simplest way."""
     g, c = reference.plain(loss, theta), method.constants
     norm = reference.norm(g)
     size = strength * c.get("gamma", c.get("rho"))

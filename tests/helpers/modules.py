@@ -20,7 +20,7 @@ FEATURES, CLASSES = 5, 3
 
 
 def mlp(*hidden, activation=nn.Tanh, dtype=torch.float64, seed=0):
-    """A network from FEATURES to CLASSES, always with the same weights."""
+    """Create an MLP from FEATURES to CLASSES, always with the same weights."""
     sizes = (FEATURES, *(hidden or (8,)), CLASSES)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -29,20 +29,20 @@ def mlp(*hidden, activation=nn.Tanh, dtype=torch.float64, seed=0):
 
 
 def make_data(count=24, dtype=torch.float64, seed=1):
-    """Inputs and labels, always the same."""
+    """Create inputs and labels, always the same."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, FEATURES, generator=generator, dtype=torch.float64).to(dtype)
     return x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
 
 
 def make_batches(count=24, batch_size=8, dtype=torch.float64, seed=1):
-    """The batches of ``make_loader`` as a list of (x, y)."""
+    """Create the batches of ``make_loader`` as a list of (x, y)."""
     x, y = make_data(count, dtype, seed)
     return list(zip(x.split(batch_size), y.split(batch_size), strict=True))
 
 
 def make_loader(count=24, batch_size=8, dtype=torch.float64, seed=1):
-    """A loader of (x, y) that does not shuffle."""
+    """Create a loader of (x, y) that does not shuffle."""
     return DataLoader(TensorDataset(*make_data(count, dtype, seed)), batch_size=batch_size)
 
 
@@ -91,7 +91,7 @@ class TinyModule(pl.LightningModule):
 
 
 class Manual(GradientRegularizationMixin, TinyModule):
-    """One step over the halves of a batch, by hand."""
+    """Manual optimization with one step per batch, whose halves are micro-batches."""
 
     parts, groups, before = 2, 1, False
 
@@ -119,7 +119,7 @@ class Manual(GradientRegularizationMixin, TinyModule):
 
 
 def make_trainer(*callbacks, max_epochs=1, **kwargs):
-    """A Trainer on the CPU that prints and saves nothing."""
+    """Create a Trainer on the CPU that prints and saves nothing."""
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     options = {"logger": False, "accelerator": "cpu", "devices": 1, **quiet, **kwargs}
     return pl.Trainer(callbacks=list(callbacks), max_epochs=max_epochs, **options)
@@ -133,23 +133,23 @@ def fit(module, *callbacks, loader=None, **kwargs):
 
 
 def weights(net):
-    """A copy of all parameters, by name."""
+    """Copy all parameters by name."""
     return {name: param.detach().clone() for name, param in net.named_parameters()}
 
 
 def gradients(net):
-    """A copy of all gradients, by name."""
+    """Copy all gradients by name."""
     return {name: param.grad.clone() for name, param in net.named_parameters() if param.grad is not None}
 
 
 def assert_same(actual, expected):
-    """All tensors are equal bit for bit."""
+    """Check that all tensors are equal bit for bit."""
     assert actual.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
 
 
 def assert_near(actual, expected, rtol=1e-10):
-    """All tensors taken as one vector agree relative to its norm."""
+    """Check that all tensors, as one vector, agree relative to its norm."""
     assert actual.keys() == expected.keys()
     a, b = (torch.cat([d[name].double().flatten() for name in expected]) for d in (actual, expected))
     error = (a - b).norm() / b.norm()
@@ -157,7 +157,7 @@ def assert_near(actual, expected, rtol=1e-10):
 
 
 class Method(NamedTuple):
-    """One row of the table: the rule, and the same by hand."""
+    """A method: its rule, and a reference implementation."""
 
     rule: GRRule | SAMRule
     by_hand: Callable

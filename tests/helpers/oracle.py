@@ -1,4 +1,4 @@
-"""What a step with a second pass must give, without the package: that pass runs on deep copies made before the first.
+"""The expected result of a step with a second pass, computed without the package on deep copies made before the first.
 
 Slow and simple: for each micro-batch, module and batch are copied, and the global generators noted, before the step
 runs. The first pass is then plain training on the real module. For the second pass each copy is moved by hand and runs
@@ -17,7 +17,7 @@ from lightning_gr import SAM, GradientRegularization, GRRule, SAMRule
 
 
 class Method(NamedTuple):
-    """g = keep · g₀ + Σ weight · g(θ + distance · d) by hand, and the package's name for it."""
+    """g = keep · g₀ + Σ weight · g(θ + distance · d), and the package's callback for it."""
 
     keep: float
     probes: tuple
@@ -50,7 +50,7 @@ HUGE, FGR, CENTRAL = sam(50.0), forward(0.2, 0.5), central(0.2, 0.5)
 
 
 class Plain(NamedTuple):
-    """What a training by hand ends with."""
+    """The final state of a training run by hand."""
 
     module: Any
     state: dict
@@ -81,7 +81,7 @@ def _set_grads(module, grads):
 
 
 class _Pass:
-    """One micro-batch: its evaluation with its backward pass, as Lightning or a closure orders them."""
+    """One micro-batch: evaluation and backward pass, in the order of Lightning or of a closure."""
 
     def __init__(self, form, position, parts):
         self.form, self.position, self.parts = form, position, parts
@@ -98,14 +98,14 @@ class _Pass:
 
 
 class _Snapshot:
-    """Module, batch and generators as they are now."""
+    """The current state of module, batch and generators."""
 
     def __init__(self, run, module, batch):
         self.run, self.numbers = run, _numbers()
         self.module, self.batch = copy.deepcopy((module, batch))
 
     def again(self, moves, carried):
-        """The gradient of this micro-batch, on top of ``carried``, at the weights moved by ``moves``."""
+        """Compute the gradient of this micro-batch at the weights moved by ``moves``, added to ``carried``."""
         module, batch = copy.deepcopy((self.module, self.batch))
         if isinstance(module, nn.Module) and hasattr(module, "hook"):
             module.hook()

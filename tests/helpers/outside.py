@@ -1,4 +1,4 @@
-"""Where tests note what happens in both passes: what a training step can reach is put back after the second one."""
+"""Records what happens in both passes, out of reach of a training step, whose state is restored after the second."""
 
 import types
 
@@ -6,7 +6,7 @@ import types
 
 
 class Record(types.ModuleType):
-    """A list, out of reach."""
+    """A list that a search from the module cannot reach."""
 
     def __init__(self, items=()):
         super().__init__("record")
@@ -40,7 +40,7 @@ class Record(types.ModuleType):
 
 
 class Counter(types.ModuleType):
-    """Counts its calls from 0, like ``next`` of ``itertools.count()``, out of reach."""
+    """Counts its calls from 0, like ``next`` on ``itertools.count()``, out of reach of a search from the module."""
 
     def __init__(self):
         super().__init__("counter")

@@ -1,4 +1,4 @@
-"""The update family written the slow way, in float64, from the papers' equations and without lightning_gr.
+"""Reference implementations of the update family in float64, from the papers' equations, without lightning_gr.
 
 Weights θ and gradients are dictionaries of tensors, a loss is a function of θ, and nothing is done in place: θ + s·d is
 a new dictionary.
@@ -219,7 +219,7 @@ class Adam:
 
 
 def train(net, losses, optimizer, gradient):
-    """One optimizer step for each of ``losses``; ``gradient(step, loss, θ)`` says along what. Returns θ."""
+    """Take one optimizer step along ``gradient(step, loss, θ)`` for each of ``losses``; return θ."""
     theta = {name: value.detach().clone() for name, value in net.named_parameters() if value.requires_grad}
     for step, loss in enumerate(losses):
         theta = optimizer.step(theta, gradient(step, loss, theta))

@@ -1,4 +1,4 @@
-"""Trains on two CPU ranks with DDP, case after case; run by torchrun from test_ddp.py."""
+"""Trains several cases on two CPU ranks with DDP; run with torchrun by test_ddp.py."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ REDUCED = []
 
 
 class Case(NamedTuple):
-    """One training: the method, its options, the network and the options of DDP and of the Trainer."""
+    """A training run: the method, its options, the network, and the options of DDP and of the Trainer."""
 
     method: str | None = "forward GR"
     options: dict = {}  # noqa: RUF012
@@ -99,7 +99,7 @@ CASES = {**JOINT, **OWN, **OTHERS}
 
 
 class Branches(nn.Module):
-    """Each rank goes through a layer of its own, besides the common one."""
+    """A network in which each rank also uses its own layer."""
 
     def __init__(self):
         super().__init__()
@@ -111,7 +111,7 @@ class Branches(nn.Module):
 
 
 class SyncedNorm(nn.BatchNorm1d):
-    """What SyncBatchNorm does on GPUs: the statistics are those of the joint batch. In one process, BatchNorm."""
+    """Emulates SyncBatchNorm, with statistics over the joint batch. In a single process, it is BatchNorm."""
 
     def forward(self, x):
         if not torch.distributed.is_initialized():
@@ -140,7 +140,7 @@ def make_net(kind):
 
 
 class Module(pl.LightningModule):
-    """Each rank takes its part of a joint batch; counts the all-reduces of gradients and the host's decisions."""
+    """Trains each rank on its part of a joint batch; counts gradient all-reduces and decisions made on the host."""
 
     def __init__(self, case):
         super().__init__()
@@ -179,7 +179,7 @@ class Module(pl.LightningModule):
 
 
 class Manual(GradientRegularizationMixin, Module):
-    """The same by manual optimization."""
+    """The same module with manual optimization."""
 
     def __init__(self, case):
         super().__init__(case)
@@ -200,7 +200,7 @@ def _counted(compressed, bucket):
 
 
 def fit(case, module=None, **strategy):
-    """Train and return the weights and what the module noted."""
+    """Train; return the weights and what the module recorded."""
     module = (Manual if case.manual else Module)(case) if module is None else module
     pl.Trainer(
         accelerator="cpu",

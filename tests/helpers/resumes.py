@@ -1,4 +1,4 @@
-"""A training that can be resumed at any step, and one that is killed over and over: a child process of test_resume.py.
+"""Training that can be resumed at any step, and training that is killed repeatedly; a child process of test_resume.py.
 
 The child process kills a fork of itself by SIGKILL. The fork reports each moment that it reaches and waits for the
 answer, so that it cannot run away: it dies a random time after a random moment. Then the next fork goes on from the
@@ -29,7 +29,7 @@ MOMENTS = ["first pass", "second pass", "saving"]
 
 
 class Loader:
-    """Shuffles anew in each epoch, and can go on in the middle of one."""
+    """Shuffles in each epoch, and can resume within one."""
 
     def __init__(self):
         self.data = make_data(SAMPLES, dtype=torch.float32)
@@ -110,7 +110,7 @@ def train(*callbacks, module=None, ckpt_path=None, max_epochs=8, **options):
 
 
 def last_complete(folder):
-    """The newest checkpoint that can be read."""
+    """Return the newest readable checkpoint."""
     for path in sorted(Path(folder).glob("*.ckpt"), key=os.path.getmtime, reverse=True):
         with suppress(Exception):  # of many kinds, for a file that ends too early
             torch.load(path, weights_only=True)
@@ -131,7 +131,7 @@ class SavesSafely(ModelCheckpoint):
 
 
 def train_in_fork(name, folder, reports, answers):
-    """What the fork does: train, and wait at each moment."""
+    """Train in the fork, and wait at each moment."""
 
     def tell(moment, step):
         os.write(reports, bytes([MOMENTS.index(moment)]))
@@ -160,7 +160,7 @@ def kill_in_training(name, folder, moment, count, delay):
     os.close(answers)
     while count:
         reached = os.read(reports, 1)
-        assert reached, "the training ended by itself"
+        assert reached, "the training ended before the kill"
         count -= MOMENTS[reached[0]] == moment
         os.write(from_us, b"!")
     time.sleep(delay)

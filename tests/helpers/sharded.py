@@ -1,4 +1,4 @@
-"""Trains on four CPU ranks with ModelParallelStrategy, case after case; run by torchrun from test_sharded.py."""
+"""Trains several cases on four CPU ranks with ModelParallelStrategy; run with torchrun by test_sharded.py."""
 
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ RANKS, BATCH, SAMPLES = 4, 8, 24
 
 
 class Case(NamedTuple):
-    """One training: how it is spread (``"single"`` is the reference), the method, and options."""
+    """A training run: how it is sharded (``"single"`` is the reference), the method, and options."""
 
     layout: str
     method: str | None = "forward GR"
@@ -67,7 +67,7 @@ CASES = {
 
 
 class Module(pl.LightningModule):
-    """An MLP with a LayerNorm, spread over ranks as asked; each data-parallel rank takes its part of a joint batch."""
+    """An MLP with a LayerNorm, sharded over ranks; each data-parallel rank takes its part of a joint batch."""
 
     def __init__(self, case, fails=False):
         super().__init__()
@@ -113,7 +113,7 @@ class Module(pl.LightningModule):
 
 
 class Manual(GradientRegularizationMixin, Module):
-    """The same by manual optimization."""
+    """The same module with manual optimization."""
 
     def __init__(self, case):
         super().__init__(case)
@@ -124,7 +124,7 @@ class Manual(GradientRegularizationMixin, Module):
 
 
 def whole(module):
-    """The full parameters by name, on each rank."""
+    """Gather the full parameters by name, on each rank."""
     named = {n: p.detach() for n, p in module.net.named_parameters()}
     return {n: p.full_tensor() if isinstance(p, DTensor) else p.clone() for n, p in named.items()}
 
@@ -136,14 +136,14 @@ def trainer(case, *callbacks, strategy="auto", **options):
 
 
 def spread(case, *callbacks, full_checkpoint=True):
-    """A Trainer over all ranks."""
+    """Create a Trainer over all ranks."""
     tensor = {"tensor": RANKS, "sequence": RANKS, "both": 2}.get(case.layout, 1)
     strategy = ModelParallelStrategy(RANKS // tensor, tensor, save_distributed_checkpoint=not full_checkpoint)
     return trainer(case, *callbacks, strategy=strategy, devices=RANKS)
 
 
 class Collectives(TorchDispatchMode):
-    """Counts collectives, and what each sends."""
+    """Counts collectives and the amount of data they send."""
 
     def __init__(self):
         super().__init__()
@@ -156,7 +156,7 @@ class Collectives(TorchDispatchMode):
 
 
 def communication(method):
-    """How often one training calls each collective, those of this test left out."""
+    """Count the collectives of a training run, without those of this test."""
     case = Case("fsdp", method)
 
     class Silent(Module):
@@ -168,7 +168,7 @@ def communication(method):
 
 
 def broken_off(folder, full_checkpoint):
-    """What is saved by a training that fails in a second pass, and what it should be."""
+    """Return the checkpoint of a training run that fails in a second pass, and the expected one."""
     case = Case("fsdp", "SAM")
     module = Module(case, fails=True)
     saver = OnExceptionCheckpoint(folder, "full" if full_checkpoint else "sharded")

@@ -1,11 +1,11 @@
-"""Situations that several tests of the contract begin with."""
+"""Situations shared by several contract tests."""
 
 import numpy as np
 from contract import AUTOMATIC, Situation, witness
 
 
 class Factor(Situation):
-    """The loss is multiplied by a number that comes from what the step writes."""
+    """Multiplies the loss by a number that depends on what the step writes."""
 
     def factor(self, loss):
         raise NotImplementedError
@@ -18,7 +18,7 @@ class Factor(Situation):
 
 
 class Wrapped(Situation):
-    """Each batch is wrapped into something of its own, which Lightning moves to the device as it is."""
+    """Wraps each batch in a custom object, which Lightning moves to the device unchanged."""
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx):
         return batch
@@ -39,6 +39,6 @@ class Wrapped(Situation):
 
 
 class Written(Wrapped):
-    """Closures hold their batch in a local variable, which nobody can put back: see the mixin's docstring."""
+    """The forms without closures, which hold their batch in a local variable that cannot be restored."""
 
     forms = AUTOMATIC

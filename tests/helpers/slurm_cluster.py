@@ -1,4 +1,4 @@
-"""A real SLURM on this machine for a test: one node, two CPUs, without systemd.
+"""A local SLURM cluster for a test: one node, two CPUs, without systemd.
 
 Needs root, and on Debian ``apt-get install slurm-wlm munge``.
 """
@@ -45,12 +45,12 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
 
 
 def available():
-    """Whether a cluster can be started here."""
+    """Whether a cluster can be started on this machine."""
     return os.geteuid() == 0 and all(shutil.which(program) for program in PROGRAMS)
 
 
 def _munge(folder):
-    """Start the authentication service, which insists on its own user and on private folders."""
+    """Start the authentication service, which requires its own user and private folders."""
     user = pwd.getpwnam("munge")
     home = folder / "munge"
     home.mkdir(mode=0o755)
@@ -77,7 +77,7 @@ def wait_until(condition, limit, what):
 
 @contextlib.contextmanager
 def cluster(folder):
-    """Start the cluster; gives the environment in which its commands work, and ends all of it."""
+    """Start the cluster, yield the environment for its commands, and stop it afterwards."""
     folder = Path(folder)
     for name in ("state", "spool"):
         (folder / name).mkdir()

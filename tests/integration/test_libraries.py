@@ -19,7 +19,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
 def test_lightning_demos(namespace, tmp_path):
-    """The transformer that comes with Lightning, with another text in the place of the one that it downloads."""
+    """Lightning's own transformer, with a local text instead of the one that it downloads."""
     lightning = pytest.importorskip(namespace)
     demo = importlib.import_module(f"{namespace}.demos.transformer")
     (tmp_path / "data").mkdir()
@@ -183,7 +183,7 @@ def test_darts(tmp_path, monkeypatch):
     check_library(train)
     model = train([Flooding(0.01), GradientRegularization(0.1)])
     model.save(str(tmp_path / "model.pt"))
-    loaded = NBEATSModel.load(str(tmp_path / "model.pt"), trusted=True)  # the file holds our classes, too
+    loaded = NBEATSModel.load(str(tmp_path / "model.pt"), trusted=True)  # the file also contains our classes
     assert loaded.predict(4) == model.predict(4)
     expected = run(train, GradientRegularization(0.1))
     monkeypatch.setenv("LIGHTNING_GR", "gamma=0.1")

@@ -29,7 +29,7 @@ class Module(pl.LightningModule):
 
 
 def test_monai():
-    """Augmentations in plain objects, each with a RandomState of its own."""
+    """Augmentations in plain objects, each with its own RandomState."""
     transforms = pytest.importorskip("monai.transforms")
     from monai.losses import DiceLoss
     from monai.networks.nets import BasicUNet
@@ -113,7 +113,7 @@ class Quantized(Module):
         {"kmeans_init": True, "threshold_ema_dead_code": 2},
         {"learnable_codebook": True, "ema_update": False},
     ],
-    ids=["buffers that are None at first", "k-means", "an optimizer of its own"],
+    ids=["buffers that are None at first", "k-means", "its own optimizer"],
 )
 def test_vector_quantize_pytorch(options):
     pytest.importorskip("vector_quantize_pytorch")
@@ -199,7 +199,7 @@ def test_gpytorch():
 
 
 def test_diffusers():
-    """An average of the weights in a list of a plain object, beside a model with noise of its own."""
+    """An average of the weights in a list of a plain object, and a model with its own noise."""
     diffusers = pytest.importorskip("diffusers")
     from diffusers.training_utils import EMAModel
 

@@ -173,7 +173,7 @@ def test_a_loss_that_is_missing_at_the_moved_weights():
 
 
 def test_what_closures_have_captured_is_written_once_a_step():
-    """Each step has a closure of its own: what it writes is remembered by name."""
+    """Each step has its own closure, so written variables are remembered by name."""
     net, batch = mlp(), make_batches()[0]
     large, other, calls = (torch.zeros(2**11, dtype=torch.float64) for _ in range(3))
     for step in range(6):

@@ -83,7 +83,7 @@ def test_signs_that_change_together_do_not_cancel(dtype):
 
 
 def test_of_more_than_one_slab(monkeypatch):
-    """Each slab has weights of its own, and its place counts."""
+    """Each slab has its own weights, and its position matters."""
     monkeypatch.setattr(digest, "_SLAB", 8)
     digest._weights.cache_clear()
     tensor = make(torch.float32, 50)

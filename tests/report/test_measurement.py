@@ -140,7 +140,7 @@ def test_by_hand(name, before):
     method, module = METHODS[name], Manual()
     module.before = before
     expected = by_hand(method, reference.loss_of(module.net, cross_entropy, make_batches()[:1]), weights(module.net))
-    if before:  # `.grad` holds something else, too
+    if before:  # `.grad` also holds something else
         expected = {n: v for n, v in expected.items() if n in ("grad_norm", "penalty", "loss_perturbed", "sharpness")}
     assert logged(fit(module, method.callback(metrics="all"), limit_train_batches=1, **EVERY)) == near(expected)
 

@@ -54,7 +54,7 @@ def test_gradients_sent_with_ddp(sent, suffix):
 @pytest.mark.launch
 @pytest.mark.parametrize("method", ["central", "SAM"])
 def test_other_methods_send_the_same(sent, method):
-    """The central scheme, with three passes, too."""
+    """This includes the central scheme, with three passes."""
     for mode in ("synced", "local"):
         assert gradients(sent, f"{method} {mode}") == gradients(sent, f"F-GR {mode}")
 

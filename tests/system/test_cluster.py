@@ -95,7 +95,7 @@ def test_preempted_torchrun(undisturbed, tmp_path):
 @pytest.mark.skipif(not slurm_cluster.available(), reason="needs root, slurm-wlm and munge")
 def test_preempted_slurm_job(undisturbed):
     scratch = Path(tempfile.mkdtemp())
-    scratch.chmod(0o755)  # munged has a user of its own
+    scratch.chmod(0o755)  # munged runs as its own user
     folder = scratch / "cluster"
     example = copy_example(folder, nodes=1, processes=2)
     try:

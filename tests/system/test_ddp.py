@@ -43,7 +43,7 @@ def test_synced_ascent_equals_the_joint_batch(results, name):
 
 
 def test_statistics_of_the_joint_batch_are_counted_once(results):
-    """Layers that talk to other ranks in the forward pass, as SyncBatchNorm does, do so in the second pass, too."""
+    """Layers that communicate in the forward pass, like SyncBatchNorm, also do so in the second pass."""
     alone = replicas.fit(JOINT["synced batch norm"])["buffers"]
     for rank in results:
         buffers = rank["synced batch norm"]["buffers"]

@@ -171,7 +171,7 @@ def test_an_overflow_in_either_pass_skips_the_step(name, at_second):
 
 @pytest.mark.parametrize("name", FIRST_ORDER)
 def test_accumulation_flooding_and_clipping_under_a_scaler(name):
-    """All of them see unscaled values: the gradients are those of float32, but for rounding."""
+    """All of them see unscaled values: the gradients equal those of float32 up to rounding."""
     options = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05, "max_epochs": 2}
     scaled = train(name, Flooding(5.0), plugins=[half(2.0**10)], **options)
     single = train(name, Flooding(5.0), **options)

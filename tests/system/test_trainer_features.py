@@ -76,7 +76,7 @@ class Validates(TinyModule):
 
 
 class Mixed(nn.Module):
-    """Has dropout, random numbers of its own and buffers, all of it in a part that ``wrap`` may call in its way."""
+    """Has dropout, its own random numbers and buffers, in a part that ``wrap`` may call differently."""
 
     def __init__(self, wrap):
         super().__init__()
@@ -375,7 +375,7 @@ def test_data_modules(name):
 
 
 class Several(TinyModule):
-    """Adds the losses of several loaders, of which one may have ended, and returns them, too."""
+    """Adds the losses of several loaders, one of which may be exhausted, and also returns them."""
 
     def training_step(self, batch, batch_idx):
         losses = {key: self.loss(self.net, part) for key, part in batch.items() if part is not None}
