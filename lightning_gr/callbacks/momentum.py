@@ -1,4 +1,4 @@
-"""The callback of the method with a single pass: Momentum-SAM."""
+"""The Momentum-SAM callback, which needs a single pass."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,41 +18,42 @@ __all__ = ["MomentumSAM"]
 
 
 class MomentumSAM(TwoPass):
-    """Momentum-SAM: flat minima in a single pass, by the gradient at a point ahead along the optimizer's momentum.
+    """Momentum-SAM: flat minima in a single pass, using the gradient at a point ahead along the optimizer's momentum.
 
         g = ∇L(θ − ρ v/‖v‖)
 
-    v is the optimizer's momentum and ‖v‖ one norm over all parameters that are moved. −v is the step that was just
-    taken, so the point lies ahead of the weights; on average the loss is higher there. A step costs about what plain
-    training costs.
+    v is the optimizer's momentum, and ‖v‖ is a single norm over all displaced parameters. −v is the direction of the
+    previous step, so the point lies ahead of the weights, where the loss is higher on average. A step costs about as
+    much as in plain training.
 
-    The weights are at that point during the forward and the backward pass of each micro-batch, and are themselves at
-    any other moment, bit for bit: hooks, checkpoints, averages, validation and the optimizer's step see nothing of it.
-    The loss that ``training_step`` logs and the running statistics of BatchNorm are those of the moved weights. Before
-    the first optimizer step there is no momentum, and that step is a plain one.
+    The weights are displaced only during the forward and backward pass of each micro-batch, and restored bit for bit in
+    between, so hooks, checkpoints, averages, validation and the optimizer's step see the original weights. The loss
+    logged in ``training_step`` and BatchNorm's running statistics are those of the displaced weights. The first
+    optimizer step is plain, because there is no momentum yet.
 
     Args:
-        rho: The radius ρ ≥ 0. 2 was good on six small image tasks, and the authors use 1.7 to 5.5; from about 4 on
-            training may fail.
-        start_step: The first optimizer step (counted from 0) at which to look ahead. With a ViT, take the end of the
-            learning rate's warm-up.
-        interval: Every how many optimizer steps from there.
-        warmup_steps: Over how many optimizer steps from there the radius grows linearly from 0.
-        exclude: Shell-style patterns over parameter names, as in ``["*.bias", "*norm*"]``. Such parameters are not
-            moved.
-        update_batchnorm: Whether to re-estimate the running statistics of BatchNorm at the end of training, at the
-            weights that were trained, by one more pass over the training data (torch's ``update_bn``, which calls
-            ``forward`` with each batch or, of a tuple or list, its first entry).
-        metrics: What to log on the steps that Lightning logs: ``"default"`` is the gradient norm (of g); ``"all"`` adds
-            the sharpness L(θ − ρ v/‖v‖) − L(θ), for one forward pass on these steps; ``()`` is nothing.
-        prefix: What the keys of the metrics begin with.
+        rho: The radius ρ ≥ 0. 2 worked well on six small image tasks, and the authors use 1.7 to 5.5. Training may fail
+            from about 4 on.
+        start_step: The first optimizer step (counted from 0) at which to look ahead. For a ViT, use the end of the
+            learning-rate warm-up.
+        interval: Look ahead every ``interval``-th optimizer step from then on.
+        warmup_steps: The number of optimizer steps over which the radius grows linearly from 0.
+        exclude: Shell-style patterns for names of parameters that are not displaced, such as ``["*.bias", "*norm*"]``.
+        update_batchnorm: Whether to re-estimate BatchNorm's running statistics for the final weights at the end of
+            training, with another pass over the training data. This uses torch's ``update_bn``, which calls ``forward``
+            with each batch, or with its first entry if the batch is a tuple or list.
+        metrics: The metrics to log, on the steps that Lightning logs: ``"default"`` is the gradient norm (of g),
+            ``"all"`` adds the sharpness L(θ − ρ v/‖v‖) − L(θ), which takes another forward pass on these steps, and
+            ``()`` logs nothing.
+        prefix: The prefix of the metrics' keys.
         prog_bar: Whether to show the gradient norm in the progress bar.
-        verbose: Whether to show a panel before training and a table after it, unless Lightning itself is silent.
+        verbose: Whether to print a panel before training and a table after it. They are only printed if Lightning shows
+            a progress bar or a model summary.
 
     Raises:
-        ValueError: If an argument is out of its range, or at the start of ``fit`` if a pattern matches nothing.
+        ValueError: If an argument is out of range, or, at the start of ``fit``, if a pattern matches nothing.
         MisconfigurationException: At the start of ``fit``, if an optimizer keeps no momentum, or if this Trainer or
-            module cannot be regularized.
+            module is not supported.
 
     Source: Becker, Altrock & Risse (2024, arXiv 2401.12033); the sign is that of the authors' code.
 
@@ -91,7 +92,7 @@ class MomentumSAM(TwoPass):
         self.update_batchnorm = update_batchnorm
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Check the context."""
+        """Raise if this Trainer or module is not supported."""
         super().setup(trainer, pl_module, stage)
         inherited = type(pl_module).forward.__qualname__ == "LightningModule.forward"
         if stage == "fit" and self.update_batchnorm and inherited:
@@ -103,7 +104,7 @@ class MomentumSAM(TwoPass):
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        """Look ahead in this step, if it is due."""
+        """Check the batch if BatchNorm's statistics will be updated, and decide on the update of the window."""
         if self.update_batchnorm and not isinstance(batch, (Tensor, list, tuple)):
             raise MisconfigurationException(
                 "`update_batchnorm=True` needs batches that are tensors, or tuples or lists that begin with one, but"
@@ -113,7 +114,7 @@ class MomentumSAM(TwoPass):
 
     @torch.no_grad()
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Re-estimate the statistics of BatchNorm."""
+        """Stop recording, and re-estimate BatchNorm's statistics if requested."""
         super().on_train_end(trainer, pl_module)
         if self.update_batchnorm and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in pl_module.modules()):
             torch.optim.swa_utils.update_bn(trainer.train_dataloader, pl_module, pl_module.device)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""A point ahead of the weights along the optimizer's momentum, at which Momentum-SAM takes its only gradient.
+"""Displaces the weights ahead along the optimizer's momentum, where Momentum-SAM takes its only gradient.
 
-The weights are displaced for a forward and for a backward pass, and are themselves at any other moment: a checkpoint,
-an average, a validation or the optimizer's step never sees displaced ones.
+The weights are only displaced during a forward and a backward pass, so checkpoints, averages, validation and the
+optimizer's step never see displaced weights.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,30 +19,30 @@ from lightning_gr.core.tensors import global_norm, inverse
 
 __all__ = ["MOMENTA", "Ahead", "keeps_momentum", "momenta_of"]
 
-# what optimizers call their momentum: SGD, RMSprop and Muon; the Adam family, Lion, Adan and others
+# the names of the momentum: in SGD, RMSprop and Muon; in the Adam family, Lion, Adan and others
 MOMENTA = ("momentum_buffer", "exp_avg")
 
 
 def momenta_of(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Those of ``params`` for which ``optimizer`` has a momentum by now, each with it."""
-    found = []
+    """Pairs of a parameter and its momentum, for those of ``params`` for which ``optimizer`` has one."""
+    pairs = []
     for param in params:
         state: dict[str, Any] = optimizer.state.get(param, {})  # not [param]: an entry of ours would break Adam
         momentum = next((state[name] for name in MOMENTA if isinstance(state.get(name), Tensor)), None)
         if momentum is not None:
-            found.append((param, momentum))
-    return found
+            pairs.append((param, momentum))
+    return pairs
 
 
 class Ahead:
-    """The point θ − ρ v/‖v‖, as a context that may be entered again until the optimizer's next step.
+    """The point θ − ρ v/‖v‖, at which the weights can be placed repeatedly until the optimizer's next step.
 
     Args:
-        optimizer: Whose momentum v is.
-        params: The parameters to displace, as far as they have a momentum. ‖v‖ is one norm over all of them; of
-            distributed tensors it is the norm of the whole.
-        rho: ρ.
-        storage: Where the weights are kept meanwhile.
+        optimizer: The optimizer with the momentum v.
+        params: The parameters to displace; those without a momentum are skipped. ‖v‖ is a single norm over all of them,
+            for distributed tensors over all ranks.
+        rho: The radius ρ.
+        storage: Keeps the original weights in the meantime.
     """
 
     def __init__(
@@ -67,29 +67,29 @@ class Ahead:
                     perturbation.displace_along(factor)
                     yield
             finally:
-                perturbation.restore()  # again, should Ctrl-C have come on the way to the first time
+                perturbation.restore()  # again, in case Ctrl-C interrupted the first call
 
     def displaced(self) -> AbstractContextManager[None]:
-        """A context with the weights at the point; with their own values where there is no momentum yet."""
+        """A context manager with the weights at the point, or unchanged if there is no momentum yet."""
         return nullcontext() if self._factor is None else self._displaced(self._factor)
 
 
 def keeps_momentum(optimizer: torch.optim.Optimizer) -> bool | None:
-    """Whether ``optimizer`` has a momentum once it has made a step; None if that cannot be found out.
+    """Whether ``optimizer`` has a momentum after its first step; None if this cannot be determined.
 
-    A twin of it makes one step on a parameter of its own, so no list of optimizers has to be kept up to date.
+    A copy of the optimizer takes a step on a dummy parameter, which avoids maintaining a list of optimizers.
     """
     device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
     found = False
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for group in optimizer.param_groups:
-            # two dimensions, which Muon asks for
+            # two-dimensional, as Muon requires
             param = torch.nn.Parameter(torch.ones(2, 2, device=device))
             param.grad = torch.ones_like(param)
             try:
                 twin = stepped_twin(optimizer, {**group, "params": [param]})
             except Exception:
-                # an optimizer that needs a closure, or attributes of its own for each parameter
+                # for example an optimizer that needs a closure, or custom attributes on each parameter
                 return None
             found = found or bool(momenta_of(twin, [param]))
     return found
