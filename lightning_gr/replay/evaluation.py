@@ -14,6 +14,8 @@ from lightning_gr.replay.contents import is_lazy
 from lightning_gr.replay.footprint import Fingerprint, Footprint, Marks, Snapshot, storages_of
 from lightning_gr.replay.hooks import ObservingHooks
 from lightning_gr.replay.isolation import RandomState, flagged, muted, noted_exceptions
+from lightning_gr.replay.places import Place
+from lightning_gr.replay.stand_ins import SetsAtStart
 from lightning_gr.replay.weights import WrittenWeights
 
 __all__ = ["Evaluation", "Surroundings"]
@@ -72,6 +74,7 @@ class Evaluation(Generic[Output]):
                 each.begin()
             self._numbers = RandomState(self.surroundings.devices)
             self._start = [Snapshot(each.protected) for each in self._footprints]
+            self._sets = SetsAtStart(self._protected())
             self._looked = footprint.unprotected(self._budget()) if self.surroundings.learning else None
             before = [self._looked or footprint.marks(), *(each.marks() for each in own)]
             output = self.compute()
@@ -85,6 +88,9 @@ class Evaluation(Generic[Output]):
             each.look_at_initialized(start)
         self._written = self.surroundings.weights.note(self._start)
         return output
+
+    def _protected(self) -> Iterator[Place]:
+        return (place for each in self._footprints for place in each.protected)
 
     def _budget(self) -> int:
         return _SPARE_BYTES + 2 * sum(param.nbytes for param in self.surroundings.trained() if not is_lazy(param))
@@ -106,6 +112,7 @@ class Evaluation(Generic[Output]):
                 self.first()
         self._looked, self._written = None, []
         self._start = [Snapshot(each.protected) for each in self._footprints]
+        self._sets = SetsAtStart(self._protected())
 
     @contextmanager
     def again(
@@ -136,8 +143,10 @@ class Evaluation(Generic[Output]):
                 stack.callback(snapshot.restore, storages)
             stack.callback(numbers.restore)
             stack.enter_context(_without_gradients(self._leaves(trained)))
+            stand_ins = stack.enter_context(self._sets.replaced())
             for snapshot in self._start:
                 snapshot.restore(storages)
+            self._sets.refer_to_stand_ins(stand_ins, self._protected())
             stack.enter_context(self.surroundings.weights.started(moved, self._written))
             self._numbers.restore()
             stack.enter_context(self.surroundings.hooks.silenced(trained) if hooks else without_hooks(trained))

@@ -4,7 +4,7 @@ import operator
 import types
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "ModuleEntryPlace",
     "Place",
     "SequencePlace",
+    "SetPlace",
     "SlotPlace",
     "slot_names",
 ]
@@ -302,11 +303,11 @@ class CellPlace(Place):
             yield self.path, value
 
 
-_SEQUENCES: tuple[Any, ...] = (list, deque, set, bytearray, array)
+_SEQUENCES: tuple[Any, ...] = (list, deque, bytearray, array)
 
 
 class SequencePlace(Place):
-    """The items of a list, deque, set, bytearray or array."""
+    """The items of a list, deque, bytearray or array."""
 
     __slots__ = ("_kind",)
 
@@ -341,20 +342,8 @@ class SequencePlace(Place):
         elif kind is deque:
             deque.clear(owner)
             deque.extend(owner, saved)
-        elif kind is set:
-            self._restore_set(saved)
         else:
             kind.__setitem__(owner, slice(None), bytes(saved) if kind is bytearray else array(owner.typecode, saved))
-
-    def _restore_set(self, saved: list[Any]) -> None:
-        """Restore the items and, if possible, their order, which depends on the history of the set."""
-        owner, wanted = self.owner, set(saved)
-        set.intersection_update(owner, wanted)
-        set.update(owner, saved)
-        if self.differs(saved):
-            set.clear(owner)
-            for item in saved:
-                set.add(owner, item)
 
     @property
     def has_mark(self) -> bool:
@@ -362,7 +351,7 @@ class SequencePlace(Place):
 
     def mark(self) -> Any:
         count = self._count()
-        if count == 0 or self._kind is set:
+        if count == 0:
             return count
         ends = [self._kind.__getitem__(self.owner, position) for position in (0, count // 2, count - 1)]
         return count, ends if self._is_raw() else [id(item) for item in ends]
@@ -373,3 +362,56 @@ class SequencePlace(Place):
     def children(self) -> Iterator[tuple[str, Any]]:
         for position, value in enumerate(self.values()):
             yield f"{self.path}[{position}]", value
+
+
+class SetPlace(Place):
+    """The items of a set. See :mod:`~lightning_gr.replay.stand_ins` for its order.
+
+    Args:
+        owner: The set.
+        path: Where it was found.
+        held: The ids of sets to which something refers for good: a tuple, a bound method.
+    """
+
+    __slots__ = ("_held",)
+
+    def __init__(self, owner: set[Any], path: str, held: Collection[int] = ()) -> None:
+        super().__init__(owner, path)
+        self._held = held
+
+    @property
+    def can_be_replaced(self) -> bool:
+        """Whether all that refers to the set can refer to another one."""
+        return type(self.owner) is set and id(self.owner) not in self._held
+
+    @property
+    def is_watched(self) -> bool:
+        return set.__len__(self.owner) <= MOST_ENTRIES
+
+    @property
+    def has_mark(self) -> bool:
+        return True
+
+    def mark(self) -> int:
+        return set.__len__(self.owner)
+
+    def save(self) -> list[Any]:
+        return list(set.__iter__(self.owner))
+
+    def differs(self, saved: list[Any]) -> bool:
+        return set.__len__(self.owner) != len(saved) or any(map(operator.is_not, set.__iter__(self.owner), saved))
+
+    def restore(self, saved: list[Any]) -> None:
+        set.intersection_update(self.owner, set(saved))
+        set.update(self.owner, saved)
+        if self.differs(saved):
+            set.clear(self.owner)
+            for item in saved:
+                set.add(self.owner, item)
+
+    def values(self) -> Iterable[Any]:
+        return self.save()
+
+    def children(self) -> Iterator[tuple[str, Any]]:
+        for value in self.save():
+            yield f"{self.path}[...]", value

@@ -43,6 +43,7 @@ from lightning_gr.replay.places import (
     ModuleEntryPlace,
     Place,
     SequencePlace,
+    SetPlace,
     SlotPlace,
     slot_names,
 )
@@ -82,6 +83,7 @@ class Walk:
         self.places: list[Place] = []
         self._seen: dict[int, object] = {id(each): each for each in closed}
         self._waiting: deque[tuple[str, Any]] = deque()
+        self._held: set[int] = set()
         self._visits: dict[type, Callable[[Walk, Any, str], None]] = {}
 
     def enter(self, roots: Iterable[tuple[str, Any]]) -> "Walk":
@@ -110,6 +112,13 @@ class Walk:
         if enter:
             self._waiting.extend(place.children())
 
+    def _hold(self, found: Iterable[tuple[str, Any]]) -> None:
+        """Wait for what is referred to by something that cannot refer to anything else instead."""
+        for path, value in found:
+            if type(value) is set:
+                self._held.add(id(value))
+            self._waiting.append((path, value))
+
     # --- by kind
 
     def _tensor(self, value: Tensor, path: str) -> None:
@@ -128,7 +137,7 @@ class Walk:
 
     def _constant(self, value: Collection[Any], path: str) -> None:
         if len(value) <= MOST_ENTRIES:
-            self._waiting.extend((f"{path}[{position}]", item) for position, item in enumerate(value))
+            self._hold((f"{path}[{position}]", item) for position, item in enumerate(value))
 
     def _dictionary(self, value: dict[Any, Any], path: str) -> None:
         # a module has a dozen tables of hooks, which a step fills next to never
@@ -141,6 +150,11 @@ class Walk:
         self._add(place, enter=place.is_watched)
         self._attributes(value, path)
 
+    def _set(self, value: set[Any], path: str) -> None:
+        place = SetPlace(value, path, self._held)
+        self._add(place, enter=place.is_watched)
+        self._attributes(value, path)
+
     def _module(self, value: nn.Module, path: str) -> None:
         if is_uninitialized(value):
             self._add(LazyPlace(value, path))
@@ -149,7 +163,7 @@ class Walk:
 
     def _function(self, value: types.FunctionType, path: str) -> None:
         self._closure(value)
-        self._waiting.extend((path, default) for default in value.__defaults__ or ())
+        self._hold((path, default) for default in value.__defaults__ or ())
         self._waiting.append((path, value.__kwdefaults__))
         self._attributes(value, path)
 
@@ -161,15 +175,15 @@ class Walk:
         self._add(CellPlace(value, path))
 
     def _method(self, value: Any, path: str) -> None:
-        self._waiting.extend([(path, value.__self__), (path, getattr(value, "__func__", None))])
+        self._hold([(path, value.__self__), (path, getattr(value, "__func__", None))])
 
     def _partial(self, value: partial[Any], path: str) -> None:
-        self._waiting.extend([(path, value.func), (path, value.args), (path, value.keywords)])
+        self._hold([(path, value.func), (path, value.args), (path, value.keywords)])
 
     def _view(self, value: Any, path: str) -> None:
         """Search the object behind a view of a dictionary or of bytes, unless it is the body of a class."""
         seen = gc.get_referents(value) if not isinstance(value, memoryview) else [value.obj]
-        self._waiting.extend((path, each) for each in seen if not (isinstance(each, dict) and "__module__" in each))
+        self._hold((path, each) for each in seen if not (isinstance(each, dict) and "__module__" in each))
 
     def _cache(self, value: Any, path: str) -> None:
         """Search the results of ``functools.lru_cache``, which are in a plain dictionary if the cache is unbounded."""
@@ -249,7 +263,8 @@ _KINDS: tuple[tuple[Any, Callable[[Walk, Any, str], None]], ...] = (
     (np.ndarray, Walk._array),
     ((tuple, frozenset), Walk._constant),
     (dict, Walk._dictionary),
-    ((list, deque, set, bytearray, array), Walk._sequence),
+    ((list, deque, bytearray, array), Walk._sequence),
+    (set, Walk._set),
     (ctypes.Array, Walk._array_of_c),
     (STATES, Walk._state),
     (nn.Module, Walk._module),

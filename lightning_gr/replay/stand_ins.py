@@ -1,0 +1,71 @@
+"""Sets that stand in for others during a second pass.
+
+The order in which a set gives its items depends on all that was ever added to it and removed from it, so no way leads
+back to it. A set that the first pass has changed is therefore left alone if that is possible: wherever something
+refers to it, a second pass finds another one, with the items that it had at the start.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+from lightning_gr.replay.places import Place, SetPlace
+
+__all__ = ["SetsAtStart"]
+
+
+class _Start(NamedTuple):
+    place: SetPlace
+    items: list[Any]
+    copy: set[Any]
+
+
+class SetsAtStart:
+    """What some sets held at the start of an evaluation.
+
+    Args:
+        places: All places; those of sets are chosen from them.
+    """
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        chosen = [place for place in places if type(place) is SetPlace and place.can_be_replaced]
+        self._start = [_Start(place, place.save(), place.owner.copy()) for place in chosen]
+
+    @contextmanager
+    def replaced(self) -> Iterator[Sequence[tuple[set[Any], set[Any]]]]:
+        """Let the places of the sets that have changed mean their stand-ins; gives pairs of both."""
+        changed = [each for each in self._start if each.place.differs(each.items)]
+        with ExitStack() as stack:
+            pairs = []
+            for place, items, copy in changed:
+                pairs.append((place.owner, _in_order(items, copy)))
+                stack.callback(setattr, place, "owner", place.owner)
+                place.owner = pairs[-1][1]
+            yield pairs
+
+    @staticmethod
+    def refer_to_stand_ins(pairs: Sequence[tuple[set[Any], set[Any]]], places: Iterable[Place]) -> None:
+        """Let whatever refers to a set refer to its stand-in. Who saved the places before puts them back."""
+        if not pairs:
+            return
+        by_id = {id(original): stand_in for original, stand_in in pairs}
+        for place in places:
+            if any(id(value) in by_id for value in place.values()):
+                place.restore(_exchanged(place.save(), by_id))
+
+
+def _in_order(items: list[Any], copy: set[Any]) -> set[Any]:
+    if list(copy) == items:
+        return copy
+    added: set[Any] = set()
+    for item in items:
+        added.add(item)
+    return added
+
+
+def _exchanged(saved: Any, by_id: dict[int, set[Any]]) -> Any:
+    if isinstance(saved, dict):
+        return type(saved)((key, by_id.get(id(value), value)) for key, value in saved.items())
+    if isinstance(saved, list):
+        return [by_id.get(id(value), value) for value in saved]
+    return by_id.get(id(saved), saved)
