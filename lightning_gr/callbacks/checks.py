@@ -179,7 +179,7 @@ def _check_optimization(pl_module: "LightningModule") -> None:
 
 
 def check_momentum(trainer: "Trainer") -> None:
-    """Refuse to look ahead along a momentum where an optimizer keeps none, or not on each device."""
+    """Reject Momentum-SAM if an optimizer keeps no momentum, or not all of it on each device."""
     for optimizer in trainer.optimizers:
         name = type(optimizer).__name__
         if has_base_named(optimizer, "ZeroRedundancyOptimizer"):

@@ -46,7 +46,7 @@ ACCUMULATIONS: tuple[Accumulation, ...] = ("window", "micro_batch")
 
 @dataclass(frozen=True)
 class Context:
-    """What a rule's constants may depend on.
+    """The values that a rule's constants may depend on.
 
     Args:
         strength: The schedule's factor for the penalty (for the radius): 0 to 1, or up to ``interval`` if it is lazy.
@@ -224,7 +224,7 @@ class GRRule:
         normalize: Penalize the norm of the gradient instead of half its square.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of range.
 
     Source: Karakida, Takase, Hayase & Osawa (ICML 2023, arXiv 2210.02720), F-GR and B-GR; Zhao, Zhang & Hu
     (ICML 2022, arXiv 2202.03599), the gradient-norm penalty.
@@ -292,7 +292,7 @@ class SAMRule:
         eta: ASAM's η ≥ 0.
 
     Raises:
-        ValueError: If an argument is out of its range, or ``eta`` is given without ``adaptive``.
+        ValueError: If an argument is out of range, or ``eta`` is given without ``adaptive``.
 
     Source: Foret, Kleiner, Mobahi & Neyshabur (ICLR 2021, arXiv 2010.01412); Kwon, Kim, Park & Choi (ICML 2021,
     arXiv 2102.11600).
@@ -348,7 +348,7 @@ class MomentumSAMRule:
         rho: The radius ρ ≥ 0, in the unit of the parameters' norm.
 
     Raises:
-        ValueError: If ``rho`` is out of its range.
+        ValueError: If ``rho`` is out of range.
 
     Source: Becker, Altrock & Risse (2024, arXiv 2401.12033); the sign is that of the authors' code.
 

@@ -19,7 +19,7 @@ class Schedule:
             al., CVPR 2020, arXiv 1912.04958, section 3.1).
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of range.
 
     Example::
 

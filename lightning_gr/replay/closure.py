@@ -250,7 +250,7 @@ def regularized_backward(
 
 
 class _NoState(State):
-    """What a rule gets if the caller has not created a state."""
+    """The state passed to a rule if the caller has not created one."""
 
     def set(self, name: str, vector: Sequence[Tensor]) -> None:
         raise ValueError(

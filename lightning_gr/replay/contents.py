@@ -330,7 +330,7 @@ def _copy_parts(tensor: Tensor, value: Tensor) -> None:
 
 
 def sample(tensors: list[Tensor]) -> list[Any]:
-    """A few entries of each tensor: they tell of a write through ``.data``, which no version counter does."""
+    """A few entries of each tensor, to detect writes through ``.data``, which do not bump the version counter."""
     with torchs_own_methods():
         return [_few(Tensor.detach(tensor)) for tensor in tensors]
 
