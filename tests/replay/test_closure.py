@@ -223,3 +223,15 @@ def test_what_is_learned_of_a_module_is_kept_as_long_as_the_module():
     del net, params  # in no circle of references
     assert gone() is None
     assert surroundings.trained() == []
+
+
+def test_an_iterator_that_only_a_closure_holds_is_named_once():
+    net, batch, numbers = mlp(), make_batches()[0], iter(range(100))
+
+    def train():
+        for _ in range(3):
+            regularized_backward(lambda: cross_entropy(net, batch) * (1 + next(numbers)), net, SAMRule(0.1))
+
+    with pytest.warns(UserWarning, match="`numbers` cannot be put back") as caught:
+        train()
+    assert len(caught) == 1
