@@ -40,6 +40,15 @@ _MOST_BYTES = 2**16
 _FEW_BYTES = 2**12
 
 
+def _get_stream(stream: Any) -> Any:
+    return _UNSET if stream.closed else stream.__getstate__()
+
+
+def _set_stream(stream: Any, state: Any) -> None:
+    if not stream.closed:  # nobody can open it again
+        stream.__setstate__(state)
+
+
 def _set_bit_generator(generator: np.random.Generator, state: Any) -> None:
     generator.bit_generator.state = state
 
@@ -64,7 +73,7 @@ _STATES: tuple[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], object]], .
     (np.random.BitGenerator, lambda bits: bits.state, lambda bits, state: setattr(bits, "state", state)),
     (np.random.RandomState, np.random.RandomState.get_state, np.random.RandomState.set_state),
     (random.Random, random.Random.getstate, random.Random.setstate),
-    ((io.BytesIO, io.StringIO), lambda stream: stream.__getstate__(), lambda stream, state: stream.__setstate__(state)),
+    ((io.BytesIO, io.StringIO), _get_stream, _set_stream),
     ((*NUMBERS_OF_C, ctypes.Array), bytes, _set_bytes),
     (contextvars.ContextVar, lambda variable: variable.get(_UNSET), lambda variable, value: variable.set(value)),
 )

@@ -1,6 +1,7 @@
 """Each kind of content: a save does not change it, a change is seen, and a restore leaves no trace."""
 
 import ctypes
+import io
 import multiprocessing
 import random
 
@@ -172,3 +173,17 @@ def test_a_class_of_tensors_that_refuses_its_methods_is_put_back_by_those_of_tor
     place.restore(saved)
     assert type(owner) is Refuses
     assert digests([owner]) == before
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, io.BytesIO])
+def test_files_in_memory_may_be_closed(kind):
+    stream = kind()
+    place = contents.SettablePlace(stream, "x")
+    saved = place.save()
+    stream.write("a" if kind is io.StringIO else b"a")
+    place.restore(saved)
+    assert len(stream.getvalue()) == stream.tell() == 0
+    stream.close()
+    place.restore(saved)
+    place.restore(place.save())
+    assert stream.closed
