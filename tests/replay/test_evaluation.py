@@ -119,6 +119,34 @@ def test_what_is_moved_stays_where_it_is():
     assert_same(weights(net), displaced)
 
 
+def test_a_view_of_what_is_moved_stays_with_it():
+    net = Busy()
+    net.view = net.net[0].weight.data[0]
+    compute, surroundings, _ = make(net)
+    evaluation, moved = Evaluation(compute, surroundings), [net.net[0].weight]
+    evaluation.first()
+    with torch.no_grad():
+        net.net[0].weight += 1
+    displaced = weights(net)
+    with evaluation.again(moved):
+        assert_same(weights(net), displaced)
+    assert_same(weights(net), displaced)
+
+
+@pytest.mark.parametrize(("options", "runs"), [({}, True), ({"hooks": True}, True), ({"hooks": False}, False)])
+def test_hooks_on_parameters_run_unless_they_are_not_to(options, runs):
+    net, ran = Busy(), Record()
+    compute, surroundings, _ = make(net)
+    handle = net.net[0].weight.register_hook(lambda grad: ran.append(1) or 2 * grad)
+    evaluation = Evaluation(compute, surroundings)
+    evaluation.first().backward()
+    ran.clear()
+    with evaluation.again(**options) as loss:
+        loss.backward()
+    assert len(ran) == runs
+    handle.remove()
+
+
 def test_muted_methods_do_nothing_in_the_second_pass():
     said, net = Record(), Busy()
     net.say = said.append
@@ -149,8 +177,8 @@ def test_gradients_that_a_computation_leaves_behind():
     first, *others = net.parameters()
     evaluation = Evaluation(compute, surroundings)
     evaluation.first()
-    for adding, expected in ((True, 2.0), (False, 2.0)):
-        with evaluation.again([first], adding=adding):
+    for options, expected in (({}, 2.0), ({"adding": False}, 2.0), ({"adding": True}, 3.0)):
+        with evaluation.again([first], **options):
             assert extra.grad is None or extra.grad.eq(1).all()
         assert first.grad.eq(expected).all()
         assert all(p.grad.eq(1).all() for p in others)
