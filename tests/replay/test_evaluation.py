@@ -119,6 +119,46 @@ def test_what_is_moved_stays_where_it_is():
     assert_same(weights(net), displaced)
 
 
+def test_what_is_learned_of_an_evaluation_holds_for_it():
+    """A large tensor is not saved before it is known to be written; its copy comes from the look at everything."""
+    net = Busy()
+    net.large = torch.zeros(2**11, dtype=torch.float64)
+    compute, surroundings, _ = make(net)
+
+    def writes():
+        net.large += 1
+        return compute() * net.large[0]
+
+    for step in range(1, 4):
+        evaluation = Evaluation(writes, surroundings)
+        first = evaluation.first()
+        with evaluation.again() as loss:
+            assert torch.equal(loss, first)
+        assert (net.large == step).all()
+
+
+def test_what_it_alone_can_reach_starts_again():
+    net, items = Busy(), []
+    compute, surroundings, _ = make(net)
+
+    def writes():
+        items.append(1)
+        return compute() * len(items)
+
+    for step in range(1, 4):
+        evaluation = Evaluation(writes, surroundings, Footprint(lambda: {"items": items}))
+        first = evaluation.first()
+        with evaluation.again() as loss:
+            assert torch.equal(loss, first)
+        assert len(items) == step
+
+
+def test_what_is_copied_to_learn_from_is_limited_by_the_weights():
+    net, lazy = nn.Linear(10, 10), nn.LazyLinear(3)
+    surroundings = Surroundings(Footprint(dict), trained=lambda: [*net.parameters(), *lazy.parameters()])
+    assert Evaluation(int, surroundings)._budget() == 2**26 + 2 * 4 * 110
+
+
 def test_a_view_of_what_is_moved_stays_with_it():
     net = Busy()
     net.view = net.net[0].weight.data[0]
