@@ -97,6 +97,17 @@ def test_of_more_than_one_slab(monkeypatch):
     digest._weights.cache_clear()
 
 
+def test_the_first_of_many_slabs_counts(monkeypatch):
+    """Nothing of it is shifted out of 64 bits on the way."""
+    monkeypatch.setattr(digest, "_SLAB", 8)
+    digest._weights.cache_clear()
+    tensor = torch.zeros(8 * 70)
+    before = digest_of(tensor)
+    tensor[0] = 1.0
+    assert digest_of(tensor) != before
+    digest._weights.cache_clear()
+
+
 def test_a_longer_tensor_of_zeros_is_another():
     assert len({digest_of(torch.zeros(n)) for n in range(10)}) == 10
 
