@@ -88,6 +88,32 @@ def test_float32_of_several_shapes_and_strides():
     assert_same(weights(net), before)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_the_adaptive_direction_by_swap_and_by_copy(eta, monkeypatch):
+    results = []
+    for smallest in (0, 2**40):
+        monkeypatch.setattr(swap, "SMALLEST", smallest)
+        torch.manual_seed(0)
+        params = [make_param((3, 2)), make_param((4,))]
+        theta, grads = ([x.detach().clone() for x in each] for each in (params, [p.grad for p in params]))
+        storage = WeightStorage()
+        storage.take(params)
+        assert len(storage.swap.params) == (2 if smallest == 0 else 0)
+        with torch.no_grad():
+            storage.scale_direction_(eta)
+            storage.displace(0.25)
+        for param, old, grad in zip(params, theta, grads, strict=True):
+            torch.testing.assert_close(param.detach(), old + 0.25 * (old.abs() + eta) ** 2 * grad)
+        results.append([p.detach().clone() for p in params])
+        with torch.no_grad():
+            storage.put_back()
+            storage.displace(0.25)  # no longer scaled
+        for param, old in zip(params, theta, strict=True):
+            torch.testing.assert_close(param.detach(), old + 0.25 * param.grad)
+        storage.put_back()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 # --- only where it is safe
 
 
