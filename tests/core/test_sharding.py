@@ -46,6 +46,7 @@ def test_local_parts_share_storage_and_layouts_are_told_apart(mesh):
     spread = [DTensor.from_local(data, mesh, layout) for layout in layouts]
     assert all(is_distributed(x) for x in spread)
     (part, *_) = local_parts(spread)
+    assert not is_distributed(part)
     part[0, 0] = 7.0
     assert spread[0].to_local()[0, 0] == 7.0
     groups = by_layout([spread[0], data, spread[1], spread[2]])

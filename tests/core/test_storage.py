@@ -246,10 +246,11 @@ def test_a_share_of_sixteen_bit_weights_that_stay_is_told(moved, share):
         swap._warn_if_unmoved(after, before, direction)
 
 
-def test_it_is_told_once():
-    param, storage = nn.Parameter(torch.ones(4, dtype=torch.bfloat16)), WeightStorage(check_resolution=True)
+def test_it_is_told_once_and_only_if_asked_for():
+    param, asked = nn.Parameter(torch.ones(4, dtype=torch.bfloat16)), WeightStorage(check_resolution=True)
     param.grad = torch.ones_like(param)
-    for expected in (pytest.warns(UserWarning, match=r"^Only 0\.0%"), nullcontext()):
+    told = pytest.warns(UserWarning, match=r"^Only 0\.0%")
+    for expected, storage in ((told, asked), (nullcontext(), asked), (nullcontext(), WeightStorage())):
         with expected, Perturbation([param], storage) as perturbation:
             perturbation.displace(Update("gradient", 0.5), 1e-6)
 
