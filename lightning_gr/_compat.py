@@ -33,6 +33,7 @@ __all__ = [
     "logged_results",
     "loggers_and_methods",
     "namespace_of",
+    "overrides_hook",
     "pre_backward",
     "skips_backward",
     "static_graph",
@@ -43,6 +44,7 @@ __all__ = [
     "trainer_parts",
     "unsynced",
     "will_log",
+    "wrap_after_backward",
     "wrap_backward",
     "wrap_training_step",
     "writing_methods",
@@ -171,6 +173,13 @@ def gradient_scaler(trainer: "Trainer") -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
+def overrides_hook(owner: object, name: str) -> bool:
+    """Whether a module or callback has a hook that is not Lightning's own, which does nothing."""
+    definers = [cls for cls in type(owner).__mro__ if name in vars(cls)]
+    own = bool(definers) and not definers[0].__module__.startswith(("pytorch_lightning.", "lightning.pytorch."))
+    return own or name in getattr(owner, "__dict__", {})
+
+
 Wrapped = tuple[Callable[..., Any], Callable[[], None]]
 
 
@@ -191,6 +200,15 @@ def wrap_backward(trainer: "Trainer", wrapper: Callable[..., Any]) -> Wrapped:
         See :func:`wrap_training_step`.
     """
     return _wrap(trainer.precision_plugin, "backward", wrapper)
+
+
+def wrap_after_backward(trainer: "Trainer", wrapper: Callable[..., Any]) -> Wrapped:
+    """Replace the precision plugin's ``post_backward``, which runs the hooks ``on_after_backward``, with ``wrapper``.
+
+    Returns:
+        See :func:`wrap_training_step`.
+    """
+    return _wrap(trainer.precision_plugin, "post_backward", wrapper)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> Wrapped:

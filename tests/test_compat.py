@@ -21,10 +21,12 @@ from lightning_gr._compat import (
     logged_results,
     loggers_and_methods,
     namespace_of,
+    overrides_hook,
     storage_uses,
     torchs_own_methods,
     trainer_parts,
     will_log,
+    wrap_after_backward,
     writing_methods,
 )
 
@@ -74,6 +76,37 @@ def test_the_attributes_of_the_trainer_that_a_step_may_write():
     assert "max_steps" in parts["trainer.fit_loop.epoch_loop"]
     trainer.callback_metrics["mine"] = 1
     assert {"mine": 1} in [value for value in parts["trainer.logged"].values() if isinstance(value, dict)]
+
+
+def test_hooks_after_a_backward_pass_run_in_the_precision_plugin():
+    """`Precision.post_backward`, found on the instance."""
+    ran = []
+
+    class Hooked(TinyModule):
+        def on_after_backward(self):
+            ran.append("hook")
+
+        def on_train_start(self):
+            def wrapper(*args):
+                ran.append("before")
+                result = original(*args)
+                ran.append("after")
+                return result
+
+            original, self.unwrap = wrap_after_backward(self.trainer, wrapper)
+
+        def on_train_end(self):
+            self.unwrap()
+
+    trainer = fit(Hooked(), limit_train_batches=1)
+    assert ran == ["before", "hook", "after"]
+    assert "post_backward" not in vars(trainer.precision_plugin)
+
+
+def test_hooks_of_the_user():
+    assert not overrides_hook(TinyModule(), "on_after_backward")
+    assert not overrides_hook(pl.Callback(), "on_after_backward")
+    assert overrides_hook(type("Own", (pl.Callback,), {"on_after_backward": print})(), "on_after_backward")
 
 
 def test_the_namespace_of_a_class():

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from lightning_gr.callbacks.recorder import Recorder, gradient_scale, loss_scale
 from lightning_gr.callbacks.step_counter import StepCounter
 from lightning_gr.callbacks.windows import is_window_end, is_window_start
 from lightning_gr.core.ahead import Ahead
-from lightning_gr.core.gradients import BackwardCheck, StashedGradients
+from lightning_gr.core.gradients import StashedGradients
 from lightning_gr.core.rules import ACCUMULATIONS, FULL_STRENGTH, Accumulation, Context, Rule, Update
 from lightning_gr.core.schedule import Schedule
 from lightning_gr.core.selection import match_params
@@ -50,7 +51,6 @@ class _Run:
         self.recorder: Recorder | None = None
         self.storage = WeightStorage(check_resolution=True)
         self.stashed = StashedGradients()
-        self.check: BackwardCheck | None = None
         self.update: Update | None = None
         self.ahead: Ahead | None = None
         self.begun = False  # whether the update of a window has been decided
@@ -197,7 +197,13 @@ class TwoPass(CallbackBase):
         if run.recorder is not None:
             run.recorder.remove()
         floods = [callback.flood_gradient_ for callback in trainer.callbacks if isinstance(callback, Flooding)]  # type: ignore[attr-defined]
-        run.recorder = Recorder(trainer, pl_module, run.storage, floods[0] if floods else None)
+        run.recorder = Recorder(
+            trainer,
+            pl_module,
+            run.storage,
+            floods[0] if floods else None,
+            on_backward_end=partial(self._after_backward, trainer, pl_module),
+        )
         run.begun = False
 
     def _restore_state(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -231,6 +237,7 @@ class TwoPass(CallbackBase):
             recorder.expect(
                 batch_idx,
                 local=self.is_local(trainer) and is_window_end(trainer, batch_idx),
+                alone=self._by_micro_batch(trainer),
                 ahead=run.ahead,
                 records=run.update.has_second_pass or self.report.measures_clean_loss,
             )
@@ -273,18 +280,11 @@ class TwoPass(CallbackBase):
             recorder.check_not_bypassed()
             if run.ahead is None and (self._by_micro_batch(trainer) or recorder.is_at_start):
                 run.stashed.stash(_parameters(trainer))
-            run.check = BackwardCheck(_parameters(trainer), recorder.is_learning)
-            recorder.watch_hooks()
+            recorder.watch_backward(_parameters(trainer))
 
-    def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+    def _after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """After the last micro-batch of a window (after each one, if so asked), run the second pass."""
-        if not pl_module.automatic_optimization:
-            return
-        run, recorder = self._recording(trainer)
-        recorder.unwatch_hooks()
-        if run.check is not None:
-            run.check.done()
-            run.check = None
+        _, recorder = self._recording(trainer)
         if self._by_micro_batch(trainer) or is_window_end(trainer, recorder.batch_idx):
             self._second_pass(trainer, pl_module)
 
@@ -320,6 +320,7 @@ class TwoPass(CallbackBase):
             run.stashed.restore()
             return
         checks.check_hooks(params, self.is_local(trainer))
+        checks.check_written(recorder.writes_gradients, self.is_local(trainer))
         observer = self.report.of_window(
             recorder.batch_idx if by_micro_batch else None, scale, self.is_local(trainer), bool(run.stashed)
         )
@@ -333,6 +334,7 @@ class TwoPass(CallbackBase):
                 stashed=run.stashed,
                 # including parameters without an optimizer
                 excluded=[param for param in recorder.params if id(param) not in chosen],
+                apart=recorder.writes_gradients,
                 loss_scale=scale,
                 check_finite=not self.is_local(trainer),
                 observer=observer,
@@ -363,7 +365,11 @@ class TwoPass(CallbackBase):
         run, recorder = self._recording(trainer)
         missed = run.update is not None and not run.passed and not recorder.is_empty
         if missed and loss_scale(trainer, pl_module.device) is None and not self._by_micro_batch(trainer):
-            raise self._overridden("on_after_backward")
+            raise MisconfigurationException(
+                f"`post_backward` of {type(trainer.precision_plugin).__name__} was replaced after training started, by"
+                " something that does not call what was there before, so nothing was regularized: call that, or"
+                " replace it before `Trainer.fit`"
+            )
         self.report.count(run.regularized, due=run.update is not None and not recorder.is_empty)
         recorder.forget()
         run.stashed.restore()  # if there was no second pass

@@ -29,6 +29,7 @@ __all__ = [
     "check_sharded",
     "check_sparse",
     "check_two_pass",
+    "check_written",
 ]
 
 
@@ -139,6 +140,16 @@ def check_hooks(params: Sequence[Tensor], local: bool) -> None:
         raise MisconfigurationException(
             "With `ascent_sync=False` both gradients are accumulated before they are reduced, so a hook by"
             " `register_post_accumulate_grad_hook` cannot see each by itself: use `register_hook`, or"
+            " `ascent_sync=True`"
+        )
+
+
+def check_written(writes_gradients: bool, local: bool) -> None:
+    """Refuse code of the user's that writes to gradients where the first one is not reduced yet."""
+    if writes_gradients and local:
+        raise MisconfigurationException(
+            "With `ascent_sync=False` both gradients are accumulated before they are reduced, so a hook"
+            " `on_after_backward` or a training step that writes to gradients cannot see each by itself: use"
             " `ascent_sync=True`"
         )
 

@@ -1,7 +1,7 @@
 """Runs the passes of the mixin in manual optimization: closures, for the parameters of one optimizer."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -9,10 +9,18 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_gr._compat import gradient_scaler, pre_backward, static_graph, unsynced, wrap_backward
+from lightning_gr._compat import (
+    gradient_scaler,
+    pre_backward,
+    static_graph,
+    unsynced,
+    wrap_after_backward,
+    wrap_backward,
+)
 from lightning_gr._validate import check_level
+from lightning_gr.callbacks.after_backward import AfterBackward
 from lightning_gr.callbacks.base import TwoPass
-from lightning_gr.callbacks.checks import check_momentum_by_now
+from lightning_gr.callbacks.checks import check_momentum_by_now, check_written
 from lightning_gr.callbacks.flooding import Flooding
 from lightning_gr.callbacks.recorder import loss_scale, surroundings_of
 from lightning_gr.core.ahead import Ahead
@@ -72,6 +80,7 @@ class ManualRun:
             return
         self.module, self.trainer = module, trainer
         self._surroundings = surroundings_of(trainer, module)
+        self._after_backward = AfterBackward(trainer, module, self._surroundings.trained)
         # DDP records a static graph in its first backward pass, but only if gradients are reduced in it
         self._knows_graph = not static_graph(trainer.strategy.model)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -154,6 +163,7 @@ class ManualRun:
                 storage,
                 stashed=stashed,
                 excluded=[p for p in self.module.parameters() if id(p) not in chosen or id(p) in excluded],
+                apart=self._writes_gradients(passes),
                 loss_scale=scale,
                 check_finite=not self._is_local(),
                 observer=observer,
@@ -163,6 +173,11 @@ class ManualRun:
             callback.note_manual(optimizer.optimizer, regularized, due=update is not None)
         stashed.restore()
         return loss
+
+    def _writes_gradients(self, passes: "_MicroBatches") -> bool:
+        writes = passes.writes_gradients or self._after_backward.change_gradients
+        check_written(writes, self._is_local())
+        return writes
 
     def _observer(self, optimizer: Any, loss: Tensor, unit: int, stashed: bool) -> Measurement | None:
         if self._two_pass is None:
@@ -245,19 +260,20 @@ class ManualRun:
         return lambda loss: flood_gradient_(loss, float(level))
 
     def _backward(self, loss: Tensor, ahead: Ahead | None) -> None:
-        if ahead is None:
-            self.module.manual_backward(loss)
-            return
+        def in_place(*args: Any, **kwargs: Any) -> Any:
+            # the hooks around the backward pass find the weights where they belong
+            with nullcontext() if ahead is None else ahead.displaced():
+                return backward(*args, **kwargs)
 
-        def backward_ahead(*args: Any, **kwargs: Any) -> None:
-            with ahead.displaced():
-                original(*args, **kwargs)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            return self._after_backward.first(run_hooks, *args, thorough=self._surroundings.learning, **kwargs)
 
-        # the hooks around the backward pass find the weights where they belong
-        original, unwrap = wrap_backward(self.trainer, backward_ahead)
+        backward, unwrap = wrap_backward(self.trainer, in_place)
+        run_hooks, unwrap_hooks = wrap_after_backward(self.trainer, watched)
         try:
             self.module.manual_backward(loss)
         finally:
+            unwrap_hooks()
             unwrap()
 
     def _backward_again(self, loss: Tensor) -> None:
@@ -266,6 +282,7 @@ class ManualRun:
         scaler = gradient_scaler(self.trainer)
         loss = loss if scaler is None else scaler.scale(loss)
         self.trainer.precision_plugin.backward(loss, self.module, None)
+        self._after_backward.again()
 
 
 def _parameters(optimizer: Any) -> list[Tensor]:
@@ -279,7 +296,7 @@ class _MicroBatches:
         self.passes = passes
 
     def first(self, only: bool) -> Tensor:
-        losses = [passes.first(only) for passes in self.passes]
+        losses = [passes.first(only, later=position > 0) for position, passes in enumerate(self.passes)]
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     def clean_loss(self) -> Tensor | None:
@@ -287,6 +304,11 @@ class _MicroBatches:
         known = [loss for loss in losses if loss is not None]
         return torch.stack(known).mean() if len(known) == len(losses) else None
 
+    @property
+    def writes_gradients(self) -> bool:
+        return any(passes.writes_gradients for passes in self.passes)
+
     def replay(self, transform: Transform, last: bool = True) -> None:
+        writes = self.writes_gradients
         for position, passes in enumerate(self.passes, start=1):
-            passes.replay(transform, last and position == len(self.passes))
+            passes.replay(transform, last and position == len(self.passes), sees=writes and position > 1)

@@ -1,6 +1,6 @@
 """Records the calls of ``training_step`` in an accumulation window and replays them."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,14 @@ from lightning_gr._compat import (
     static_graph,
     trainer_parts,
     unsynced,
+    wrap_after_backward,
     wrap_backward,
     wrap_training_step,
 )
+from lightning_gr.callbacks.after_backward import AfterBackward, callbacks_with_hook
+from lightning_gr.callbacks.windows import is_window_start
 from lightning_gr.core.ahead import Ahead
+from lightning_gr.core.gradients import BackwardCheck, TensorMarks
 from lightning_gr.core.storage import WeightStorage
 from lightning_gr.core.two_pass import NoLossError, Transform, extract_loss
 from lightning_gr.replay.batch import Batch
@@ -65,6 +69,8 @@ def surroundings_of(trainer: "Trainer", pl_module: "LightningModule") -> Surroun
             **{f"optimizer_{i}": optimizer for i, optimizer in enumerate(trainer.optimizers)},
             "lr_schedulers": [config.scheduler for config in trainer.lr_scheduler_configs],
             **{path: BindingPlace(part, path, containers=True) for path, part in trainer_parts(trainer).items()},
+            # whose hooks may run in a second pass
+            **{f"trainer.callbacks[{i}]": callback for i, callback in enumerate(callbacks_with_hook(trainer))},
             # not what is in it: a data set
             "trainer.datamodule": BindingPlace(_attributes(trainer, "datamodule"), "trainer.datamodule", False),
         }
@@ -102,6 +108,7 @@ class Recorder:
         pl_module: The module in training.
         storage: Keeps the weights while they are displaced.
         flood: Floods the loss of the second pass, given the Trainer and the loss; None does not flood.
+        on_backward_end: Called after each backward pass and the hooks ``on_after_backward``.
     """
 
     def __init__(
@@ -110,12 +117,13 @@ class Recorder:
         pl_module: "LightningModule",
         storage: WeightStorage,
         flood: Callable[["Trainer", Tensor], None] | None,
+        on_backward_end: Callable[[], None],
     ) -> None:
         self.trainer, self.pl_module = trainer, pl_module
         self.storage, self.flood = storage, flood
         self._calls: dict[int, tuple[Evaluation[Any], Batch]] = {}
         self.batch_idx = -1
-        self._local = False
+        self._local = self._alone = False
         self._ahead: Ahead | None = None
         self._records = True
         self._started = False
@@ -123,12 +131,19 @@ class Recorder:
         self._surroundings = surroundings_of(trainer, pl_module)
         self._called = False
         self.gave_up = False  # a second pass found no loss: what is evaluated then is the clean gradient
+        self.on_backward_end = on_backward_end
+        self._writes_gradients = False
+        self._after_backward = AfterBackward(trainer, pl_module, self._surroundings.trained)
+        self._check: BackwardCheck | None = None
+        self._thorough = True  # until a window has been made again
         self._original, self._unwrap = wrap_training_step(trainer, self._training_step)
         self._original_backward, self._unwrap_backward = wrap_backward(trainer, self._backward_ahead)
+        self._run_hooks, self._unwrap_hooks = wrap_after_backward(trainer, self._post_backward)
 
     def remove(self) -> None:
         """Give the strategy and the precision plugin back the methods that they had."""
         self.forget()
+        self._unwrap_hooks()
         self._unwrap_backward()
         self._unwrap()
 
@@ -156,25 +171,35 @@ class Recorder:
         return list(self._surroundings.trained())
 
     @property
-    def is_learning(self) -> bool:
-        """Whether the last call was one to learn from."""
-        return self._surroundings.learning
+    def writes_gradients(self) -> bool:
+        """Whether, in plain training, a step writes to gradients of earlier micro-batches, or a hook to any."""
+        return self._writes_gradients or self._after_backward.change_gradients
 
     @property
     def is_at_start(self) -> bool:
         """Whether the last call was the first in its window to return a loss."""
         return len(self._calls) == 1
 
-    def expect(self, batch_idx: int, *, local: bool = False, ahead: Ahead | None = None, records: bool = True) -> None:
+    def expect(
+        self,
+        batch_idx: int,
+        *,
+        local: bool = False,
+        alone: bool = False,
+        ahead: Ahead | None = None,
+        records: bool = True,
+    ) -> None:
         """Look at the next call.
 
         Args:
             batch_idx: Which micro-batch of the window it is.
             local: Whether its gradients are not to be reduced over devices.
+            alone: Whether it is regularized by itself, and not the window.
             ahead: Where its forward and its backward pass take place, if not at the weights.
             records: Whether it is to be made again.
         """
-        self.batch_idx, self._local, self._ahead, self._records = batch_idx, local, ahead, records
+        self.batch_idx, self._local, self._alone = batch_idx, local, alone
+        self._ahead, self._records = ahead, records
         self._called = self.gave_up = False
 
     def forget(self) -> None:
@@ -185,13 +210,22 @@ class Recorder:
         self._unsynced.close()
         self._surroundings.hooks.end()
 
-    def watch_hooks(self) -> None:
-        """Find out which hooks on parameters only look at a gradient, until :meth:`unwatch_hooks`."""
+    def watch_backward(self, params: Sequence[Tensor]) -> None:
+        """Find out what hooks on parameters do in the backward pass that follows; none may move ``params``."""
         self._surroundings.hooks.begin(self.params, exactly=self._surroundings.learning)
+        self._check = BackwardCheck(params, self._surroundings.learning)
 
-    def unwatch_hooks(self) -> None:
-        """Let hooks run by themselves again."""
+    def _post_backward(self, *args: Any, **kwargs: Any) -> Any:
         self._surroundings.hooks.end()
+        if self._check is not None:
+            self._check.done()
+            self._check = None
+        if self._calls:
+            result = self._after_backward.first(self._run_hooks, *args, thorough=self._thorough, **kwargs)
+        else:
+            result = self._run_hooks(*args, **kwargs)
+        self.on_backward_end()
+        return result
 
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:
         first, self._started, self._called = not self._started, True, True
@@ -203,17 +237,16 @@ class Recorder:
         self._unsynced.close()
         # an optimizer such as LBFGS evaluates one micro-batch several times: the last time counts
         self._calls.pop(self.batch_idx, None)
-        batch = Batch(args, kwargs, self.pl_module)
+        batch = Batch(args, kwargs, self.pl_module, thorough=self._thorough)
         evaluation = Evaluation(lambda: self._original(*args, **kwargs), self._surroundings, batch)
         if self._local and not (first and static_graph(self.trainer.strategy.model)):
             self._unsynced.enter_context(unsynced(self.trainer))
-        gradients = _gradients(self.params) if self._calls else []
+        # plain training zeroes the gradients after the first step of a window, whatever it has done to them
+        marks = None if self._zeroes_after(self.batch_idx) else TensorMarks(self._gradients(), self._thorough)
         with self._at_the_point():
             output = evaluation.first()
         batch.note_after_first()
-        if gradients and _were_zeroed(gradients):
-            # in plain training, what earlier micro-batches left in `.grad` is gone then
-            self._calls.clear()
+        self._writes_gradients |= marks is not None and marks.differ(self._gradients())
         if extract_loss(output) is not None:
             self._calls[self.batch_idx] = evaluation, batch
         return output
@@ -235,7 +268,7 @@ class Recorder:
         moved = [] if self._ahead is None else self._ahead.params
         for evaluation, batch in self._calls.values():
             batch.check(self.trainer.train_dataloader)
-            with unsynced(self.trainer), evaluation.again(moved, adding=False) as output:
+            with unsynced(self.trainer), evaluation.again(moved, gradients="dropped") as output:
                 loss = extract_loss(output)
                 if loss is not None:
                     losses.append(loss.detach() / self.trainer.accumulate_grad_batches)
@@ -244,16 +277,27 @@ class Recorder:
     def replay(self, transform: Transform, last: bool = True) -> None:
         """Make the calls of the window again, see :class:`~lightning_gr.core.two_pass.Replay`."""
         self._unsynced.close()
-        for position, (evaluation, batch) in enumerate(self._calls.values()):
+        for batch_idx, (evaluation, batch) in self._calls.items():
             batch.check(self.trainer.train_dataloader)
             # one reduction of the gradients for the whole window, as in the first pass
-            sync = nullcontext() if last and position == len(self._calls) - 1 else unsynced(self.trainer)
-            # plain training zeroes the gradients after the first step of a window, not after the others
+            sync = nullcontext() if last and batch_idx == max(self._calls) else unsynced(self.trainer)
+            sees = self._writes_gradients and not self._zeroes_after(batch_idx)
             with (
                 sync,
-                evaluation.again(self.storage.params, adding=position > 0, second=not self.gave_up) as output,
+                evaluation.again(
+                    self.storage.params, gradients="seen" if sees else "dropped", second=not self.gave_up
+                ) as output,
             ):
                 self._backward(extract_loss(output), transform)
+                self._after_backward.again()
+        self._thorough = False
+
+    def _gradients(self) -> list[Tensor | None]:
+        return [param.grad for param in self.params]
+
+    def _zeroes_after(self, batch_idx: int) -> bool:
+        """Whether gradients are zeroed, or set aside, after the step of a micro-batch."""
+        return self._alone or is_window_start(self.trainer, batch_idx)
 
     def _backward(self, loss: Tensor | None, transform: Transform) -> None:
         trainer = self.trainer
@@ -272,15 +316,3 @@ class Recorder:
         loss = loss if scaler is None else scaler.scale(loss)
         # not strategy.backward: its hooks belong to the first pass
         trainer.precision_plugin.backward(transform(loss), self.pl_module, trainer.optimizers[0])
-
-
-def _gradients(params: Iterable[Tensor]) -> list[tuple[Tensor, Tensor, int]]:
-    return [(param, param.grad, param.grad._version) for param in params if param.grad is not None]
-
-
-def _were_zeroed(before: list[tuple[Tensor, Tensor, int]]) -> bool:
-    """Whether a training step has zeroed the gradients that were there, by a new value or in place."""
-    if all(param.grad is None or param.grad is not grad for param, grad, _ in before):
-        return True
-    written = all(param.grad is grad and grad._version != version for param, grad, version in before)
-    return written and not any(bool(grad.any()) for _, grad, _ in before)

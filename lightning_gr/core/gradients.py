@@ -1,5 +1,6 @@
 """Manages ``.grad`` around a pass: stashes it, hides it from a training step, or keeps it from changing."""
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -14,12 +15,39 @@ from lightning_gr.core.tensors import is_lazy
 __all__ = [
     "BackwardCheck",
     "StashedGradients",
+    "TensorMarks",
     "check_graphless",
     "gradients_apart",
     "hidden_gradients",
     "own_gradient",
     "unchanged_gradients",
 ]
+
+
+class TensorMarks:
+    """What tells whether some tensors are other ones, or have been written to, since a moment.
+
+    Args:
+        tensors: The tensors, or None where there is none.
+        thorough: Whether to read them as well, which shows a write through ``.data``.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None], thorough: bool = False) -> None:
+        self._tensors = list(tensors)
+        self._versions = _versions(self._tensors)
+        self._norms = _norms(self._tensors) if thorough else None
+
+    def differ(self, now: Sequence[Tensor | None]) -> bool:
+        """Compare with what is there ``now``, in the same order."""
+        return (
+            any(map(operator.is_not, now, self._tensors))
+            or _versions(now) != self._versions
+            or (self._norms is not None and not all(map(torch.equal, self._norms, _norms(now))))
+        )
+
+
+def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    return [None if tensor is None else tensor._version for tensor in tensors]
 
 
 class BackwardCheck:
@@ -32,9 +60,8 @@ class BackwardCheck:
 
     def __init__(self, params: Sequence[Tensor], thorough: bool = False) -> None:
         # a lazy one is written by the evaluation, which gives it its shape
-        known = [param for param in params if not is_lazy(param)]
-        self._versions = [(param, param._version) for param in known]
-        self._norms = _norms(known) if thorough else []
+        self._params = [param for param in params if not is_lazy(param)]
+        self._marks = TensorMarks(self._params, thorough)
 
     def done(self) -> None:
         """Check after the backward pass.
@@ -42,13 +69,10 @@ class BackwardCheck:
         Raises:
             RuntimeError: If a parameter was written to, or if a hook has dropped all gradients.
         """
-        params = [param for param, _ in self._versions]
-        stepped = any(param._version != version for param, version in self._versions)
-        if self._norms:
-            stepped |= not all(map(torch.equal, self._norms, _norms(params)))
+        params = self._params
         # an optimizer in a kernel of its own may move no version counter
         dropped = all(param.grad is None for param in params) and any(any(hook_tables(param)) for param in params)
-        if stepped or dropped:
+        if dropped or self._marks.differ(params):
             raise RuntimeError(
                 "An optimizer has stepped in a hook during the backward pass, so there is nothing left for a second"
                 " pass to regularize: let it step after the backward pass, or use no second pass"
@@ -56,9 +80,10 @@ class BackwardCheck:
 
 
 @torch.no_grad()
-def _norms(params: Sequence[Tensor]) -> list[Tensor]:
-    # separately, because the step of one parameter would be lost in the norm of all
-    return [norm.nan_to_num() for norm in torch._foreach_norm(local_parts(params))] if params else []
+def _norms(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    # separately, because a small change of one tensor would be lost in the norm of all
+    dense = [t for t in tensors if t is not None and t.layout == torch.strided]
+    return [norm.nan_to_num() for norm in torch._foreach_norm(local_parts(dense))] if dense else []
 
 
 def check_graphless(grads: Sequence[Tensor]) -> None:
@@ -176,17 +201,29 @@ def unchanged_gradients(params: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def gradients_apart(params: Sequence[Tensor]) -> Iterator[bool]:
-    """Keep what is in ``.grad`` away from hooks that run after accumulation, and add it to what a pass leaves there.
+def gradients_apart(params: Sequence[Tensor], others: Sequence[Tensor] = (), *, every: bool = False) -> Iterator[bool]:
+    """Keep what is in ``.grad`` away from what writes to gradients, and add it to what a pass leaves there.
 
-    Such a hook, as one that clips, sees the gradient of that pass by itself, as it did in the first one. It costs one
-    gradient more for each parameter that has such a hook. What is away is not reduced over devices together with the
-    gradient of the pass, so each of these passes has to be. Gives whether there are such hooks.
+    That is hooks that run after accumulation, such as one that clips: they see the gradient of that pass by itself, as
+    they did in the first one. It costs one gradient more for each parameter that has such a hook. What is away is not
+    reduced over devices together with the gradient of the pass, so each of these passes has to be.
+
+    Args:
+        params: The parameters to whose gradients the pass adds.
+        others: Other parameters, whose gradients are what they were afterwards.
+        every: Whether a training step or a hook of Lightning's writes to gradients, so that all are kept away.
+
+    Yields:
+        Whether gradients are kept away.
     """
-    hooked = [param for param in params if has_accumulation_hooks(param)]
-    earlier = StashedGradients()
-    earlier.stash(hooked)
+    away = [param for param in params if every or has_accumulation_hooks(param)]
+    earlier, kept = StashedGradients(), [(param, param.grad) for param in others]
+    earlier.stash(away)
+    for param, _ in kept:
+        param.grad = None
     try:
-        yield bool(hooked)
+        yield bool(away)
     finally:
+        for param, grad in kept:
+            param.grad = grad
         earlier.restore()

@@ -62,6 +62,7 @@ def add_second_pass_(
     *,
     stashed: StashedGradients | None = None,
     excluded: Sequence[Tensor] = (),
+    apart: bool = False,
     loss_scale: Tensor | None = None,
     check_finite: bool = True,
     observer: Observer | None = None,
@@ -77,6 +78,8 @@ def add_second_pass_(
         stashed: Gradients of earlier passes. They are always restored before the last backward pass, because DDP
             reduces all of them together.
         excluded: Parameters that get gradients but keep those of the first pass.
+        apart: Whether the replay also writes to what is in ``.grad``, as by clipping it, so that it must find there its
+            own gradient only. That takes the memory of one gradient more.
         loss_scale: The scale of a gradient scaler, which all gradients carry, as a tensor.
         check_finite: Whether this process may decide on its own to skip a gradient with NaN or infinity. This is only
             done on the CPU, where the check is free; on a GPU such values spread over ``.grad``, never to the weights.
@@ -111,7 +114,10 @@ def add_second_pass_(
     if update.turn is not None and norm is not None:
         turn_(update, targets, norm, loss_scale, state)
         norm = loss_scale = None
-    with unchanged_gradients(excluded):
+    # with local ascent, other ranks may have a gradient of these, and they get the mean
+    without = [p for p in params if id(p) not in target_ids] if check_finite else []
+    replay = _Apart(replay, targets, [*without, *excluded] if apart else without, apart)
+    with unchanged_gradients(() if apart else excluded):
         if update.curvature:
             _add_exact_(update, targets, grads, replay, stashed, loss_scale, norm)
         del grads  # frees their memory before the second pass if the method does not keep them
@@ -128,6 +134,17 @@ def add_second_pass_(
     if observer is not None:
         observer.second(targets)
     return True
+
+
+class _Apart:
+    """A replay that finds in ``.grad`` only what is its own, where something writes to it."""
+
+    def __init__(self, replay: Replay, params: Sequence[Tensor], others: Sequence[Tensor], every: bool) -> None:
+        self.replay, self.params, self.others, self.every = replay, params, others, every
+
+    def __call__(self, transform: Transform, last: bool = True) -> None:
+        with gradients_apart(self.params, self.others, every=self.every) as apart:
+            self.replay(transform, last or apart)
 
 
 def _add_probes_(
@@ -160,8 +177,7 @@ def _add_probes_(
                     last = probe is (first, *others)[-1]
                     if last:
                         stashed.restore(params, 1.0 / weight)
-                    with gradients_apart(params) as apart:
-                        replay(_identity, last or apart)
+                    replay(_identity, last)
         except NoLossError:
             return False
         finally:
@@ -192,7 +208,7 @@ def _recompute_(params: Sequence[Tensor], replay: Replay, stashed: StashedGradie
         param.grad = None
     stashed.undo(params)
     stashed.restore(params)
-    with gradients_apart(params), _loss_expected():
+    with _loss_expected():
         replay(_identity, True)
 
 
@@ -234,7 +250,7 @@ def _add_exact_(
         return update.curvature * torch.stack([term.to(device) for term in terms]).sum()
 
     stashed.restore(params)
-    with gradients_apart(params), _loss_expected():
+    with _loss_expected():
         replay(inner_product)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_gr.replay.contents import TensorPlace, is_lazy, sample
+from lightning_gr.replay.digest import digests
 from lightning_gr.replay.footprint import Footprint
 from lightning_gr.replay.opaque import OpaquePlace, can_be_moved
 from lightning_gr.replay.places import Place
@@ -21,12 +22,15 @@ class Batch(Footprint):
         args: The positional arguments.
         kwargs: The keyword arguments.
         module: The module, which is not searched from here.
+        thorough: Whether changes are found by reading all entries of a tensor instead of a few.
 
     Raises:
         RuntimeError: If the batch contains an iterator, which the second pass would find exhausted.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], module: object) -> None:
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], module: object, *, thorough: bool = False
+    ) -> None:
         super().__init__(lambda: {"batch": args, "keywords": kwargs}, closed=lambda: [module])
         self.begin()
         for place in self.places:
@@ -36,6 +40,7 @@ class Batch(Footprint):
                     " exhausted: let the collate function turn it into a list or a tensor"
                 )
         self._content = [place for place in self.places if isinstance(place, TensorPlace)]
+        self._thorough = thorough
         self._before = self._after = self._state()
 
     def begin(self) -> bool:
@@ -45,9 +50,10 @@ class Batch(Footprint):
     def note(self, places: Iterable[Place]) -> None:
         """Do nothing, because tensors of a batch are not protected; :meth:`check` rejects writes to them instead."""
 
-    def _state(self) -> tuple[list[Any], list[Any]]:
-        plain = [place.owner for place in self._content if _is_plain(place.owner)]
-        return [place.mark() for place in self._content], sample(plain)
+    def _state(self) -> tuple[list[Any], list[Any], list[int]]:
+        tensors = [place.owner for place in self._content]
+        whole = digests([tensor for tensor in tensors if not is_lazy(tensor)]) if self._thorough else []
+        return [place.mark() for place in self._content], sample(list(filter(_is_plain, tensors))), whole
 
     def note_after_first(self) -> None:
         """Record the tensors after the first pass. They are only checked if there is a second pass."""

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from lightning_gr._validate import GradientClip, check_exclude, check_gradient_clip
 from lightning_gr.core.ahead import Ahead
 from lightning_gr.core.flooding import flood_gradient_
-from lightning_gr.core.gradients import BackwardCheck
+from lightning_gr.core.gradients import BackwardCheck, TensorMarks
 from lightning_gr.core.rules import Context, Rule, Update
 from lightning_gr.core.selection import match_params
 from lightning_gr.core.state import State
 from lightning_gr.core.storage import WeightStorage
 from lightning_gr.core.two_pass import NoLossError, Transform, add_second_pass_, extract_loss
-from lightning_gr.replay.evaluation import Evaluation, Surroundings
+from lightning_gr.replay.evaluation import Evaluation, OwnGradients, Surroundings
 from lightning_gr.replay.footprint import Footprint
 from lightning_gr.replay.places import Place
 
@@ -62,14 +62,25 @@ class ClosurePasses:
         self.backward, self.backward_again, self.flood = backward, backward_again, flood
         self.without_sync, self.local = without_sync, local
         self._gave_up = False
+        self.writes_gradients = False
         # the state only reachable from the closure: its variables, bound objects, defaults
         self._evaluation = Evaluation(loss_fn, surroundings, _Variables(loss_fn, surroundings))
 
-    def first(self, only: bool = False) -> Tensor:
-        """Back-propagate the loss; returns it, detached and as ``loss_fn`` gave it. ``only``: there is no replay."""
+    def first(self, only: bool = False, later: bool = False) -> Tensor:
+        """Back-propagate the loss.
+
+        Args:
+            only: Whether there is no replay.
+            later: Whether others have left their gradients in ``.grad``, to which ``loss_fn`` may write.
+
+        Returns:
+            The loss, detached and as ``loss_fn`` gave it.
+        """
         with self.without_sync() if self.local else nullcontext():
+            marks = TensorMarks(self._gradients(), self.surroundings.learning) if later and not only else None
             with nullcontext() if self.ahead is None else self.ahead.displaced():
                 output = self.loss_fn() if only else self._evaluation.first()
+            self.writes_gradients = marks is not None and marks.differ(self._gradients())
             loss = extract_loss(output)
             if not isinstance(loss, Tensor) or not loss.requires_grad:
                 raise ValueError(f"Expected `loss_fn` to return a loss with a graph but got {_describe(loss)}")
@@ -84,19 +95,23 @@ class ClosurePasses:
     def clean_loss(self) -> Tensor | None:
         """The loss at the weights, by a forward pass that leaves no trace; None if it has none there."""
         moved = [] if self.ahead is None else self.ahead.params
-        with self.without_sync(), self._evaluation.again(moved, adding=False) as output:
+        with self.without_sync(), self._evaluation.again(moved, gradients="dropped") as output:
             loss = extract_loss(output)
             return None if loss is None else loss.detach()
+
+    def _gradients(self) -> list[Tensor | None]:
+        return [param.grad for param in self.surroundings.trained()]
 
     def _watched_hooks(self) -> AbstractContextManager[Any]:
         around = self.surroundings
         return around.hooks.watched(around.trained(), exactly=around.learning)
 
-    def replay(self, transform: Transform, last: bool = True) -> None:
-        """Evaluate again, see :class:`~lightning_gr.core.two_pass.Replay`."""
+    def replay(self, transform: Transform, last: bool = True, sees: bool = False) -> None:
+        """Evaluate again, see :class:`~lightning_gr.core.two_pass.Replay`; ``sees``: what others left in ``.grad``."""
+        gradients: OwnGradients = "seen" if sees else "added"
         with (
             nullcontext() if last else self.without_sync(),
-            self._evaluation.again(self.storage.params, second=not self._gave_up) as output,
+            self._evaluation.again(self.storage.params, gradients=gradients, second=not self._gave_up) as output,
         ):
             loss = extract_loss(output)
             if loss is None:

@@ -1,8 +1,8 @@
 """Evaluates a loss, records the state that it started from, and replays it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, Generic, TypeVar
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ from lightning_gr.replay.places import Place
 from lightning_gr.replay.stand_ins import SetsAtStart
 from lightning_gr.replay.weights import WrittenWeights
 
-__all__ = ["Evaluation", "Surroundings"]
+__all__ = ["Evaluation", "OwnGradients", "Surroundings"]
 
 Output = TypeVar("Output")
+OwnGradients = Literal["added", "dropped", "seen"]
 # bytes of tensors that a learning evaluation may copy, in addition to twice the size of the weights
 _SPARE_BYTES = 2**26
 
@@ -116,13 +117,20 @@ class Evaluation(Generic[Output]):
 
     @contextmanager
     def again(
-        self, moved: Sequence[Tensor] = (), *, adding: bool = True, second: bool = True, hooks: bool = True
+        self,
+        moved: Sequence[Tensor] = (),
+        *,
+        gradients: OwnGradients = "added",
+        second: bool = True,
+        hooks: bool = True,
     ) -> Iterator[Output]:
         """Compute once more, from the noted start; what the body does (a backward pass) leaves no trace either.
 
         Args:
             moved: Parameters that are displaced, whose values belong to whoever displaced them.
-            adding: Whether gradients of ``moved`` that the computation itself leaves behind count.
+            gradients: What becomes of gradients that the computation itself leaves behind. It finds ``.grad`` empty,
+                and those of ``moved`` are ``"added"``, or all are ``"dropped"``; or it finds what is there, which it
+                has ``"seen"`` and may change.
             second: What :func:`~lightning_gr.in_second_pass` is to say meanwhile.
             hooks: Whether hooks on parameters run, except for those that only look at a gradient.
         """
@@ -154,7 +162,11 @@ class Evaluation(Generic[Output]):
             stack.enter_context(flagged(second))
             stack.callback(guard.begin)
             guard.end()  # Ctrl-C counts while code of others runs
-            with hidden_gradients(trained, moved if adding else ()):
+            with (
+                nullcontext()
+                if gradients == "seen"
+                else hidden_gradients(trained, moved if gradients == "added" else ())
+            ):
                 output = self.compute()
             yield output
 

@@ -90,7 +90,7 @@ class LossAround:
             # reveals what the loss writes to; at the clean weights, a teacher may be given the value it has
             self._learned_moved.add(moved)
             self._evaluation.learn()
-        with self._evaluation.again(self.params, adding=False, hooks=False) as output:
+        with self._evaluation.again(self.params, gradients="dropped", hooks=False) as output:
             loss = extract_loss(output)
             if not isinstance(loss, Tensor):
                 raise NoLossError(f"Expected `loss_fn` to return a loss but got {type(loss).__name__}")

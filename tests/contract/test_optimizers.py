@@ -21,7 +21,7 @@ from contract import (
     train,
 )
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from oracle import FGR, HUGE, by_hand, forward, sam
+from oracle import FGR, HUGE, by_hand, sam
 from pytorch_optimizer import AdaHessian, SophiaH
 from torch import nn
 
@@ -354,37 +354,3 @@ class Inner(Situation):
 def test_an_optimizer_inside_the_step(form):
     check_no_trace(Inner, form)
     check_gradient(Inner, form, FGR)
-
-
-def test_gradients_cancelled_by_the_module_itself():
-    """lightly's DINO cancels those of its last layer in ``on_after_backward``: they are no part of the direction."""
-
-    class Cancels(Plain):
-        def prepare(self):
-            self.last = nn.Linear(2, 2).double()
-
-        def step(self, batch):
-            return (self.last(self.net(batch[0])) - batch[1]).square().mean()
-
-        def on_after_backward(self):
-            for param in self.last.parameters():
-                param.grad = None
-
-    found = train(Cancels, "automatic", forward(0.2, 0.5))
-    module, batches = build(Cancels, "automatic"), None
-    seed()
-    batches = module.make_batches()
-    weight, bias = module.net.weight, module.net.bias
-    for step, batch in enumerate(batches):
-        clean = torch.autograd.grad(module.step(batch), [weight, bias])
-        with torch.no_grad():
-            weight += 0.5 * clean[0]
-            bias += 0.5 * clean[1]
-        moved = torch.autograd.grad(module.step(batch), [weight, bias])
-        with torch.no_grad():
-            weight -= 0.5 * clean[0]
-            bias -= 0.5 * clean[1]
-        expected = [0.6 * a + 0.4 * b for a, b in zip(clean, moved, strict=True)]
-        torch.testing.assert_close(found.gradients[step]["net.weight"], expected[0], rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(found.gradients[step]["net.bias"], expected[1], rtol=1e-9, atol=1e-12)
-        assert not [name for name in found.gradients[step] if name.startswith("last")]

@@ -217,7 +217,7 @@ def test_gradients_that_a_computation_leaves_behind():
     first, *others = net.parameters()
     evaluation = Evaluation(compute, surroundings)
     evaluation.first()
-    for options, expected in (({}, 2.0), ({"adding": False}, 2.0), ({"adding": True}, 3.0)):
+    for options, expected in (({}, 2.0), ({"gradients": "dropped"}, 2.0), ({"gradients": "added"}, 3.0)):
         with evaluation.again([first], **options):
             assert extra.grad is None or extra.grad.eq(1).all()
         assert first.grad.eq(expected).all()
