@@ -2,6 +2,7 @@
 
 import copy
 import random
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
@@ -174,7 +175,11 @@ def norm(tensors):
 def run(train, *callbacks):
     watch = Watch()
     seed()
-    train([*callbacks, watch])
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        train([*callbacks, watch])
+    # that something cannot be put back
+    assert [str(each.message) for each in warned if "second pass" in str(each.message)] == []
     return watch
 
 
