@@ -3,9 +3,8 @@
 Each private API is wrapped in one function, which states what it relies on and has a test in ``tests/test_compat.py``.
 """
 
-import importlib
-import importlib.util
 import inspect
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable
@@ -13,13 +12,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core import rank_zero
 from torch import Tensor, nn
+
+from lightning_gr._namespaces import import_namespaces
 
 __all__ = [
     "REFUSED_STRATEGIES",
     "SUPPORTED_STRATEGIES",
     "CallbackBase",
+    "MisconfigurationException",
     "forget_logged",
     "gradient_scaler",
     "gradients_are_scaled",
@@ -55,28 +56,21 @@ SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStr
 REFUSED_STRATEGIES = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrategy")
 
 
-def _namespaces() -> list[Any]:
-    """Import ``pytorch_lightning`` and, if installed, ``lightning.pytorch``: the same code, but distinct classes."""
-    log, category = rank_zero.log, rank_zero.rank_zero_deprecation_category
-    names = ["pytorch_lightning"]
-    if importlib.util.find_spec("lightning") is not None and importlib.util.find_spec("lightning.pytorch") is not None:
-        names.append("lightning.pytorch")
-    modules = [importlib.import_module(name) for name in names]
-    # the namespace imported last takes over logging: give it back to the one that the user imported
-    if log.name.startswith(tuple(names)):
-        rank_zero.log, rank_zero.rank_zero_deprecation_category = log, category
-    return modules
-
-
+_NAMESPACES: list[Any] = import_namespaces()
 if TYPE_CHECKING:
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
     from pytorch_lightning import Callback as CallbackBase
     from pytorch_lightning import Trainer
 else:
-    _NAMESPACES = _namespaces()
     CallbackBase = type(
         "CallbackBase",
         tuple(namespace.Callback for namespace in _NAMESPACES),
         {"__doc__": "A callback that works in the Trainer of each installed namespace.", "__module__": __name__},
+    )
+    MisconfigurationException = type(
+        "MisconfigurationException",
+        tuple(namespace.utilities.exceptions.MisconfigurationException for namespace in _NAMESPACES),
+        {"__doc__": "Lightning's error, in each installed namespace.", "__module__": __name__},
     )
 
 
@@ -118,8 +112,9 @@ def skips_backward(trainer: "Trainer") -> bool:
 def lightning_attributes() -> frozenset[str]:
     """The instance attributes that Lightning and torch themselves set on a module; they are not the user's state."""
     names: set[str] = set(vars(nn.Module()))
-    for namespace in _namespaces():
-        names |= set(vars(namespace.LightningModule()))
+    for namespace in _NAMESPACES:
+        if namespace.__name__ in sys.modules:  # the others are hidden, and no module is of their classes
+            names |= set(vars(namespace.LightningModule()))
     return frozenset(names)
 
 

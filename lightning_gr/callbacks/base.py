@@ -6,11 +6,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_gr._compat import CallbackBase, skips_backward
+from lightning_gr._compat import CallbackBase, MisconfigurationException, skips_backward
 from lightning_gr._validate import GradientClip, check_bool, check_choice, check_exclude, check_gradient_clip
 from lightning_gr.callbacks import checks
 from lightning_gr.callbacks.flooding import Flooding

@@ -6,10 +6,15 @@ from types import CodeType
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_gr._compat import REFUSED_STRATEGIES, SUPPORTED_STRATEGIES, CallbackBase, has_base_named
+from lightning_gr._compat import (
+    REFUSED_STRATEGIES,
+    SUPPORTED_STRATEGIES,
+    CallbackBase,
+    MisconfigurationException,
+    has_base_named,
+)
 from lightning_gr.core.ahead import keeps_momentum, momenta_of
 from lightning_gr.core.hooks import has_accumulation_hooks
 from lightning_gr.core.rules import Update

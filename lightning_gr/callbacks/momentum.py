@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_gr._compat import MisconfigurationException
 from lightning_gr._validate import check_bool
 from lightning_gr.callbacks.base import TwoPass
 from lightning_gr.core.rules import MomentumSAMRule

@@ -7,13 +7,13 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_gr._compat import (
     REFUSED_STRATEGIES,
     CallbackBase,
+    MisconfigurationException,
     gradients_are_scaled,
     has_base_named,
     will_log,

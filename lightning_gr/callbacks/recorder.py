@@ -5,10 +5,10 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_gr._compat import (
+    MisconfigurationException,
     gradient_scaler,
     lightning_attributes,
     logged_results,

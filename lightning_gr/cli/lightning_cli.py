@@ -11,9 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-
-from lightning_gr._compat import namespace_of
+from lightning_gr._compat import MisconfigurationException, namespace_of
 from lightning_gr.callbacks.by_name import CALLBACKS_BY_NAME
 
 if TYPE_CHECKING:

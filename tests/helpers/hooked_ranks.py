@@ -129,3 +129,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     results = {name: difference(*case) for name, case in CASES.items()}
     torch.save(results, Path(sys.argv[1]) / f"{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()  # or its threads may still run when the process ends

@@ -140,7 +140,7 @@ import lightning_gr
 from lightning_gr import *
 from lightning_utilities.core import rank_zero
 # each namespace, when imported, takes all log lines; they stay with the one that the user imported
-assert "lightning.pytorch" in __import__("sys").modules
+assert "lightning.pytorch" not in __import__("sys").modules
 assert rank_zero.log.name.startswith("pytorch_lightning."), rank_zero.log.name
 print(*(name for name in lightning_gr.__all__ if name in globals()))
 """
