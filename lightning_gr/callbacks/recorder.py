@@ -30,6 +30,7 @@ from lightning_gr.replay.batch import Batch
 from lightning_gr.replay.evaluation import Evaluation, Surroundings
 from lightning_gr.replay.footprint import Footprint
 from lightning_gr.replay.machinery import BindingPlace, StatePlace
+from lightning_gr.replay.walk import parameters_of
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -89,7 +90,7 @@ def surroundings_of(trainer: "Trainer", pl_module: "LightningModule") -> Surroun
 
     def trained() -> list[Tensor]:
         groups = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        everything = [*pl_module.parameters(), *(param for group in groups for param in group)]
+        everything = [*parameters_of(pl_module), *(param for group in groups for param in group)]
         return list({id(param): param for param in everything}.values())
 
     footprint = Footprint(roots, hidden=lightning_attributes() | {"_lightning_gr"}, closed=closed)

@@ -3,12 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from lightning_gr.replay.contents import TensorPlace, is_lazy, sample
+from lightning_gr.replay.contents import TensorPlace, is_lazy
 from lightning_gr.replay.digest import digests
 from lightning_gr.replay.footprint import Footprint
+from lightning_gr.replay.marks import Marker, Marks
 from lightning_gr.replay.opaque import OpaquePlace, can_be_moved
 from lightning_gr.replay.places import Place
 
@@ -40,6 +38,7 @@ class Batch(Footprint):
                     " exhausted: let the collate function turn it into a list or a tensor"
                 )
         self._content = [place for place in self.places if isinstance(place, TensorPlace)]
+        self._marker = Marker(self._content, thorough=True)
         self._thorough = thorough
         self._before = self._after = self._state()
 
@@ -50,10 +49,13 @@ class Batch(Footprint):
     def note(self, places: Iterable[Place]) -> None:
         """Do nothing, because tensors of a batch are not protected; :meth:`check` rejects writes to them instead."""
 
-    def _state(self) -> tuple[list[Any], list[Any], list[int]]:
-        tensors = [place.owner for place in self._content]
-        whole = digests([tensor for tensor in tensors if not is_lazy(tensor)]) if self._thorough else []
-        return [place.mark() for place in self._content], sample(list(filter(_is_plain, tensors))), whole
+    def marks(self) -> Marks:
+        """Nothing is learned from them, see :meth:`note`."""
+        return Marks([])
+
+    def _state(self) -> tuple[Any, list[int]]:
+        tensors = [place.owner for place in self._content] if self._thorough else []
+        return self._marker.look(), digests([tensor for tensor in tensors if not is_lazy(tensor)])
 
     def note_after_first(self) -> None:
         """Record the tensors after the first pass. They are only checked if there is a second pass."""
@@ -76,9 +78,3 @@ class Batch(Footprint):
                 " same window, which the second pass needs: let it return new tensors, for example `x.clone()`, or use"
                 " `accumulation='micro_batch'`"
             )
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is dense and on the CPU, so that reading its entries costs nothing."""
-    is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
-    return is_dense and tensor.device.type == "cpu" and not is_lazy(tensor)

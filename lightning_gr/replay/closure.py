@@ -21,6 +21,7 @@ from lightning_gr.core.two_pass import NoLossError, Transform, add_second_pass_,
 from lightning_gr.replay.evaluation import Evaluation, OwnGradients, Surroundings
 from lightning_gr.replay.footprint import Footprint
 from lightning_gr.replay.places import Place
+from lightning_gr.replay.walk import parameters_of
 
 __all__ = ["ClosurePasses", "regularized_backward"]
 
@@ -302,7 +303,7 @@ def _memory_of(module: nn.Module | None, params: list[Tensor]) -> _Memory:
 
         def trained() -> list[Tensor]:
             target = reference()
-            return [] if target is None else list(target.parameters())
+            return [] if target is None else parameters_of(target)
 
         _memories[module] = Surroundings(Footprint(roots), devices, trained=trained), WeightStorage()
     return _memories[module]

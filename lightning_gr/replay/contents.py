@@ -29,7 +29,9 @@ __all__ = [
     "LazyPlace",
     "SettablePlace",
     "TensorPlace",
+    "is_content",
     "is_lazy",
+    "is_plain",
     "is_uninitialized",
     "restore_tensors",
     "sample",
@@ -129,15 +131,22 @@ class TensorPlace(Place):
         return not is_lazy(tensor) and tensor.layout == torch.strided and 0 < tensor.nbytes <= _FEW_BYTES
 
     @property
+    def is_small(self) -> bool:
+        """Whether it can be saved together with others."""
+        return self.is_watched and is_plain(self.owner) and _is_simple(self.owner)
+
+    @property
     def has_mark(self) -> bool:
         return True
 
     def mark(self) -> tuple[int, int]:
         """A value that changes if the tensor is written in place or resized, but not on writes through ``.data``."""
         tensor = self.owner
+        if is_lazy(tensor):
+            return -1, 0
         if tensor.is_inference() or tensor.layout != torch.strided or tensor.is_nested:
             return 0 if tensor.is_inference() else tensor._version, 0
-        return tensor._version, 0 if is_lazy(tensor) else tensor.data_ptr()
+        return tensor._version, tensor.data_ptr()
 
     @torch.no_grad()
     def save(self) -> Content | None:
@@ -261,6 +270,21 @@ class HooksPlace(Place):
 
     def children(self) -> list[tuple[str, Any]]:
         return [(f"{self.path}.hook", hook) for hook in self.values()]
+
+
+def is_content(tensor: Tensor) -> bool:
+    """Whether this is a value of its own, and not a result that belongs to a graph."""
+    return not tensor.requires_grad or tensor.is_leaf
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether this is a dense tensor of torch itself, with memory, a version and no bits that say how to read it."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+        and tensor.layout == torch.strided
+        and not (tensor.is_nested or tensor.is_quantized or is_lazy(tensor))
+        and not (tensor.is_inference() or tensor.is_conj() or tensor.is_neg())
+    )
 
 
 def is_uninitialized(module: nn.Module) -> bool:

@@ -1,9 +1,10 @@
 """Hashes the contents of tensors, to detect changes without copies."""
 
+import ctypes
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_gr._compat import torchs_own_methods
 from lightning_gr.core.sharding import local_parts
@@ -18,27 +19,49 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 @torch.no_grad()
 def digests(tensors: list[Tensor]) -> list[int]:
-    """One number for each tensor, of all its bits: Σ wᵢ xᵢ over its entries as integers, with odd weights, mod 2⁶⁴.
+    """One number for each tensor, of all its bits.
 
-    A change of one entry of 32 bits always changes it, any other with a probability of at least 1 − 2⁻³².
-    Reads each tensor once and waits for its device once for all of them.
+    On the host it is a hash of its bytes. On an accelerator it is Σ wᵢ xᵢ over its entries as integers, with odd
+    weights, mod 2⁶⁴: a change of one entry of 32 bits always changes it, any other with a probability of at least
+    1 − 2⁻³². Reads each tensor once and waits for each device once for all of them.
     """
     with torchs_own_methods():
-        found = [_digest(Tensor.detach(tensor)) for tensor in tensors]
+        found = [_digest(local_parts([Tensor.detach(tensor)])[0]) for tensor in tensors]
     by_device: dict[torch.device, list[int]] = {}
     for position, value in enumerate(found):
-        by_device.setdefault(value.device, []).append(position)
-    numbers = [0] * len(found)
+        if isinstance(value, Tensor):
+            by_device.setdefault(value.device, []).append(position)
     for positions in by_device.values():
-        read = torch.stack([found[position] for position in positions]).tolist()
+        read = torch.stack([found[position] for position in positions]).tolist()  # type: ignore[misc]
         for position, number in zip(positions, read, strict=True):
-            numbers[position] = number
-    return numbers
+            found[position] = number
+    return found  # type: ignore[return-value]
 
 
-def _digest(tensor: Tensor) -> Tensor:
+def _digest(tensor: Tensor) -> int | Tensor:
+    return _hash(tensor) if _is_on_host(tensor) else _weighted_sum(tensor)
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+
+
+def _hash(tensor: Tensor) -> int:
+    # slab by slab: hashing takes a copy of what it reads
+    return hash(
+        tuple(hash(_read(slab)) for part in dense_parts(tensor) for slab in torch.split(_integers(part), _SLAB))
+    )
+
+
+def _read(tensor: Tensor) -> bytes:
+    # not by an array, for which torch would make the storage one that cannot be resized
+    address = tensor.data_ptr()
+    return ctypes.string_at(address, tensor.nbytes) if address else b""
+
+
+def _weighted_sum(tensor: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for part in dense_parts(local_parts([tensor])[0]):
+    for part in dense_parts(tensor):
         for number, slab in enumerate(torch.split(_integers(part), _SLAB)):
             slab_sum = (slab.long() * _weights(part.device)[: len(slab)]).sum()
             total = total * 0x5851F42D4C957F2D + slab_sum * (2 * number + 1) + len(slab)
@@ -49,7 +72,7 @@ def _integers(tensor: Tensor) -> Tensor:
     real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     if real.is_quantized:
         real = real.int_repr()
-    return real.contiguous().reshape(-1).view(_INTEGERS[real.dtype.itemsize])
+    return real.resolve_neg().contiguous().reshape(-1).view(_INTEGERS[real.dtype.itemsize])
 
 
 @functools.lru_cache(maxsize=8)

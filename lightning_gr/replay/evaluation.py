@@ -11,10 +11,13 @@ from lightning_gr.core.gradients import hidden_gradients
 from lightning_gr.core.hooks import without_hooks
 from lightning_gr.core.signals import without_interrupts
 from lightning_gr.replay.contents import is_lazy
-from lightning_gr.replay.footprint import Fingerprint, Footprint, Marks, Snapshot, storages_of
+from lightning_gr.replay.fingerprint import Fingerprint
+from lightning_gr.replay.footprint import Footprint
 from lightning_gr.replay.hooks import ObservingHooks
 from lightning_gr.replay.isolation import RandomState, flagged, muted, noted_exceptions
+from lightning_gr.replay.marks import Marks
 from lightning_gr.replay.places import Place
+from lightning_gr.replay.snapshot import Kept, Snapshot, Storages
 from lightning_gr.replay.stand_ins import SetsAtStart
 from lightning_gr.replay.weights import WrittenWeights
 
@@ -46,7 +49,7 @@ class Surroundings:
         trained: Callable[[], Sequence[Tensor]] = tuple,
     ) -> None:
         self.footprint, self.devices, self.muted, self.trained = footprint, devices, muted, trained
-        self.hooks = ObservingHooks()
+        self.hooks, self.storages = ObservingHooks(), Storages()
         self.learning = False
         self.written_variables: set[str] = set()
         self.weights = WrittenWeights(footprint, trained)
@@ -74,7 +77,7 @@ class Evaluation(Generic[Output]):
             for each in own:
                 each.begin()
             self._numbers = RandomState(self.surroundings.devices)
-            self._start = [Snapshot(each.protected) for each in self._footprints]
+            self._start = self._keep()
             self._sets = SetsAtStart(self._protected())
             self._looked = footprint.unprotected(self._budget()) if self.surroundings.learning else None
             before = [self._looked or footprint.marks(), *(each.marks() for each in own)]
@@ -92,6 +95,9 @@ class Evaluation(Generic[Output]):
 
     def _protected(self) -> Iterator[Place]:
         return (place for each in self._footprints for place in each.protected)
+
+    def _keep(self) -> list[Kept | Snapshot]:
+        return [each.keep() for each in self._footprints]
 
     def _budget(self) -> int:
         return _SPARE_BYTES + 2 * sum(param.nbytes for param in self.surroundings.trained() if not is_lazy(param))
@@ -112,7 +118,7 @@ class Evaluation(Generic[Output]):
             with hidden_gradients(trained):
                 self.first()
         self._looked, self._written = None, []
-        self._start = [Snapshot(each.protected) for each in self._footprints]
+        self._start = self._keep()
         self._sets = SetsAtStart(self._protected())
 
     @contextmanager
@@ -134,7 +140,7 @@ class Evaluation(Generic[Output]):
             second: What :func:`~lightning_gr.in_second_pass` is to say meanwhile.
             hooks: Whether hooks on parameters run, except for those that only look at a gradient.
         """
-        storages, trained = storages_of(moved), self.surroundings.trained()
+        storages, trained = self.surroundings.storages.of(moved), self.surroundings.trained()
         footprint = self.surroundings.footprint
         footprint.note_moved(moved)
         with ExitStack() as stack:
@@ -142,7 +148,7 @@ class Evaluation(Generic[Output]):
             guard = without_interrupts()
             stack.callback(guard.end)
             guard.begin()
-            after = [Snapshot(each.protected) for each in self._footprints]
+            after = self._keep()
             numbers = RandomState(self.surroundings.devices)
             stack.callback(self._verify, self._looked or footprint.marks(), storages)
             for each, snapshot in zip(self._footprints, after, strict=True):

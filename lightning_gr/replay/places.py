@@ -4,7 +4,7 @@ import operator
 import types
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 __all__ = [
@@ -65,6 +65,16 @@ class Place:
         return True
 
     @property
+    def table(self) -> dict[Any, Any] | None:
+        """The dictionary that this is, if all of its entries and nothing else has to be saved."""
+        return None
+
+    @property
+    def row(self) -> Iterable[Any] | None:
+        """The sequence that this is, if all of its items and nothing else has to be saved."""
+        return None
+
+    @property
     def has_mark(self) -> bool:
         """Whether :meth:`mark` detects most changes, for state that is too large to be saved in each step."""
         return False
@@ -92,6 +102,11 @@ class EntryPlace(Place):
     @property
     def is_watched(self) -> bool:
         return not self.quiet and dict.__len__(self.owner) <= MOST_ENTRIES
+
+    @property
+    def table(self) -> dict[Any, Any] | None:
+        # the order of an OrderedDict is elsewhere
+        return None if isinstance(self.owner, OrderedDict) else self.owner
 
     def _kind(self) -> Any:
         # bypass the methods of subclasses, which may validate, count or forbid
@@ -149,6 +164,10 @@ class AttributePlace(Place):
     def __init__(self, owner: dict[str, Any], path: str, hidden: frozenset[str] = frozenset()) -> None:
         super().__init__(owner, path)
         self.hidden = hidden
+
+    @property
+    def table(self) -> dict[Any, Any] | None:
+        return None if self.hidden else self.owner
 
     def save(self) -> dict[str, Any]:
         if not self.hidden:
@@ -247,30 +266,39 @@ class ClassPlace(Place):
     __slots__ = ()
 
     def save(self) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in vars(self.owner).items()
-            if not (name.startswith("__") or callable(value) or hasattr(type(value), "__get__") or name == "_abc_impl")
-        }
+        return vars(self.owner).copy()  # type: ignore[no-any-return]
 
     def differs(self, saved: dict[str, Any]) -> bool:
-        now = self.save()
-        return now.keys() != saved.keys() or any(now[name] is not saved[name] for name in now)
+        now = vars(self.owner)
+        same = len(now) == len(saved) and not any(map(operator.is_not, now.values(), saved.values()))
+        if same and not any(map(operator.is_not, now, saved)):
+            return False
+        plain, before = _plain(now), _plain(saved)
+        return plain.keys() != before.keys() or any(plain[name] is not before[name] for name in plain)
 
     def restore(self, saved: dict[str, Any]) -> None:
-        now = self.save()
-        for name in now.keys() - saved.keys():
+        now, before = _plain(vars(self.owner)), _plain(saved)
+        for name in now.keys() - before.keys():
             delattr(self.owner, name)
-        for name, value in saved.items():
+        for name, value in before.items():
             if name not in now or now[name] is not value:
                 setattr(self.owner, name, value)
 
     def values(self) -> Iterable[Any]:
-        return self.save().values()
+        return list(vars(self.owner).values())
 
     def children(self) -> Iterator[tuple[str, Any]]:
-        for name, value in self.save().items():
+        for name, value in _plain(vars(self.owner)).items():
             yield f"{self.path}.{name}", value
+
+
+def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are data: no methods, no descriptors and nothing of Python's own."""
+    return {
+        name: value
+        for name, value in attributes.items()
+        if not (name.startswith("__") or callable(value) or hasattr(type(value), "__get__") or name == "_abc_impl")
+    }
 
 
 class CellPlace(Place):
@@ -319,6 +347,10 @@ class SequencePlace(Place):
     @property
     def is_watched(self) -> bool:
         return self._count() <= MOST_ENTRIES
+
+    @property
+    def row(self) -> Iterable[Any] | None:
+        return self.owner if type(self.owner) in (list, deque) else None
 
     def _count(self) -> int:
         return self._kind.__len__(self.owner)  # type: ignore[no-any-return]

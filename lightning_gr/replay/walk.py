@@ -30,6 +30,7 @@ from lightning_gr.replay.contents import (
     LazyPlace,
     SettablePlace,
     TensorPlace,
+    is_content,
     is_uninitialized,
 )
 from lightning_gr.replay.machinery import WriterPlace
@@ -48,7 +49,7 @@ from lightning_gr.replay.places import (
     slot_names,
 )
 
-__all__ = ["Walk", "walk"]
+__all__ = ["SIMPLE", "Walk", "parameters_of", "walk"]
 
 _MOST_OBJECTS = 200_000
 _ATOMS = (
@@ -56,7 +57,7 @@ _ATOMS = (
     torch.device, torch.layout, torch.Size, np.generic, np.dtype, enum.Enum, enum.EnumMeta, PurePath, logging.Logger,
     logging.Handler, weakref.ReferenceType, threading.Thread, property,
 )  # fmt: skip
-_SIMPLE = frozenset(_ATOMS)
+SIMPLE = frozenset(_ATOMS)
 # modules whose objects lead out of the user's module into the training machinery
 _FOREIGN = (
     "torch._", "torch.distributed", "torch.utils", "torch.cuda", "torch.autograd", "torch.jit", "torch.fx",
@@ -76,12 +77,16 @@ class Walk:
     Args:
         hidden: Attributes of a LightningModule that belong to Lightning.
         closed: Objects that are not entered.
+        seen: More of them, by their identities.
     """
 
-    def __init__(self, hidden: frozenset[str], closed: Iterable[object]) -> None:
+    def __init__(
+        self, hidden: frozenset[str], closed: Iterable[object], seen: Mapping[int, object] | None = None
+    ) -> None:
         self.hidden = hidden
         self.places: list[Place] = []
-        self._seen: dict[int, object] = {id(each): each for each in closed}
+        self._seen: dict[int, object] = dict(seen or ())
+        self._seen.update((id(each), each) for each in closed)
         self._waiting: deque[tuple[str, Any]] = deque()
         self._held: set[int] = set()
         self._visits: dict[type, Callable[[Walk, Any, str], None]] = {}
@@ -95,7 +100,7 @@ class Walk:
                 if id(value.owner) not in self._seen:
                     self._seen[id(value.owner)] = value.owner
                     self._add(value)
-            elif type(value) not in _SIMPLE and id(value) not in self._seen and not isinstance(value, _ATOMS):
+            elif type(value) not in SIMPLE and id(value) not in self._seen and not isinstance(value, _ATOMS):
                 self._seen[id(value)] = value
                 self._visit(value, path)
         return self
@@ -106,6 +111,11 @@ class Walk:
             rows = (visit for kinds, visit in _KINDS if isinstance(value, kinds))
             visit = self._visits[type(value)] = next(rows, Walk._other)
         visit(self, value, path)
+
+    @property
+    def seen(self) -> dict[int, object]:
+        """What has been looked through, by identity, except for results of a graph, which are to be freed in time."""
+        return {key: each for key, each in self._seen.items() if not isinstance(each, Tensor) or is_content(each)}
 
     def _add(self, place: Place, *, enter: bool = True) -> None:
         self.places.append(place)
@@ -124,7 +134,7 @@ class Walk:
     def _tensor(self, value: Tensor, path: str) -> None:
         if is_lazy(value):  # there is nothing in it yet
             return
-        if not value.requires_grad or value.is_leaf:
+        if is_content(value):
             self._add(TensorPlace(value, path))
             self._attributes(value, path)
         if value.requires_grad and value.is_leaf:
@@ -301,3 +311,18 @@ def walk(roots: Mapping[str, Any], hidden: frozenset[str] = frozenset(), closed:
         closed: Objects that are not searched.
     """
     return Walk(hidden, closed).enter(roots.items()).places
+
+
+def parameters_of(module: nn.Module) -> list[Tensor]:
+    """The parameters of a module and of all in it, once each: as ``parameters()``, which makes a name for each."""
+    found: dict[int, Tensor] = {}
+    seen, waiting = {id(module)}, [module]
+    for each in waiting:
+        for param in each._parameters.values():
+            if param is not None:
+                found[id(param)] = param
+        for child in each._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
+    return list(found.values())

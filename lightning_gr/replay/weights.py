@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from lightning_gr.replay.contents import TensorPlace
-from lightning_gr.replay.footprint import Footprint, Snapshot
+from lightning_gr.replay.footprint import Footprint
+from lightning_gr.replay.snapshot import Kept, Snapshot
 
 __all__ = ["WrittenWeights"]
 
@@ -23,7 +24,7 @@ class WrittenWeights:
         self._footprint, self._trained = footprint, trained
         self._left: dict[int, Tensor] = {}  # what the last evaluation has left in them
 
-    def note(self, start: Sequence[Snapshot]) -> list[tuple[Tensor, Tensor]]:
+    def note(self, start: Sequence[Kept | Snapshot]) -> list[tuple[Tensor, Tensor]]:
         """Return the weights that an evaluation has written, each with its value at the ``start``."""
         ids = self._footprint.written_weights()
         if ids is None:

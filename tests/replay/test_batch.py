@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_gr.replay.batch import Batch
-from lightning_gr.replay.footprint import Snapshot
+from lightning_gr.replay.snapshot import Snapshot
 
 LOADER = SimpleNamespace()
 

@@ -19,6 +19,15 @@ def make(dtype, count=50, seed=0):
     return torch.randint(0, 2 if dtype is torch.bool else 100, (count,), generator=generator).to(dtype)
 
 
+@pytest.fixture(params=["host", "accelerator"], autouse=True, scope="module")
+def way(request):
+    """Both ways to make a number, on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "accelerator":
+            patch.setattr(digest, "_is_on_host", lambda tensor: False)
+        yield request.param
+
+
 def digest_of(tensor):
     return digests([tensor])[0]
 
@@ -175,3 +184,9 @@ def test_a_gradient_is_not_asked_for():
     tensor = torch.ones(3, requires_grad=True)
     digest_of(tensor)
     assert tensor.grad_fn is None
+
+
+def test_a_storage_can_still_be_resized():
+    tensor = torch.ones(3)
+    digest_of(tensor)
+    tensor.resize_(10**6)

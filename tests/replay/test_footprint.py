@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from lightning_gr.replay.contents import TensorPlace
-from lightning_gr.replay.footprint import Fingerprint, Footprint, Snapshot, storages_of
+from lightning_gr.replay.fingerprint import Fingerprint
+from lightning_gr.replay.footprint import Footprint
+from lightning_gr.replay.snapshot import Snapshot, storages_of
 from lightning_gr.replay.walk import walk
 
 

@@ -98,6 +98,8 @@ def content(place):
     """As far as ``repr`` and types tell."""
     saved = place.save()
     items = list(saved.items()) if isinstance(saved, dict) else saved
+    if isinstance(place.owner, type):
+        items.sort(key=str)  # what is put back into a class comes last
     return type(place.owner), repr(items), repr(getattr(place.owner, "maxlen", None))
 
 

@@ -1,0 +1,157 @@
+"""What tells of a write to a tensor, without a copy and at next to no cost: versions, addresses, a few entries."""
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_gr.replay.contents import TensorPlace, is_lazy, is_plain, sample
+from lightning_gr.replay.places import Place
+from lightning_gr.replay.snapshot import storage_of
+
+__all__ = ["Marker", "Marks"]
+
+_FEW = 8
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_VERSION = operator.attrgetter("_version")
+_WANTS_GRADIENT = operator.attrgetter("requires_grad")
+
+
+class Marker:
+    """Takes marks of the same tensors again and again, of all of them at once.
+
+    Args:
+        places: The tensors, and other places that have marks.
+        thorough: Whether a few entries are read of tensors on the host of every kind: they tell of a write through
+            ``.data``, which no version counter does. If not, of plain ones that require no gradient.
+    """
+
+    def __init__(self, places: Sequence[Place], *, thorough: bool = False) -> None:
+        plain = [type(place) is TensorPlace and is_plain(place.owner) for place in places]
+        self._places = [place for place, simple in zip(places, plain, strict=True) if simple]
+        self._others = [place for place, simple in zip(places, plain, strict=True) if not simple]
+        self._thorough = thorough
+        self._tensors = [place.owner for place in self._places]
+        self._hosted = [at for at, tensor in enumerate(self._tensors) if tensor.device.type == "cpu"]
+        self._wants_gradient: list[bool] | None = None
+        self._sampled: list[int] = []
+        self._sampled_at: list[int] = []
+        self._samples = _Samples([], len(self._tensors))
+
+    def look(self) -> "_Looks":
+        """What they look like now."""
+        addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._find_samples(addresses)
+        others = [(place.mark(), _read_few(place.owner) if self._thorough else "") for place in self._others]
+        return _Looks(list(map(_VERSION, self._tensors)), addresses, self._samples, self._samples.read(), others)
+
+    def _find_samples(self, addresses: list[int]) -> None:
+        wants = list(map(_WANTS_GRADIENT, self._tensors))
+        if wants != self._wants_gradient:
+            self._wants_gradient = wants
+            self._sampled = [at for at in self._hosted if self._thorough or not wants[at]]
+        at = [addresses[position] for position in self._sampled]
+        if at != self._sampled_at:
+            # a sample is a view of memory, which a tensor may have left meanwhile
+            self._sampled_at = at
+            chosen = [(position, self._tensors[position]) for position in self._sampled if addresses[position]]
+            self._samples = _Samples(chosen, len(self._tensors))
+
+    def changed(self, before: "_Looks") -> list[Place]:
+        """The places that look different now."""
+        now = self.look()
+        if now == before:
+            return []
+        each = zip(self._places, before.by_tensor(), now.by_tensor(), strict=True)
+        others = zip(self._others, before.others, now.others, strict=True)
+        return [place for place, old, new in (*each, *others) if old != new]
+
+
+class _Looks(NamedTuple):
+    """What tensors look like at one moment."""
+
+    versions: list[int]
+    addresses: list[int]
+    samples: "_Samples"
+    read: list[bytes]
+    others: list[Any]
+
+    def by_tensor(self) -> Iterator[tuple[int, int, bytes]]:
+        """For each of those that are plain."""
+        return zip(self.versions, self.addresses, self.samples.split(self.read), strict=True)
+
+
+class Marks:
+    """What some tensors looked like at one moment.
+
+    Args:
+        markers: Who looks at them.
+    """
+
+    def __init__(self, markers: Sequence[Marker]) -> None:
+        self._before = [(marker, marker.look()) for marker in markers]
+
+    def changed(self, moved: frozenset[int] = frozenset()) -> list[Place]:
+        """The places that look different now, except for tensors in the storages ``moved``."""
+        found = [place for marker, before in self._before for place in marker.changed(before)]
+        return [p for p in found if not (moved and isinstance(p, TensorPlace) and storage_of(p.owner) in moved)]
+
+    def restore(self, changed: Sequence[Place]) -> Sequence[Place]:
+        """There are no copies: returns ``changed``."""
+        return changed
+
+
+class _Samples:
+    """A few entries of each of some plain tensors on the host, as views, which are read by one operator for each size.
+
+    Args:
+        tensors: The tensors, with their numbers.
+        count: How many numbers there are.
+    """
+
+    def __init__(self, tensors: Iterable[tuple[int, Tensor]], count: int) -> None:
+        self._count = count
+        self._groups: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
+        for position, tensor in tensors:
+            if tensor.numel():
+                view = _few(tensor)
+                self._groups.setdefault(view.dtype, []).append((position, view))
+        self._views = [[view for _, view in group] for group in self._groups.values()]
+
+    @torch.no_grad()
+    def read(self) -> list[bytes]:
+        """The entries now, by their bits, in which NaN is equal to itself."""
+        return [torch.cat(views).view(torch.uint8).numpy().tobytes() for views in self._views]
+
+    def split(self, read: list[bytes]) -> list[bytes]:
+        """What was read, by tensor."""
+        found = [b""] * self._count
+        for group, data in zip(self._groups.values(), read, strict=True):
+            start = 0
+            for position, view in group:
+                found[position] = data[start : start + view.nbytes]
+                start += view.nbytes
+        return found
+
+
+@torch.no_grad()
+def _few(tensor: Tensor) -> Tensor:
+    """Entries at equal distances; along the diagonal where they do not lie one after the other. Nothing is copied."""
+    count = tensor.numel()
+    if tensor.is_contiguous():
+        size, stride = min(count, _FEW), max(1, count // _FEW)
+    else:
+        size = min(_FEW, max(tensor.shape))
+        stride = sum(step * (length // size) for step, length in zip(tensor.stride(), tensor.shape, strict=True))
+    view = tensor.detach().as_strided((size,), (stride,), tensor.storage_offset())
+    return view.view(_INTEGERS.get(view.dtype.itemsize, view.dtype))
+
+
+def _read_few(tensor: Tensor) -> str:
+    """The same of a dense tensor of some other kind on the host, by what operators it has."""
+    is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+    if not is_dense or tensor.device.type != "cpu" or is_lazy(tensor):
+        return ""
+    return repr(sample([tensor]))  # in which NaN is equal to itself

@@ -1,0 +1,277 @@
+"""The values of places at one moment, to be compared and put back: of any, or of the same ones in each step."""
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, compress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_gr.core.sharding import local_parts
+from lightning_gr.replay.contents import Content, TensorPlace, is_lazy, is_plain, restore_tensors
+from lightning_gr.replay.places import Place, SetPlace
+
+__all__ = ["Keeper", "Kept", "Snapshot", "Storages", "storage_of", "storages_of"]
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Where the storage of a tensor lies; 0 where there is none."""
+    if tensor.layout != torch.strided or tensor.is_nested or is_lazy(tensor):
+        return 0
+    return local_parts([tensor])[0].untyped_storage().data_ptr()
+
+
+def storages_of(tensors: Iterable[Tensor]) -> frozenset[int]:
+    """The storages in which ``tensors`` lie now."""
+    return frozenset(map(storage_of, tensors)) - {0}
+
+
+class Snapshot:
+    """The values of some places at one moment."""
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        self.saved = [(place, place.save()) for place in places]
+
+    def changed(self, kind: type[Place] = Place) -> list[Place]:
+        """The places of one kind that have another value now."""
+        return [place for place, saved in self.saved if isinstance(place, kind) and place.differs(saved)]
+
+    def without(self, chosen: set[int]) -> "Snapshot":
+        """Take the places with these ids out; returns them with their values."""
+        taken = Snapshot(())
+        taken.saved = [pair for pair in self.saved if id(pair[0]) in chosen]
+        self.saved = [pair for pair in self.saved if id(pair[0]) not in chosen]
+        return taken
+
+    def restore(self, moved: frozenset[int] = frozenset()) -> None:
+        """Put the values back, except for tensors that lie in the storages ``moved``."""
+        tensors: list[Tensor] = []
+        values: list[Content] = []
+        for place, saved in self.saved:
+            if isinstance(place, TensorPlace):
+                if saved is not None and not (moved and storage_of(place.owner) in moved):
+                    tensors.append(place.owner)
+                    values.append(saved)
+            elif place.differs(saved):
+                place.restore(saved)
+        if tensors:
+            restore_tensors(tensors, values)
+
+
+class Keeper:
+    """Saves the same places in each step: dictionaries and small tensors all at once, the others one by one.
+
+    Args:
+        places: The places.
+    """
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self._containers = _Containers(places)
+        small = [place for place in places if isinstance(place, TensorPlace) and place.is_small]
+        by_kind: dict[Any, list[TensorPlace]] = {}
+        for place in small:
+            # on the host they are copied one after the other, whatever they are
+            device = place.owner.device
+            kind = device if device.type == "cpu" else (device, place.owner.dtype)
+            by_kind.setdefault(kind, []).append(place)
+        self._small = [_SmallTensors(group) for group in by_kind.values()]
+        done = {id(place) for place in (*self._containers.places, *small)}
+        self._others = [place for place in places if id(place) not in done]
+
+    @torch.no_grad()
+    def save(self) -> tuple[Any, ...]:
+        """The values now."""
+        return self._containers.save(), [group.save() for group in self._small], Snapshot(self._others)
+
+    @torch.no_grad()
+    def restore(self, saved: tuple[Any, ...], moved: frozenset[int]) -> None:
+        """Put them back, except for tensors that lie in the storages ``moved``."""
+        containers, small, others = saved
+        self._containers.restore(containers)
+        others.restore(moved)
+        for group, copies in zip(self._small, small, strict=True):
+            group.restore(copies, moved)
+
+    def tensors(self, saved: tuple[Any, ...]) -> Iterator[tuple[Place, Any]]:
+        """The tensors among the places, each with what was saved of it."""
+        _, small, others = saved
+        for group, copies in zip(self._small, small, strict=True):
+            yield from zip(group.places, map(Content, copies.values, copies.aliases), strict=True)
+        yield from (pair for pair in others.saved if isinstance(pair[0], TensorPlace))
+
+    def reuse(self, saved: tuple[Any, ...]) -> None:
+        """Take back the memory of values that nobody needs any more."""
+        for group, copies in zip(self._small, saved[1], strict=True):
+            group.reuse(copies)
+
+
+class Kept:
+    """The values at one moment of places that are saved in each step.
+
+    Args:
+        keepers: Who saves them.
+    """
+
+    def __init__(self, keepers: Iterable[Keeper]) -> None:
+        self._saved = [(keeper, keeper.save()) for keeper in keepers]
+
+    def __del__(self) -> None:
+        for keeper, saved in self.__dict__.pop("_saved", ()):
+            keeper.reuse(saved)
+
+    @property
+    def saved(self) -> Iterator[tuple[Place, Any]]:
+        """The tensors among the places, each with what was saved of it, as long as this object is there."""
+        return chain.from_iterable(keeper.tensors(saved) for keeper, saved in self._saved)
+
+    def changed(self, kind: type[Place]) -> list[Place]:
+        """The places of one kind that have another value now, of those that are saved one by one."""
+        return [place for _, (*_, others) in self._saved for place in others.changed(kind)]
+
+    def restore(self, moved: frozenset[int] = frozenset()) -> None:
+        """Put the values back, except for tensors that lie in the storages ``moved``."""
+        for keeper, saved in self._saved:
+            keeper.restore(saved, moved)
+
+
+class _Saved(NamedTuple):
+    """What containers held."""
+
+    tables: list[dict[Any, Any]]
+    rows: list[list[Any]]
+    sets: list[list[Any]]
+
+
+class _Containers:
+    """Dictionaries, sequences and sets, which are saved, and compared by identity, one after the other in C."""
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self._tables = [place for place in places if place.table is not None]
+        self._rows = [place for place in places if place.row is not None]
+        # while a set has a stand-in, its place means that one
+        self._sets = [place for place in places if isinstance(place, SetPlace) and type(place.owner) is set]
+        self._dicts: list[dict[Any, Any]] = [place.table for place in self._tables if place.table is not None]
+        self._lists: list[Any] = [place.row for place in self._rows]
+
+    @property
+    def places(self) -> list[Place]:
+        return [*self._tables, *self._rows, *self._sets]
+
+    def _owners(self) -> list[Any]:
+        return list(map(_OWNER, self._sets))
+
+    def save(self) -> _Saved:
+        return _Saved(
+            list(map(dict.copy, self._dicts)), list(map(list, self._lists)), list(map(list, self._owners()))
+        )
+
+    def restore(self, saved: _Saved) -> None:
+        grown = list(map(dict.__len__, self._dicts)) != list(map(len, saved.tables))
+        if grown or _differ(self._dicts, saved.tables, dict.values) or _differ(self._dicts, saved.tables, dict.keys):
+            _restore(self._tables, saved.tables)
+        for places, owners, before in (
+            (self._rows, self._lists, saved.rows),
+            (self._sets, self._owners(), saved.sets),
+        ):
+            if list(map(len, owners)) != list(map(len, before)) or _differ(owners, before, iter):
+                _restore(places, before)
+
+
+_OWNER = operator.attrgetter("owner")
+
+
+def _differ(now: list[Any], before: list[Any], parts: Callable[[Any], Iterable[Any]]) -> bool:
+    each, each_before = (chain.from_iterable(map(parts, containers)) for containers in (now, before))
+    return any(map(operator.is_not, each, each_before))
+
+
+def _restore(places: Sequence[Place], saved: Sequence[Any]) -> None:
+    for place, value in zip(places, saved, strict=True):
+        if place.differs(value):
+            place.restore(value)
+
+
+class _SmallTensors:
+    """Plain tensors on one device, as small as running means, which are copied by one operator.
+
+    Memory for copies is used again: taking it takes longer than copying.
+    """
+
+    def __init__(self, places: Sequence[TensorPlace]) -> None:
+        self.places = places
+        self._tensors: list[Tensor] = [place.owner for place in places]
+        self._forms: list[Any] = []
+        self._aliases: list[Tensor] = []
+        self._spare: list[list[Tensor]] = []
+        self._known: tuple[list[Any], frozenset[int]] = ([], frozenset())
+        self._are_elsewhere: list[bool] = []
+
+    def _look(self) -> list[Any]:
+        return [*map(Tensor.data_ptr, self._tensors), *map(_FORM, self._tensors), *map(Tensor.stride, self._tensors)]
+
+    def save(self) -> "_Copies":
+        forms = self._look()
+        if forms != self._forms:
+            self._forms, self._spare, self._aliases = forms, [], [tensor.detach() for tensor in self._tensors]
+        copies = self._spare.pop() if self._spare else _empty_like(self._tensors)
+        torch._foreach_copy_(copies, self._tensors)
+        return _Copies(forms, copies, self._aliases)
+
+    def reuse(self, saved: "_Copies") -> None:
+        if saved.forms is self._forms:
+            self._spare.append(saved.values)
+
+    def restore(self, saved: "_Copies", moved: frozenset[int]) -> None:
+        tensors, values, aliases = self._tensors, saved.values, saved.aliases
+        forms = self._look()
+        if moved and not all(where := self._which_lie_elsewhere(forms, moved)):
+            tensors, values, aliases = (list(compress(each, where)) for each in (tensors, values, aliases))
+        if forms != saved.forms:
+            restore_tensors(tensors, list(map(Content, values, aliases)))
+        elif tensors:
+            # by `.data`, which leaves version counters as they are
+            torch._foreach_copy_([tensor.data for tensor in tensors], values)
+
+    def _which_lie_elsewhere(self, forms: list[Any], moved: frozenset[int]) -> list[bool]:
+        if (forms, moved) != self._known:
+            self._known = forms, moved
+            self._are_elsewhere = [storage_of(tensor) not in moved for tensor in self._tensors]
+        return self._are_elsewhere
+
+
+class _Copies(NamedTuple):
+    """What small tensors looked like and held, and further tensors on their memory."""
+
+    forms: list[Any]
+    values: list[Tensor]
+    aliases: list[Tensor]
+
+
+_FORM = operator.attrgetter("shape", "dtype")
+
+
+def _empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    with torch.inference_mode(False):
+        return [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
+
+
+class Storages:
+    """Where the same tensors lie in each step, which is looked up again only if one of them has another address."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []  # themselves, so that nothing else gets their identity
+        self._ids: list[int] = []
+        self._addresses: list[int] = []
+        self._found: frozenset[int] = frozenset()
+
+    def of(self, tensors: Sequence[Tensor]) -> frozenset[int]:
+        """The storages in which ``tensors`` lie now."""
+        ids = list(map(id, tensors))
+        if ids == self._ids and list(map(Tensor.data_ptr, self._tensors)) == self._addresses:
+            return self._found
+        found = storages_of(tensors)
+        if all(map(is_plain, tensors)):
+            self._tensors, self._ids, self._found = list(tensors), ids, found
+            self._addresses = list(map(Tensor.data_ptr, tensors))
+        return found
