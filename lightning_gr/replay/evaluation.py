@@ -78,7 +78,7 @@ class Evaluation(Generic[Output]):
                 each.begin()
             self._numbers = RandomState(self.surroundings.devices)
             self._start = self._keep()
-            self._sets = SetsAtStart(self._protected())
+            self._sets = SetsAtStart(place for each in self._footprints for place in each.sets)
             self._looked = footprint.unprotected(self._budget()) if self.surroundings.learning else None
             before = [self._looked or footprint.marks(), *(each.marks() for each in own)]
             output = self.compute()
@@ -119,7 +119,7 @@ class Evaluation(Generic[Output]):
                 self.first()
         self._looked, self._written = None, []
         self._start = self._keep()
-        self._sets = SetsAtStart(self._protected())
+        self._sets = SetsAtStart(place for each in self._footprints for place in each.sets)
 
     @contextmanager
     def again(
@@ -148,7 +148,7 @@ class Evaluation(Generic[Output]):
             guard = without_interrupts()
             stack.callback(guard.end)
             guard.begin()
-            after = self._keep()
+            after = [each.keep() for each in self._footprints]
             numbers = RandomState(self.surroundings.devices)
             stack.callback(self._verify, self._looked or footprint.marks(), storages)
             for each, snapshot in zip(self._footprints, after, strict=True):
@@ -158,8 +158,8 @@ class Evaluation(Generic[Output]):
             stack.callback(numbers.restore)
             stack.enter_context(_without_gradients(self._leaves(trained)))
             stand_ins = stack.enter_context(self._sets.replaced())
-            for snapshot in self._start:
-                snapshot.restore(storages)
+            for begun in self._start:
+                begun.restore(storages, now=after)
             self._sets.refer_to_stand_ins(stand_ins, self._protected())
             stack.enter_context(self.surroundings.weights.started(moved, self._written))
             self._numbers.restore()

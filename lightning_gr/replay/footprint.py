@@ -20,7 +20,7 @@ from lightning_gr.replay.fingerprint import Fingerprint
 from lightning_gr.replay.machinery import WriterPlace
 from lightning_gr.replay.marks import Marker, Marks
 from lightning_gr.replay.opaque import OpaquePlace
-from lightning_gr.replay.places import Place
+from lightning_gr.replay.places import Place, SetPlace
 from lightning_gr.replay.references import References
 from lightning_gr.replay.snapshot import Keeper, Kept, Snapshot
 from lightning_gr.replay.walk import Walk
@@ -37,6 +37,7 @@ class _Part:
         self.protected = [place for place, chosen in zip(places, protected, strict=True) if chosen]
         self.others = [place for place, chosen in zip(places, protected, strict=True) if not chosen]
         self.writers = [place.owner for place in places if isinstance(place, WriterPlace)]
+        self.sets = [place for place in self.protected if type(place) is SetPlace and place.can_be_replaced]
         self.keeper = Keeper(self.protected)
         self.marker = Marker([place for place in self.others if place.has_mark])
 
@@ -86,6 +87,11 @@ class Footprint:
     def protected(self) -> list[Place]:
         """What is saved and put back around each pass."""
         return [place for part in self._parts for place in part.protected]
+
+    @property
+    def sets(self) -> list[SetPlace]:
+        """The sets among them that another one can stand in for."""
+        return [place for part in self._parts for place in part.sets]
 
     @property
     def leaves(self) -> list[Tensor]:

@@ -1,7 +1,9 @@
 """The values of places at one moment, to be compared and put back: of any, or of the same ones in each step."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, compress
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from lightning_gr.core.sharding import local_parts
 from lightning_gr.replay.contents import Content, TensorPlace, is_lazy, is_plain, restore_tensors
+from lightning_gr.replay.identities import Identities, differing, identities
 from lightning_gr.replay.places import Place, SetPlace
 
 __all__ = ["Keeper", "Kept", "Snapshot", "Storages", "storage_of", "storages_of"]
@@ -44,7 +47,7 @@ class Snapshot:
         self.saved = [pair for pair in self.saved if id(pair[0]) not in chosen]
         return taken
 
-    def restore(self, moved: frozenset[int] = frozenset()) -> None:
+    def restore(self, moved: frozenset[int] = frozenset(), now: object = None) -> None:
         """Put the values back, except for tensors that lie in the storages ``moved``."""
         tensors: list[Tensor] = []
         values: list[Content] = []
@@ -85,10 +88,10 @@ class Keeper:
         return self._containers.save(), [group.save() for group in self._small], Snapshot(self._others)
 
     @torch.no_grad()
-    def restore(self, saved: tuple[Any, ...], moved: frozenset[int]) -> None:
-        """Put them back, except for tensors that lie in the storages ``moved``."""
+    def restore(self, saved: tuple[Any, ...], moved: frozenset[int], now: tuple[Any, ...] | None = None) -> None:
+        """Put them back, except for tensors that lie in the storages ``moved``; see :meth:`Kept.restore`."""
         containers, small, others = saved
-        self._containers.restore(containers)
+        self._containers.restore(containers, None if now is None else now[0])
         others.restore(moved)
         for group, copies in zip(self._small, small, strict=True):
             group.restore(copies, moved)
@@ -99,11 +102,6 @@ class Keeper:
         for group, copies in zip(self._small, small, strict=True):
             yield from zip(group.places, map(Content, copies.values, copies.aliases), strict=True)
         yield from (pair for pair in others.saved if isinstance(pair[0], TensorPlace))
-
-    def reuse(self, saved: tuple[Any, ...]) -> None:
-        """Take back the memory of values that nobody needs any more."""
-        for group, copies in zip(self._small, saved[1], strict=True):
-            group.reuse(copies)
 
 
 class Kept:
@@ -116,10 +114,6 @@ class Kept:
     def __init__(self, keepers: Iterable[Keeper]) -> None:
         self._saved = [(keeper, keeper.save()) for keeper in keepers]
 
-    def __del__(self) -> None:
-        for keeper, saved in self.__dict__.pop("_saved", ()):
-            keeper.reuse(saved)
-
     @property
     def saved(self) -> Iterator[tuple[Place, Any]]:
         """The tensors among the places, each with what was saved of it, as long as this object is there."""
@@ -129,61 +123,58 @@ class Kept:
         """The places of one kind that have another value now, of those that are saved one by one."""
         return [place for _, (*_, others) in self._saved for place in others.changed(kind)]
 
-    def restore(self, moved: frozenset[int] = frozenset()) -> None:
-        """Put the values back, except for tensors that lie in the storages ``moved``."""
+    def restore(self, moved: frozenset[int] = frozenset(), now: Iterable["Kept"] = ()) -> None:
+        """Put the values back, except for tensors that lie in the storages ``moved``.
+
+        Args:
+            moved: Storages.
+            now: The values now, as far as they are known, so that they need not be looked at again.
+        """
+        known = {id(keeper): saved for kept in now for keeper, saved in kept._saved}
         for keeper, saved in self._saved:
-            keeper.restore(saved, moved)
+            keeper.restore(saved, moved, known.get(id(keeper)))
 
 
 class _Saved(NamedTuple):
     """What containers held."""
 
     tables: list[dict[Any, Any]]
+    values: Identities
+    keys: Identities
     rows: list[list[Any]]
-    sets: list[list[Any]]
 
 
 class _Containers:
-    """Dictionaries, sequences and sets, which are saved, and compared by identity, one after the other in C."""
+    """Dictionaries, sequences and sets, which are saved, and compared by identity, all at once in C."""
 
     def __init__(self, places: Sequence[Place]) -> None:
         self._tables = [place for place in places if place.table is not None]
-        self._rows = [place for place in places if place.row is not None]
+        self._dicts: list[dict[Any, Any]] = [place.table for place in self._tables if place.table is not None]
+        self._lists = [place for place in places if place.row is not None]
         # while a set has a stand-in, its place means that one
         self._sets = [place for place in places if isinstance(place, SetPlace) and type(place.owner) is set]
-        self._dicts: list[dict[Any, Any]] = [place.table for place in self._tables if place.table is not None]
-        self._lists: list[Any] = [place.row for place in self._rows]
+        self._rows = [*self._lists, *self._sets]
 
     @property
     def places(self) -> list[Place]:
-        return [*self._tables, *self._rows, *self._sets]
-
-    def _owners(self) -> list[Any]:
-        return list(map(_OWNER, self._sets))
+        return [*self._tables, *self._rows]
 
     def save(self) -> _Saved:
-        return _Saved(
-            list(map(dict.copy, self._dicts)), list(map(list, self._lists)), list(map(list, self._owners()))
-        )
+        tables = list(map(dict.copy, self._dicts))
+        return _Saved(tables, identities(tables), identities(tables, iter), list(map(list, map(_OWNER, self._rows))))
 
-    def restore(self, saved: _Saved) -> None:
-        grown = list(map(dict.__len__, self._dicts)) != list(map(len, saved.tables))
-        if grown or _differ(self._dicts, saved.tables, dict.values) or _differ(self._dicts, saved.tables, dict.keys):
-            _restore(self._tables, saved.tables)
-        for places, owners, before in (
-            (self._rows, self._lists, saved.rows),
-            (self._sets, self._owners(), saved.sets),
-        ):
-            if list(map(len, owners)) != list(map(len, before)) or _differ(owners, before, iter):
-                _restore(places, before)
+    def restore(self, saved: _Saved, now: _Saved | None) -> None:
+        values, keys = (now.values, now.keys) if now else (identities(self._dicts), identities(self._dicts, _KEYS))
+        for position in {*differing(values, saved.values), *differing(keys, saved.keys)}:
+            self._tables[position].restore(saved.tables[position])
+        owners = list(map(_OWNER, self._rows))
+        same = list(map(len, owners)) == list(map(len, saved.rows))
+        if not same or any(map(operator.is_not, chain(*owners), chain(*saved.rows))):
+            _restore(self._rows, saved.rows)
 
 
 _OWNER = operator.attrgetter("owner")
-
-
-def _differ(now: list[Any], before: list[Any], parts: Callable[[Any], Iterable[Any]]) -> bool:
-    each, each_before = (chain.from_iterable(map(parts, containers)) for containers in (now, before))
-    return any(map(operator.is_not, each, each_before))
+_KEYS = dict.__iter__
 
 
 def _restore(places: Sequence[Place], saved: Sequence[Any]) -> None:
@@ -195,7 +186,7 @@ def _restore(places: Sequence[Place], saved: Sequence[Any]) -> None:
 class _SmallTensors:
     """Plain tensors on one device, as small as running means, which are copied by one operator.
 
-    Memory for copies is used again: taking it takes longer than copying.
+    Memory for copies is used again as soon as nobody refers to them: taking it takes longer than copying.
     """
 
     def __init__(self, places: Sequence[TensorPlace]) -> None:
@@ -203,7 +194,7 @@ class _SmallTensors:
         self._tensors: list[Tensor] = [place.owner for place in places]
         self._forms: list[Any] = []
         self._aliases: list[Tensor] = []
-        self._spare: list[list[Tensor]] = []
+        self._memory: list[tuple[weakref.ref[_Copies], list[Tensor]]] = []
         self._known: tuple[list[Any], frozenset[int]] = ([], frozenset())
         self._are_elsewhere: list[bool] = []
 
@@ -213,14 +204,18 @@ class _SmallTensors:
     def save(self) -> "_Copies":
         forms = self._look()
         if forms != self._forms:
-            self._forms, self._spare, self._aliases = forms, [], [tensor.detach() for tensor in self._tensors]
-        copies = self._spare.pop() if self._spare else _empty_like(self._tensors)
-        torch._foreach_copy_(copies, self._tensors)
-        return _Copies(forms, copies, self._aliases)
+            self._forms, self._memory, self._aliases = forms, [], [tensor.detach() for tensor in self._tensors]
+        copies = _Copies(forms, self._free() or _empty_like(self._tensors), self._aliases)
+        self._memory.append((weakref.ref(copies), copies.values))
+        torch._foreach_copy_(copies.values, self._tensors)
+        return copies
 
-    def reuse(self, saved: "_Copies") -> None:
-        if saved.forms is self._forms:
-            self._spare.append(saved.values)
+    def _free(self) -> list[Tensor] | None:
+        for position, (copies, values) in enumerate(self._memory):
+            if copies() is None:
+                del self._memory[position]
+                return values
+        return None
 
     def restore(self, saved: "_Copies", moved: frozenset[int]) -> None:
         tensors, values, aliases = self._tensors, saved.values, saved.aliases
@@ -240,7 +235,8 @@ class _SmallTensors:
         return self._are_elsewhere
 
 
-class _Copies(NamedTuple):
+@dataclass(eq=False)
+class _Copies:
     """What small tensors looked like and held, and further tensors on their memory."""
 
     forms: list[Any]

@@ -7,40 +7,35 @@ refers to it, a second pass finds another one, with the items that it had at the
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning_gr.replay.places import Place, SetPlace
 
 __all__ = ["SetsAtStart"]
 
 
-class _Start(NamedTuple):
-    place: SetPlace
-    items: list[Any]
-    copy: set[Any]
-
-
 class SetsAtStart:
     """What some sets held at the start of an evaluation.
 
     Args:
-        places: All places; those of sets are chosen from them.
+        places: The places of sets that can be replaced.
     """
 
-    def __init__(self, places: Iterable[Place]) -> None:
-        chosen = [place for place in places if type(place) is SetPlace and place.can_be_replaced]
-        self._start = [_Start(place, place.save(), place.owner.copy()) for place in chosen]
+    def __init__(self, places: Iterable[SetPlace]) -> None:
+        self._places = list(places)
+        owners: list[set[Any]] = [place.owner for place in self._places]
+        self._items, self._copies = list(map(list, owners)), list(map(set.copy, owners))
 
     @contextmanager
     def replaced(self) -> Iterator[Sequence[tuple[set[Any], set[Any]]]]:
         """Let the places of the sets that have changed mean their stand-ins; gives pairs of both."""
-        changed = [each for each in self._start if each.place.differs(each.items)]
         with ExitStack() as stack:
             pairs = []
-            for place, items, copy in changed:
-                pairs.append((place.owner, _in_order(items, copy)))
-                stack.callback(setattr, place, "owner", place.owner)
-                place.owner = pairs[-1][1]
+            for place, items, copy in zip(self._places, self._items, self._copies, strict=True):
+                if place.differs(items):
+                    pairs.append((place.owner, _in_order(items, copy)))
+                    stack.callback(setattr, place, "owner", place.owner)
+                    place.owner = pairs[-1][1]
             yield pairs
 
     @staticmethod
