@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,8 +91,8 @@ def surroundings_of(trainer: "Trainer", pl_module: "LightningModule") -> Surroun
 
     def trained() -> list[Tensor]:
         groups = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        everything = [*parameters_of(pl_module), *(param for group in groups for param in group)]
-        return list({id(param): param for param in everything}.values())
+        everything = [*parameters_of(pl_module), *chain.from_iterable(groups)]
+        return list(dict(zip(map(id, everything), everything, strict=True)).values())
 
     footprint = Footprint(roots, hidden=lightning_attributes() | {"_lightning_gr"}, closed=closed)
     return Surroundings(footprint, [] if root.type == "cpu" else [root], muted, trained)

@@ -42,6 +42,9 @@ class _Part:
         self.marker = Marker([place for place in self.others if place.has_mark])
 
 
+_NOTHING = _Part([], lambda place: False)
+
+
 class Footprint:
     """What the evaluations of one loss write to, as far as it has been learned.
 
@@ -66,7 +69,7 @@ class Footprint:
         self._count = 0
         self._known: set[int] = set()  # the ids of what has been seen to be written
         self._moved: set[int] = set()
-        self._all, self._fresh = _Part([], self.protects), _Part([], self.protects)
+        self._all, self._fresh = _NOTHING, _NOTHING
         self._seen: dict[int, object] = {}
         self._tables: list[dict[str, Any]] = []  # the children of all modules
         self._tree: list[int] = []
@@ -125,7 +128,7 @@ class Footprint:
         found = Walk(self._hidden, self._closed()).enter(roots.items())
         self._tensors = [place.owner for place in found.places if isinstance(place, TensorPlace)]
         found.places.append(FlagsPlace(self._tensors, "requires_grad"))
-        self._all, self._fresh = _Part(found.places, self.protects), _Part([], self.protects)
+        self._all, self._fresh = _Part(found.places, self.protects), _NOTHING
         # not the roots themselves, which whoever remembers footprints by them wants to be freed
         self._seen = found.seen
         for root in roots.values():
@@ -151,7 +154,9 @@ class Footprint:
             self._references = everything, References(found.places)
 
     def _sort(self) -> None:
-        self._all, self._fresh = (_Part(part.places, self.protects) for part in (self._all, self._fresh))
+        self._all, self._fresh = (
+            _Part(part.places, self.protects) if part.places else _NOTHING for part in (self._all, self._fresh)
+        )
 
     def protects(self, place: Place) -> bool:
         """Whether a place is saved and put back around each pass."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_gr.replay.contents import TensorPlace, is_lazy, is_plain, sample
+from lightning_gr.replay.machinery import QuietTensorPlace
 from lightning_gr.replay.places import Place
 from lightning_gr.replay.snapshot import storage_of
 
@@ -29,11 +30,14 @@ class Marker:
     """
 
     def __init__(self, places: Sequence[Place], *, thorough: bool = False) -> None:
-        plain = [type(place) is TensorPlace and is_plain(place.owner) for place in places]
-        self._places = [place for place, simple in zip(places, plain, strict=True) if simple]
-        self._others = [place for place, simple in zip(places, plain, strict=True) if not simple]
+        plain = {id(place) for place in places if isinstance(place, TensorPlace) and is_plain(place.owner)}
+        self._quiet = [place for place in places if type(place) is QuietTensorPlace and id(place) in plain]
+        self._places = [place for place in places if type(place) is TensorPlace and id(place) in plain]
+        done = {id(place) for place in (*self._quiet, *self._places)}
+        self._others = [place for place in places if id(place) not in done]
         self._thorough = thorough
         self._tensors = [place.owner for place in self._places]
+        self._quiet_tensors = [place.owner for place in self._quiet]
         self._hosted = [at for at, tensor in enumerate(self._tensors) if tensor.device.type == "cpu"]
         self._wants_gradient: list[bool] | None = None
         self._sampled: list[int] = []
@@ -45,7 +49,8 @@ class Marker:
         addresses = list(map(Tensor.data_ptr, self._tensors))
         self._find_samples(addresses)
         others = [(place.mark(), _read_few(place.owner) if self._thorough else "") for place in self._others]
-        return _Looks(list(map(_VERSION, self._tensors)), addresses, self._samples, self._samples.read(), others)
+        quiet, versions = list(map(_VERSION, self._quiet_tensors)), list(map(_VERSION, self._tensors))
+        return _Looks(versions, addresses, self._samples, self._samples.read(), quiet, others)
 
     def _find_samples(self, addresses: list[int]) -> None:
         wants = list(map(_WANTS_GRADIENT, self._tensors))
@@ -65,8 +70,9 @@ class Marker:
         if now == before:
             return []
         each = zip(self._places, before.by_tensor(), now.by_tensor(), strict=True)
+        quiet = zip(self._quiet, before.quiet, now.quiet, strict=True)
         others = zip(self._others, before.others, now.others, strict=True)
-        return [place for place, old, new in (*each, *others) if old != new]
+        return [place for place, old, new in (*each, *quiet, *others) if old != new]
 
 
 class _Looks(NamedTuple):
@@ -76,6 +82,7 @@ class _Looks(NamedTuple):
     addresses: list[int]
     samples: "_Samples"
     read: list[bytes]
+    quiet: list[int]
     others: list[Any]
 
     def by_tensor(self) -> Iterator[tuple[int, int, bytes]]:

@@ -5,8 +5,10 @@ back to it. A set that the first pass has changed is therefore left alone if tha
 refers to it, a second pass finds another one, with the items that it had at the start.
 """
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 from lightning_gr.replay.places import Place, SetPlace
@@ -31,12 +33,19 @@ class SetsAtStart:
         """Let the places of the sets that have changed mean their stand-ins; gives pairs of both."""
         with ExitStack() as stack:
             pairs = []
-            for place, items, copy in zip(self._places, self._items, self._copies, strict=True):
-                if place.differs(items):
-                    pairs.append((place.owner, _in_order(items, copy)))
-                    stack.callback(setattr, place, "owner", place.owner)
-                    place.owner = pairs[-1][1]
+            for place, items, copy in self._changed():
+                pairs.append((place.owner, _in_order(items, copy)))
+                stack.callback(setattr, place, "owner", place.owner)
+                place.owner = pairs[-1][1]
             yield pairs
+
+    def _changed(self) -> list[tuple[SetPlace, list[Any], set[Any]]]:
+        owners = [place.owner for place in self._places]
+        same = list(map(len, owners)) == list(map(len, self._items))
+        if same and not any(map(operator.is_not, chain(*owners), chain(*self._items))):
+            return []
+        everything = zip(self._places, self._items, self._copies, strict=True)
+        return [(place, items, copy) for place, items, copy in everything if place.differs(items)]
 
     @staticmethod
     def refer_to_stand_ins(pairs: Sequence[tuple[set[Any], set[Any]]], places: Iterable[Place]) -> None:

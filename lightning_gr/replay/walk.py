@@ -11,6 +11,7 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache, partial
+from itertools import chain
 from multiprocessing.sharedctypes import SynchronizedBase
 from pathlib import PurePath
 from typing import Any
@@ -315,14 +316,11 @@ def walk(roots: Mapping[str, Any], hidden: frozenset[str] = frozenset(), closed:
 
 def parameters_of(module: nn.Module) -> list[Tensor]:
     """The parameters of a module and of all in it, once each: as ``parameters()``, which makes a name for each."""
-    found: dict[int, Tensor] = {}
-    seen, waiting = {id(module)}, [module]
-    for each in waiting:
-        for param in each._parameters.values():
-            if param is not None:
-                found[id(param)] = param
+    seen, modules = {id(module)}, [module]
+    for each in modules:
         for child in each._modules.values():
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
-                waiting.append(child)
-    return list(found.values())
+                modules.append(child)
+    found = chain.from_iterable(each._parameters.values() for each in modules)
+    return list({id(param): param for param in found if param is not None}.values())
