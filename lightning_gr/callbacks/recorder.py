@@ -31,7 +31,7 @@ from lightning_gr.replay.batch import Batch
 from lightning_gr.replay.evaluation import Evaluation, Surroundings
 from lightning_gr.replay.footprint import Footprint
 from lightning_gr.replay.machinery import BindingPlace, StatePlace
-from lightning_gr.replay.walk import parameters_of
+from lightning_gr.replay.parameters import Parameters
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -60,7 +60,7 @@ def gradient_scale(trainer: "Trainer", device: torch.device, *, alone: bool) -> 
 
 def surroundings_of(trainer: "Trainer", pl_module: "LightningModule") -> Surroundings:
     """The state that training steps may change: everything reachable from the module, and parts of the Trainer."""
-    root = trainer.strategy.root_device
+    root, parameters = trainer.strategy.root_device, Parameters()
 
     def roots() -> Mapping[str, Any]:
         # their state before they are entered as objects
@@ -91,7 +91,7 @@ def surroundings_of(trainer: "Trainer", pl_module: "LightningModule") -> Surroun
 
     def trained() -> list[Tensor]:
         groups = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        everything = [*parameters_of(pl_module), *chain.from_iterable(groups)]
+        everything = [*parameters.of(pl_module), *chain.from_iterable(groups)]
         return list(dict(zip(map(id, everything), everything, strict=True)).values())
 
     footprint = Footprint(roots, hidden=lightning_attributes() | {"_lightning_gr"}, closed=closed)

@@ -20,8 +20,8 @@ from lightning_gr.core.storage import WeightStorage
 from lightning_gr.core.two_pass import NoLossError, Transform, add_second_pass_, extract_loss
 from lightning_gr.replay.evaluation import Evaluation, OwnGradients, Surroundings
 from lightning_gr.replay.footprint import Footprint
+from lightning_gr.replay.parameters import Parameters
 from lightning_gr.replay.places import Place
-from lightning_gr.replay.walk import parameters_of
 
 __all__ = ["ClosurePasses", "regularized_backward"]
 
@@ -296,14 +296,15 @@ def _memory_of(module: nn.Module | None, params: list[Tensor]) -> _Memory:
     if module is None:
         return Surroundings(Footprint(dict), devices, trained=lambda: params), WeightStorage()
     if module not in _memories:
-        reference = weakref.ref(module)  # a strong one would keep the module alive
+        # a strong reference would keep the module alive
+        reference, parameters = weakref.ref(module), Parameters()
 
         def roots() -> dict[str, Any]:
             return {"module": reference()}
 
         def trained() -> list[Tensor]:
             target = reference()
-            return [] if target is None else parameters_of(target)
+            return [] if target is None else parameters.of(target)
 
         _memories[module] = Surroundings(Footprint(roots), devices, trained=trained), WeightStorage()
     return _memories[module]

@@ -11,7 +11,6 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache, partial
-from itertools import chain
 from multiprocessing.sharedctypes import SynchronizedBase
 from pathlib import PurePath
 from typing import Any
@@ -50,7 +49,7 @@ from lightning_gr.replay.places import (
     slot_names,
 )
 
-__all__ = ["SIMPLE", "Walk", "parameters_of", "walk"]
+__all__ = ["SIMPLE", "Walk", "walk"]
 
 _MOST_OBJECTS = 200_000
 _ATOMS = (
@@ -312,15 +311,3 @@ def walk(roots: Mapping[str, Any], hidden: frozenset[str] = frozenset(), closed:
         closed: Objects that are not searched.
     """
     return Walk(hidden, closed).enter(roots.items()).places
-
-
-def parameters_of(module: nn.Module) -> list[Tensor]:
-    """The parameters of a module and of all in it, once each: as ``parameters()``, which makes a name for each."""
-    seen, modules = {id(module)}, [module]
-    for each in modules:
-        for child in each._modules.values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                modules.append(child)
-    found = chain.from_iterable(each._parameters.values() for each in modules)
-    return list({id(param): param for param in found if param is not None}.values())
