@@ -80,13 +80,13 @@ class Step(NamedTuple):
 
 
 class Steps(pl.Callback):
-    """Looks at both clocks at the start of each step."""
+    """Reads the processor time, and the part of it that is counted, at the start of each step."""
 
     def __init__(self) -> None:
         self.starts: list[Step] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
-        """Look."""
+        """Note both, as of now."""
         self.starts.append(Step(time.thread_time(), _spent["own"]))
 
 

@@ -74,7 +74,7 @@ class RandomState:
 
     def __init__(self, devices: Sequence[torch.device] = ()) -> None:
         self._torch = torch.get_rng_state()
-        self._numpy = np.random.get_state()
+        self._numpy = np.random.get_state(legacy=False)  # of any kind of generator
         self._python = random.getstate()
         self._devices = [(d, torch.get_device_module(d).get_rng_state(*_index(d))) for d in devices]
 

@@ -204,7 +204,9 @@ class _SmallTensors:
     def save(self) -> "_Copies":
         forms = self._look()
         if forms != self._forms:
-            self._forms, self._memory, self._aliases = forms, [], [tensor.detach() for tensor in self._tensors]
+            self._forms, self._memory = forms, []
+            # by `.data`, which leaves version counters as they are
+            self._aliases = [tensor.data for tensor in self._tensors]
         copies = _Copies(forms, self._free() or _empty_like(self._tensors), self._aliases)
         self._memory.append((weakref.ref(copies), copies.values))
         torch._foreach_copy_(copies.values, self._tensors)
@@ -225,8 +227,7 @@ class _SmallTensors:
         if forms != saved.forms:
             restore_tensors(tensors, list(map(Content, values, aliases)))
         elif tensors:
-            # by `.data`, which leaves version counters as they are
-            torch._foreach_copy_([tensor.data for tensor in tensors], values)
+            torch._foreach_copy_(aliases, values)
 
     def _which_lie_elsewhere(self, forms: list[Any], moved: frozenset[int]) -> list[bool]:
         if (forms, moved) != self._known:

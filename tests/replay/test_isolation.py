@@ -444,3 +444,33 @@ def test_module_and_callback_are_copied_in_training():
         fit(other, method)
         fit(twin, SAM(0.2))
         assert_same(weights(other.net), weights(twin.net))
+
+
+def gauss_state(keeps):
+    np.random.seed(5)
+    np.random.randn(2 if not keeps else 1)
+    return np.random.get_state()
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("draw", [np.random.rand, np.random.randn, lambda: None, lambda: np.random.seed(0)])
+def test_numpys_generator_is_put_back_whether_or_not_it_keeps_a_number(keeps, draw):
+    wanted = repr(gauss_state(keeps))
+    for _ in range(2):
+        state = RandomState()
+        draw()
+        state.restore()
+        assert repr(np.random.get_state()) == wanted
+
+
+def test_numpys_generator_of_another_kind_is_put_back():
+    before = np.random.mtrand._rand._bit_generator
+    np.random.set_bit_generator(np.random.PCG64(0))
+    try:
+        state = RandomState()
+        first = np.random.rand()
+        state.restore()
+        assert np.random.rand() == first
+    finally:
+        np.random.set_bit_generator(before)
+    assert type(np.random.mtrand._rand._bit_generator) is np.random.MT19937
