@@ -20,7 +20,7 @@ TRAINING = {
     "test": "evaluate it on the test set",
     "predict": "compute its predictions",
 }
-DEMO_NAMES = ("plain", "F-GR", "B-GR", "SAM", "flooding")
+DEMO_NAMES = ("plain", "F-GR", "B-GR", "SAM", "MSAM", "flooding")
 
 
 def callbacks() -> list[Any]:

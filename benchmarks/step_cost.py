@@ -56,7 +56,7 @@ def measure_counts(workload: str, ways: Sequence[str]) -> list[Row]:
     plain, one_pass = count(chosen, "plain"), count_pass(chosen)
     rows = []
     for way in [name for name in ways if name != "plain"]:
-        further = 0 if way == "flooding" else 2 if way == "central" else 1
+        further = 0 if way in ("flooding", "Momentum-SAM") else 2 if way == "central" else 1
         counts = count(chosen, way)
         values = {
             "operators": counts.operators - plain.operators - further * one_pass.operators,

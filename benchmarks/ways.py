@@ -8,7 +8,7 @@ import pytorch_optimizer
 import torch
 from torch import Tensor, nn
 
-from lightning_gr import SAM, Flooding, GradientRegularization, GradientRegularizationMixin
+from lightning_gr import SAM, Flooding, GradientRegularization, GradientRegularizationMixin, MomentumSAM
 
 __all__ = ["WAYS", "Way"]
 
@@ -142,6 +142,7 @@ WAYS = {
     "GNP": Way(callbacks=_gr(normalize=True)),
     "SAM": Way(callbacks=lambda: [SAM(RHO)]),
     "ASAM": Way(callbacks=lambda: [SAM(RHO, adaptive=True)]),
+    "Momentum-SAM": Way(callbacks=lambda: [MomentumSAM(RHO)]),
     "F-GR, mixin": Way(Mixed, _gr()),
     "SAM, mixin": Way(Mixed, lambda: [SAM(RHO)]),
     "central": Way(callbacks=_gr(scheme="central")),

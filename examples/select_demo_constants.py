@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lightning_gr import SAM, Flooding, GradientRegularization
+from lightning_gr import SAM, Flooding, GradientRegularization, MomentumSAM
 from lightning_gr.cli.demo.task import train
 
 PAIRS = [(0.1, 0.1), (0.3, 0.2), (0.5, 0.5), (1.0, 0.5), (1.0, 1.0)]
@@ -23,6 +23,7 @@ GRID = {
         for g, e in [(0.1, 0.1), (0.2, 0.2), (0.3, 0.2), (0.3, 0.3), (0.5, 0.3), (0.5, 0.5)]
     },
     "SAM": {f"ρ={rho:g}": lambda rho=rho: [SAM(rho)] for rho in (0.1, 0.2, 0.5, 1.0)},
+    "MSAM": {f"ρ={rho:g}": lambda rho=rho: [MomentumSAM(rho)] for rho in (0.5, 1.0, 2.0, 3.0)},
     "flooding": {f"b={level:g}": lambda level=level: [Flooding(level)] for level in (0.5, 0.8, 1.1, 1.3)},
 }
 

@@ -47,6 +47,7 @@ __all__ = [
     "will_log",
     "wrap_after_backward",
     "wrap_backward",
+    "wrap_save_checkpoint",
     "wrap_training_step",
     "writing_methods",
 ]
@@ -204,6 +205,15 @@ def wrap_after_backward(trainer: "Trainer", wrapper: Callable[..., Any]) -> Wrap
         See :func:`wrap_training_step`.
     """
     return _wrap(trainer.precision_plugin, "post_backward", wrapper)
+
+
+def wrap_save_checkpoint(trainer: "Trainer", wrapper: Callable[..., Any]) -> Wrapped:
+    """Replace ``trainer.save_checkpoint`` with ``wrapper``.
+
+    Returns:
+        See :func:`wrap_training_step`.
+    """
+    return _wrap(trainer, "save_checkpoint", wrapper)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> Wrapped:

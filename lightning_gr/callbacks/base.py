@@ -14,16 +14,13 @@ from lightning_gr._validate import GradientClip, check_bool, check_choice, check
 from lightning_gr.callbacks import checks
 from lightning_gr.callbacks.flooding import Flooding
 from lightning_gr.callbacks.recorder import Recorder, gradient_scale, loss_scale
+from lightning_gr.callbacks.run import Run
 from lightning_gr.callbacks.step_counter import StepCounter
 from lightning_gr.callbacks.windows import is_window_end, is_window_start
-from lightning_gr.core.ahead import Ahead
-from lightning_gr.core.gradients import StashedGradients
 from lightning_gr.core.rules import ACCUMULATIONS, FULL_STRENGTH, Accumulation, Context, Rule, Update
 from lightning_gr.core.schedule import Schedule
 from lightning_gr.core.selection import match_params
 from lightning_gr.core.state import State
-from lightning_gr.core.storage import WeightStorage
-from lightning_gr.core.tensors import is_lazy
 from lightning_gr.core.two_pass import add_second_pass_
 from lightning_gr.report.display import Summary, show_end, show_start
 from lightning_gr.report.measurement import (
@@ -40,24 +37,6 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["TwoPass"]
-
-
-class _Run:
-    """The state of one run of one Trainer, created when training starts and dropped when it ends."""
-
-    def __init__(self, excluded: set[int]) -> None:
-        self.excluded = excluded
-        self.recorder: Recorder | None = None
-        self.storage = WeightStorage(check_resolution=True)
-        self.stashed = StashedGradients()
-        self.update: Update | None = None
-        self.ahead: Ahead | None = None
-        self.begun = False  # whether the update of a window has been decided
-        self.passed = False  # whether the window had its second pass, or needs none
-        self.regularized = False
-        self.param_count = 0
-        # those of the outer run, if another Trainer uses the same callback during that run
-        self.outer: tuple[StepReport, StepCounter] | None = None
 
 
 class TwoPass(CallbackBase):
@@ -131,7 +110,7 @@ class TwoPass(CallbackBase):
         self._asked_for = OF_SECOND_GRADIENT.intersection([metrics] if isinstance(metrics, str) else metrics)
         self._steps = StepCounter()
         self.report = self._new_report()
-        self._runs: weakref.WeakKeyDictionary[Trainer, _Run] = weakref.WeakKeyDictionary()
+        self._runs: weakref.WeakKeyDictionary[Trainer, Run] = weakref.WeakKeyDictionary()
         self._warned: set[str] = set()
 
     def _row(self, at: Context = FULL_STRENGTH) -> Update:
@@ -170,14 +149,11 @@ class TwoPass(CallbackBase):
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Find the excluded parameters, which ``configure_model`` may have just created, and print the panel."""
-        run = self._runs[trainer] = _Run(self._match(pl_module))
+        run = self._runs[trainer] = Run(match_params(self.exclude, pl_module))
         checks.check_sparse(pl_module, run.excluded)
         if self._row().ahead:
             checks.check_momentum(trainer)
         show_start(self.summary(trainer, pl_module), trainer)
-
-    def _match(self, pl_module: "LightningModule") -> set[int]:
-        return match_params(self.exclude, pl_module)
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Start recording or, in manual optimization, start counting the steps of each optimizer."""
@@ -227,7 +203,7 @@ class TwoPass(CallbackBase):
             optimizer = trainer.optimizers[0]
             run.update = None if skips_backward(trainer) else self._update_at(trainer.global_step, optimizer)
             self._look_for_new_layers(run, pl_module)
-            run.ahead = self._ahead(run, optimizer)
+            run.look_ahead(optimizer)
             self.report.open(trainer, pl_module)
         elif self._by_micro_batch(trainer):
             recorder.forget()
@@ -241,21 +217,13 @@ class TwoPass(CallbackBase):
                 records=run.update.has_second_pass or self.report.measures_clean_loss,
             )
 
-    def _ahead(self, run: _Run, optimizer: torch.optim.Optimizer) -> Ahead | None:
-        """Where the single pass of the window takes place; None if at the weights."""
-        if run.update is None or not run.update.ahead:
-            return None
-        checks.check_momentum_by_now(optimizer)
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        return Ahead(optimizer, [p for p in params if id(p) not in run.excluded], run.update.ahead, run.storage)
-
-    def _look_for_new_layers(self, run: _Run, pl_module: "LightningModule") -> None:
+    def _look_for_new_layers(self, run: Run, pl_module: "LightningModule") -> None:
         if self.exclude:
             count = sum(1 for _ in pl_module.parameters())
             if count != run.param_count:
-                run.param_count, run.excluded = count, self._match(pl_module)
+                run.param_count, run.excluded = count, match_params(self.exclude, pl_module)
 
-    def _recording(self, trainer: "Trainer") -> tuple[_Run, Recorder]:
+    def _recording(self, trainer: "Trainer") -> tuple[Run, Recorder]:
         run = self._runs.get(trainer)
         if run is None or run.recorder is None:
             raise self._overridden("on_train_start")
@@ -376,30 +344,17 @@ class TwoPass(CallbackBase):
 
     def summary(self, trainer: "Trainer", pl_module: "LightningModule") -> Summary:
         """The contents of the panel at the start of training."""
-        run, update = self._runs[trainer], self._row()
-        trainable = [p for p in pl_module.parameters() if p.requires_grad and not is_lazy(p)]
-        regularized = sum(p.numel() for p in trainable if id(p) not in run.excluded)
-        passes = 1 + len(update.probes) + bool(update.curvature)
-        lines = {
-            "gradient": f"g = {self.rule.equation}",
-            "constants": ", ".join(f"{name} = {value:g}" for name, value in self.rule.constants.items()),
-            "parameters": f"{regularized:,} regularized of {sum(p.numel() for p in trainable):,} trainable",
-            "passes": f"{passes} per regularized step"
-            + (", each micro-batch separately" if self._by_micro_batch(trainer) else ""),
-        }
-        if update.ahead:
-            lines["passes"] = "1 per step"
-        if update.clip is not None:
-            lines["clipping"] = f"first gradient at {update.clip[0]:g}, further ones at {update.clip[1]:g}"
-        if trainer.world_size > 1 and not update.ahead:
-            whose = "each device's own gradient" if self.is_local(trainer) else "the mean gradient of all devices"
-            lines["ascent"] = f"along {whose} ({trainer.world_size})"
         own_schedule = type(self).should_regularize is not TwoPass.should_regularize
-        lines["schedule"] = "by should_regularize(step)" if own_schedule else str(self.schedule)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Flooding):
-                lines["flooding"] = callback.description
-        return Summary(self.rule.name, lines, self.verbose)
+        return self._runs[trainer].summary(
+            trainer,
+            pl_module,
+            self.rule,
+            self._row(),
+            schedule="by should_regularize(step)" if own_schedule else str(self.schedule),
+            local=self.is_local(trainer),
+            separate=self._by_micro_batch(trainer),
+            verbose=self.verbose,
+        )
 
     # --- used by the mixin
 

@@ -22,7 +22,7 @@ from lightning_gr.callbacks.after_backward import AfterBackward
 from lightning_gr.callbacks.base import TwoPass
 from lightning_gr.callbacks.checks import check_momentum_by_now, check_written
 from lightning_gr.callbacks.flooding import Flooding
-from lightning_gr.callbacks.recorder import loss_scale, surroundings_of
+from lightning_gr.callbacks.recorder import displaced, loss_scale, surroundings_of
 from lightning_gr.core.ahead import Ahead
 from lightning_gr.core.flooding import flood_gradient_
 from lightning_gr.core.gradients import StashedGradients
@@ -233,6 +233,7 @@ class ManualRun:
                 # gradients are only reduced in the last micro-batch
                 local=(local or position < len(functions) - 1) and self._knows_graph,
                 ahead=ahead,
+                displaced=None if ahead is None else lambda: displaced(self.trainer, ahead),
                 on_no_loss=self._note_no_loss,
             )
             for position, function in enumerate(functions)

@@ -1,7 +1,7 @@
 """Records the calls of ``training_step`` in an accumulation window and replays them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from lightning_gr._compat import (
     unsynced,
     wrap_after_backward,
     wrap_backward,
+    wrap_save_checkpoint,
     wrap_training_step,
 )
 from lightning_gr.callbacks.after_backward import AfterBackward, callbacks_with_hook
@@ -36,7 +37,7 @@ from lightning_gr.replay.parameters import Parameters
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["Recorder", "gradient_scale", "loss_scale", "surroundings_of"]
+__all__ = ["Recorder", "displaced", "gradient_scale", "loss_scale", "surroundings_of"]
 
 
 def loss_scale(trainer: "Trainer", device: torch.device) -> Tensor | None:
@@ -100,6 +101,22 @@ def surroundings_of(trainer: "Trainer", pl_module: "LightningModule") -> Surroun
 
 def _attributes(owner: object, name: str) -> dict[str, Any]:
     return getattr(getattr(owner, name, None), "__dict__", {})
+
+
+@contextmanager
+def displaced(trainer: "Trainer", ahead: Ahead) -> Iterator[None]:
+    """Displace the weights, except in checkpoints that a training step saves."""
+
+    def save(*args: Any, **kwargs: Any) -> Any:
+        with ahead.suspended():
+            return original(*args, **kwargs)
+
+    with ahead.displaced():
+        original, unwrap = wrap_save_checkpoint(trainer, save)
+        try:
+            yield
+        finally:
+            unwrap()
 
 
 class Recorder:
@@ -254,7 +271,7 @@ class Recorder:
         return output
 
     def _at_the_point(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._ahead is None else self._ahead.displaced()
+        return nullcontext() if self._ahead is None else displaced(self.trainer, self._ahead)
 
     def _backward_ahead(self, *args: Any, **kwargs: Any) -> Any:
         # between the two passes, where hooks run, the weights are themselves

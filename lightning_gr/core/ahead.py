@@ -53,6 +53,7 @@ class Ahead:
         self._momenta: Sequence[Tensor] = [momentum for _, momentum in pairs]
         self._storage = storage
         self._factor = -rho * inverse(global_norm(self._momenta)) if pairs else None
+        self._current: Perturbation | None = None
 
     def __bool__(self) -> bool:
         """Whether there is a momentum to look ahead along."""
@@ -60,7 +61,7 @@ class Ahead:
 
     @contextmanager
     def _displaced(self, factor: Tensor) -> Iterator[None]:
-        perturbation = Perturbation(self.params, self._storage, self._momenta)
+        perturbation = self._current = Perturbation(self.params, self._storage, self._momenta)
         with deferred_signals():
             try:
                 with perturbation:
@@ -68,10 +69,25 @@ class Ahead:
                     yield
             finally:
                 perturbation.restore()  # again, in case Ctrl-C interrupted the first call
+                self._current = None
 
     def displaced(self) -> AbstractContextManager[None]:
         """A context manager with the weights at the point, or unchanged if there is no momentum yet."""
         return nullcontext() if self._factor is None else self._displaced(self._factor)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """A context manager with the original weights, within :meth:`displaced`."""
+        current, factor = self._current, self._factor
+        if current is None or factor is None:
+            yield
+            return
+        current.restore()
+        try:
+            yield
+        finally:
+            current.__enter__()
+            current.displace_along(factor)
 
 
 def keeps_momentum(optimizer: torch.optim.Optimizer) -> bool | None:

@@ -19,7 +19,9 @@ from lightning_gr.core.state import State
 from lightning_gr.core.storage import WeightStorage
 from lightning_gr.core.two_pass import NoLossError, Transform, add_second_pass_, extract_loss
 from lightning_gr.replay.evaluation import Evaluation, OwnGradients, Surroundings
+from lightning_gr.replay.fingerprint import Fingerprint
 from lightning_gr.replay.footprint import Footprint
+from lightning_gr.replay.marks import Marks
 from lightning_gr.replay.parameters import Parameters
 from lightning_gr.replay.places import Place
 
@@ -40,6 +42,7 @@ class ClosurePasses:
         local: Whether to use ``without_sync`` in the first pass.
         ahead: The point at which to compute the loss of the first pass, if not the weights. ``backward`` must go there
             as well.
+        displaced: A context manager with the weights at that point. Default: ``ahead.displaced``.
         on_no_loss: Called with a message if a second pass has no loss.
     """
 
@@ -55,11 +58,13 @@ class ClosurePasses:
         without_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
         local: bool = False,
         ahead: Ahead | None = None,
+        displaced: Callable[[], AbstractContextManager[Any]] | None = None,
         on_no_loss: Callable[[str], object] = warnings.warn,
     ) -> None:
         self.on_no_loss = on_no_loss
         self.loss_fn, self.surroundings = loss_fn, surroundings
         self.storage, self.ahead = storage, ahead
+        self.displaced = displaced or (nullcontext if ahead is None else ahead.displaced)
         self.backward, self.backward_again, self.flood = backward, backward_again, flood
         self.without_sync, self.local = without_sync, local
         self._gave_up = False
@@ -79,7 +84,7 @@ class ClosurePasses:
         """
         with self.without_sync() if self.local else nullcontext():
             marks = TensorMarks(self._gradients(), self.surroundings.learning) if later and not only else None
-            with nullcontext() if self.ahead is None else self.ahead.displaced():
+            with self.displaced():
                 output = self.loss_fn() if only else self._evaluation.first()
             self.writes_gradients = marks is not None and marks.differ(self._gradients())
             loss = extract_loss(output)
@@ -143,6 +148,10 @@ class _Variables(Footprint):
         # everything, as long as nothing has been learned
         known = self._surroundings.learning or place.path in self._surroundings.written_variables
         return known or super().protects(place)
+
+    def marks(self) -> Marks | Fingerprint:
+        # what is protected only because nothing has been learned is to be learned as well
+        return Fingerprint(self.places, 0) if self._surroundings.learning else super().marks()
 
     def note(self, places: Iterable[Place]) -> None:
         places = list(places)

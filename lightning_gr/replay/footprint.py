@@ -193,7 +193,7 @@ class Footprint:
         """What everything else looks like now, exactly, with copies of tensors as far as ``budget``, in bytes, goes."""
         return Fingerprint([place for part in self._parts for place in part.others], budget)
 
-    def marks(self) -> Marks:
+    def marks(self) -> Marks | Fingerprint:
         """What everything else looks like now, cheaply."""
         return Marks([part.marker for part in self._parts])
 

@@ -8,7 +8,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_gr import SAM, GradientRegularizationMixin, MomentumSAM, MomentumSAMRule
+from lightning_gr import SAM, GradientRegularizationMixin, MomentumSAM, MomentumSAMRule, in_second_pass
 
 RHO = 0.5
 HOOKS = [
@@ -117,6 +117,39 @@ def test_weights_are_back_after_an_error(where):
         fit(module, MomentumSAM(RHO))
     assert_same(weights(module.net), module.before)
     assert not torch.equal(module.forward_weights[1]["0.weight"], module.before["0.weight"])
+
+
+@pytest.mark.parametrize("metrics", ["default", "all"])
+@pytest.mark.parametrize("manual", [False, True])
+def test_a_checkpoint_that_a_step_saves_holds_the_weights_themselves(manual, metrics, tmp_path):
+    class Saves(Manual if manual else Watched):
+        parts = 1
+
+        def loss(self, net, batch):
+            return cross_entropy(net, batch)
+
+        def on_train_batch_start(self, batch, batch_idx):
+            self.before = weights(self.net)
+
+        def save(self):
+            inside = weights(self.net)
+            self.trainer.save_checkpoint(tmp_path / "in_step.ckpt")
+            assert_same(weights(self.net), inside)
+            saved = torch.load(tmp_path / "in_step.ckpt", weights_only=True)["state_dict"]
+            assert_same({name.removeprefix("net."): value for name, value in saved.items()}, self.before)
+            return inside
+
+        def training_step(self, batch, batch_idx):
+            if not manual:
+                moved = not torch.equal(self.save()["0.weight"], self.before["0.weight"])
+                assert moved == (self.global_step > 0 and not in_second_pass())
+                return super().training_step(batch, batch_idx)
+            optimizer = self.optimizers()
+            return self.regularized_step(optimizer, lambda: (self.save(), cross_entropy(self.net, batch))[1])
+
+    module = Saves()
+    trainer = fit(module, MomentumSAM(RHO, metrics=metrics), max_epochs=2, log_every_n_steps=1)
+    assert "save_checkpoint" not in vars(trainer)
 
 
 class NoMomentum(torch.optim.LBFGS):

@@ -134,6 +134,30 @@ def test_an_error_in_between():
     assert_same(weights(net), before)
 
 
+def test_suspended():
+    """The weights themselves for a while, also after an error there."""
+    net = mlp()
+    optimizer = stepped(WITH["SGD"], net)
+    before = weights(net)
+    ahead = Ahead(optimizer, net.parameters(), 1.0, WeightStorage())
+
+    def fail():
+        with ahead.suspended():
+            raise RuntimeError("broken")
+
+    with ahead.displaced():
+        moved = weights(net)
+        with ahead.suspended():
+            assert_same(weights(net), before)
+        assert_same(weights(net), moved)
+        with pytest.raises(RuntimeError, match="broken"):
+            fail()
+        assert_same(weights(net), moved)
+    assert_same(weights(net), before)
+    with ahead.suspended():
+        assert_same(weights(net), before)
+
+
 def test_without_momentum_the_weights_stay():
     net = mlp()
     before = weights(net)

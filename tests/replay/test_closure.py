@@ -176,15 +176,18 @@ def test_what_closures_have_captured_is_written_once_a_step():
     """Each step has its own closure, so written variables are remembered by name."""
     net, batch = mlp(), make_batches()[0]
     large, other, calls = (torch.zeros(2**11, dtype=torch.float64) for _ in range(3))
+    found = Record()
     for step in range(6):
 
         def loss_fn(step=step):
+            found.append([float(x[0]) for x in (large, other, calls)])
             calls.add_(1)
             (large if step % 3 else other).add_(1)
             return cross_entropy(net, batch) * (1 + large[0] + other[0])
 
         net.zero_grad()
         regularized_backward(loss_fn, net, SAMRule(0.1))
+        assert found[-1] == found[-2], (step, list(found))
         assert (calls == step + 1).all()
         assert (other == 1 + step // 3).all()
         assert (large == step - step // 3).all()

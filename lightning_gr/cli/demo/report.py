@@ -14,8 +14,15 @@ from lightning_gr.report.display import printable
 __all__ = ["draw", "make_table", "verdicts"]
 
 # Okabe and Ito's color-blind-safe palette
-_COLORS = {"plain": "#000000", "F-GR": "#0072B2", "B-GR": "#E69F00", "SAM": "#CC79A7", "flooding": "#009E73"}
-_STYLES = {"plain": "-", "F-GR": "-", "B-GR": "--", "SAM": "-.", "flooding": ":"}
+_COLORS = {
+    "plain": "#000000",
+    "F-GR": "#0072B2",
+    "B-GR": "#E69F00",
+    "SAM": "#CC79A7",
+    "MSAM": "#D55E00",
+    "flooding": "#009E73",
+}
+_STYLES = {"plain": "-", "F-GR": "-", "B-GR": "--", "SAM": "-.", "MSAM": (0, (5, 1, 1, 1)), "flooding": ":"}
 
 
 def constants(method: str) -> str:

@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 from lightning_gr.callbacks.base import TwoPass
 from lightning_gr.callbacks.flooding import Flooding
+from lightning_gr.callbacks.momentum import MomentumSAM
 from lightning_gr.callbacks.regularization import SAM, GradientRegularization
 
 __all__ = [
@@ -40,6 +41,7 @@ DEMO_METHODS: dict[str, Callable[[], list[TwoPass | Flooding]]] = {
     "F-GR": lambda: [GradientRegularization(gamma=1.0, epsilon=0.5)],
     "B-GR": lambda: [GradientRegularization(gamma=0.5, epsilon=0.3, scheme="backward")],
     "SAM": lambda: [SAM(rho=0.5)],
+    "MSAM": lambda: [MomentumSAM(rho=2.0)],
     "flooding": lambda: [Flooding(level=0.8)],
 }
 

@@ -44,4 +44,4 @@ def test_the_table_fits(width, capsys):
 
 
 def test_constants_by_the_field_s_letters():
-    assert [constants(name) for name in DEMO_METHODS] == ["", "γ=1 ε=0.5", "γ=0.5 ε=0.3", "ρ=0.5", "b=0.8"]
+    assert [constants(name) for name in DEMO_METHODS] == ["", "γ=1 ε=0.5", "γ=0.5 ε=0.3", "ρ=0.5", "ρ=2", "b=0.8"]
