@@ -2,6 +2,7 @@
 
 from lightning_gr.core.relatives import FriendlySAMRule, GSAMRule, LookSAMRule
 from lightning_gr.core.rules import (
+    FULL_STRENGTH,
     SCHEMES,
     Combine,
     Context,
@@ -19,6 +20,7 @@ from lightning_gr.core.state import State
 from lightning_gr.core.tensors import inner_product, inverse, scale_
 
 __all__ = [
+    "FULL_STRENGTH",
     "SCHEMES",
     "Combine",
     "Context",

@@ -23,7 +23,7 @@ from tasks import ACTIVATIONS, Method, score, train
 from torch import nn
 
 from lightning_gr import GRRule, SAMRule, regularized_backward
-from lightning_gr.rules import Probe, Schedule, Update
+from lightning_gr.rules import FULL_STRENGTH, Context, Probe, Schedule, Update
 
 NOISY, VIT = "digits-noise20", "mnist1d-vit"
 KINDS = {
@@ -43,10 +43,10 @@ class Penalty:
     def __init__(self, epsilon: float | None) -> None:
         self.epsilon = epsilon
 
-    def update(self, strength: float = 1.0) -> Update:
+    def update(self, at: Context = FULL_STRENGTH) -> Update:
         if self.epsilon is None:
-            return Update("gradient", 1.0, curvature=strength)
-        return Update("gradient", -1.0 / self.epsilon, (Probe(self.epsilon, strength / self.epsilon),))
+            return Update("gradient", 1.0, curvature=at.strength)
+        return Update("gradient", -1.0 / self.epsilon, (Probe(self.epsilon, at.strength / self.epsilon),))
 
 
 def penalty_gradient(net: nn.Module, loss, epsilon: float | None) -> torch.Tensor:

@@ -10,7 +10,7 @@ from tasks import digits
 from torch import Tensor, nn
 
 from lightning_gr import GRRule, flood, regularized_backward
-from lightning_gr.rules import Probe, Update
+from lightning_gr.rules import FULL_STRENGTH, Context, Probe, Update
 
 LEVEL, EXAMPLES, WIDTH = 0.2, 200, 64
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
@@ -22,8 +22,8 @@ class PenaltyOnly:
 
     epsilon: float
 
-    def update(self, strength: float = 1.0) -> Update:
-        return Update("gradient", -1.0 / self.epsilon, (Probe(self.epsilon, strength / self.epsilon),))
+    def update(self, at: Context = FULL_STRENGTH) -> Update:
+        return Update("gradient", -1.0 / self.epsilon, (Probe(self.epsilon, at.strength / self.epsilon),))
 
     @property
     def equation(self) -> str:

@@ -19,6 +19,7 @@ from modules import (
     mlp,
     weights,
 )
+from outside import Record
 from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 
@@ -97,7 +98,7 @@ def bf16():
 @pytest.mark.parametrize("name", METHODS)
 def test_bf16_mixed(name):
     """The same, bit for bit, as a plain loop with autocast; both passes run under it."""
-    seen = []
+    seen = Record()
 
     class Watched(TinyModule):
         def training_step(self, batch, batch_idx):

@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from launching import HERE, ROOT
 from modules import METHODS, SOME, assert_same, make_trainer
+from outside import Record
 from resumes import KEEPING, KILLS, TRAININGS, Loader, Training, last_complete, regularization, train
 
 from lightning_gr import Flooding, GRRule, in_second_pass
@@ -140,12 +141,12 @@ def test_the_same_trainer_goes_on_after_an_error(tmp_path):
                 raise RuntimeError("broken")
             return super().training_step(batch, batch_idx)
 
-    errors = []
+    errors = Record()
     trainer, module = make_trainer(*regularization(), Saves(tmp_path), max_epochs=3), Breaks()
     with pytest.raises(RuntimeError, match="broken"):
         trainer.fit(module, Loader())
     trainer.fit(module, Loader(), ckpt_path=tmp_path / "8.ckpt")
-    assert errors == ["broken"]
+    assert list(errors) == ["broken"]
     assert state_of(trainer) == state_of(train(*regularization(), max_epochs=3))
 
 

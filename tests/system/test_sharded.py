@@ -73,7 +73,7 @@ def test_checkpoints_are_clean(results, full):
     ("callback", "message"),
     [
         (GradientRegularization(scheme="exact"), r"`scheme='exact'` cannot .* use `scheme='central'`"),
-        (TwoPass(GSAMRule()), r"GSAM combines its gradients itself, which was not shown .* strategy='ddp'"),
+        (TwoPass(GSAMRule()), r"GSAM combines its gradients itself, which was not shown .*strategy='ddp'"),
         (SAM(ascent_sync=False), r"`ascent_sync=False` needs all parameters on each device.*strategy='ddp'"),
     ],
 )
