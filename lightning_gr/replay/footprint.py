@@ -185,9 +185,9 @@ class Footprint:
             self._known |= new
             self._sort()
 
-    def keep(self) -> Kept:
-        """The values now of what is protected."""
-        return Kept([part.keeper for part in self._parts])
+    def keep(self, before: Iterable[Kept] = ()) -> Kept:
+        """The values now of what is protected; see :class:`~lightning_gr.replay.snapshot.Kept`."""
+        return Kept([part.keeper for part in self._parts], before)
 
     def unprotected(self, budget: int) -> Fingerprint:
         """What everything else looks like now, exactly, with copies of tensors as far as ``budget``, in bytes, goes."""

@@ -83,9 +83,13 @@ class Keeper:
         self._others = [place for place in places if id(place) not in done]
 
     @torch.no_grad()
-    def save(self) -> tuple[Any, ...]:
-        """The values now."""
-        return self._containers.save(), [group.save() for group in self._small], Snapshot(self._others)
+    def save(self, before: tuple[Any, ...] | None = None) -> tuple[Any, ...]:
+        """The values now; what is as it was ``before`` shares the copies of that."""
+        return (
+            self._containers.save(None if before is None else before[0]),
+            [group.save() for group in self._small],
+            Snapshot(self._others),
+        )
 
     @torch.no_grad()
     def restore(self, saved: tuple[Any, ...], moved: frozenset[int], now: tuple[Any, ...] | None = None) -> None:
@@ -109,10 +113,12 @@ class Kept:
 
     Args:
         keepers: Who saves them.
+        before: What they saved earlier, whose copies may be shared.
     """
 
-    def __init__(self, keepers: Iterable[Keeper]) -> None:
-        self._saved = [(keeper, keeper.save()) for keeper in keepers]
+    def __init__(self, keepers: Iterable[Keeper], before: Iterable["Kept"] = ()) -> None:
+        known = _by_keeper(before)
+        self._saved = [(keeper, keeper.save(known.get(id(keeper)))) for keeper in keepers]
 
     @property
     def saved(self) -> Iterator[tuple[Place, Any]]:
@@ -130,9 +136,13 @@ class Kept:
             moved: Storages.
             now: The values now, as far as they are known, so that they need not be looked at again.
         """
-        known = {id(keeper): saved for kept in now for keeper, saved in kept._saved}
+        known = _by_keeper(now)
         for keeper, saved in self._saved:
             keeper.restore(saved, moved, known.get(id(keeper)))
+
+
+def _by_keeper(kept: Iterable[Kept]) -> dict[int, tuple[Any, ...]]:
+    return {id(keeper): saved for each in kept for keeper, saved in each._saved}
 
 
 class _Saved(NamedTuple):
@@ -159,12 +169,20 @@ class _Containers:
     def places(self) -> list[Place]:
         return [*self._tables, *self._rows]
 
-    def save(self) -> _Saved:
-        tables = list(map(dict.copy, self._dicts))
-        return _Saved(tables, identities(tables), identities(tables, iter), list(map(list, map(_OWNER, self._rows))))
+    def save(self, before: _Saved | None) -> _Saved:
+        # new dictionaries, as many as there are modules, would have Python collect its garbage
+        tables = list(map(dict.copy, self._dicts)) if before is None else before.tables.copy()
+        values, keys = self._identities()
+        if before is not None:
+            for position in {*differing(values, before.values), *differing(keys, before.keys)}:
+                tables[position] = dict.copy(self._dicts[position])
+        return _Saved(tables, values, keys, list(map(list, map(_OWNER, self._rows))))
+
+    def _identities(self) -> tuple[Identities, Identities]:
+        return identities(self._dicts), identities(self._dicts, dict.__iter__)
 
     def restore(self, saved: _Saved, now: _Saved | None) -> None:
-        values, keys = (now.values, now.keys) if now else (identities(self._dicts), identities(self._dicts, _KEYS))
+        values, keys = (now.values, now.keys) if now else self._identities()
         for position in {*differing(values, saved.values), *differing(keys, saved.keys)}:
             self._tables[position].restore(saved.tables[position])
         owners = list(map(_OWNER, self._rows))
@@ -174,7 +192,6 @@ class _Containers:
 
 
 _OWNER = operator.attrgetter("owner")
-_KEYS = dict.__iter__
 
 
 def _restore(places: Sequence[Place], saved: Sequence[Any]) -> None:

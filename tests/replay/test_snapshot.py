@@ -122,3 +122,18 @@ def test_storages_follow_a_tensor_that_is_pointed_elsewhere():
     assert before == storages_of([tensor]) == storages.of([tensor])
     tensor.data = torch.ones(3)
     assert storages.of([tensor]) == storages_of([tensor]) != before
+
+
+@pytest.mark.parametrize("name", ["a", "z"])
+def test_what_has_changed_since_an_earlier_value_is_kept_as_it_is_now(name):
+    first, second = {"a": 1}, {"a": 2}
+    keeper = Keeper([EntryPlace(first, "first"), EntryPlace(second, "second")])
+    start = Kept([keeper])
+    second[name] = 3
+    between = repr((first, second))
+    after = Kept([keeper], [start])
+    first["b"], second["a"] = 4, 5
+    start.restore()
+    assert (first, second) == ({"a": 1}, {"a": 2})
+    after.restore()
+    assert repr((first, second)) == between
