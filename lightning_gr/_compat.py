@@ -4,10 +4,11 @@ Each private API is wrapped in one function, which states what it relies on and 
 """
 
 import inspect
+import operator
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ __all__ = [
     "trainer_parts",
     "unsynced",
     "will_log",
+    "with_hooks",
     "wrap_after_backward",
     "wrap_backward",
     "wrap_save_checkpoint",
@@ -157,6 +159,13 @@ def hook_tables(tensor: Tensor) -> list[dict[int, Callable[..., Any]]]:
     """
     tables = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
     return [{} if table is None else table for table in tables]
+
+
+def with_hooks(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those of ``tensors`` that have hooks, see :func:`hook_tables`."""
+    tables = operator.attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
+    kept = list(tensors)
+    return [tensor for tensor, (one, other) in zip(kept, map(tables, kept), strict=True) if one or other]
 
 
 def static_graph(model: object) -> bool:

@@ -26,6 +26,7 @@ from lightning_gr._compat import (
     torchs_own_methods,
     trainer_parts,
     will_log,
+    with_hooks,
     wrap_after_backward,
     writing_methods,
 )
@@ -222,3 +223,12 @@ def test_a_subclass_of_tensor_is_answered_by_torch():
         assert type(tensor.data) is torch.Tensor
     with pytest.raises(TypeError, match="asked"):
         torch.Tensor.detach(tensor)
+
+
+def test_tensors_with_hooks_of_either_kind_are_found():
+    tensors = [nn.Parameter(torch.ones(2)) for _ in range(5)]
+    tensors[1].register_hook(print)
+    tensors[3].register_post_accumulate_grad_hook(print)
+    tensors[4].register_hook(print).remove()
+    assert list(map(id, with_hooks(tensors))) == [id(tensors[1]), id(tensors[3])]
+    assert [any(hook_tables(tensor)) for tensor in tensors] == [False, True, False, True, False]

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from lightning_gr._compat import hook_tables
+from lightning_gr._compat import hook_tables, with_hooks
 from lightning_gr.core.hooks import Zero, has_accumulation_hooks, without_hooks
 from lightning_gr.core.sharding import is_distributed, local_parts
 from lightning_gr.core.tensors import is_lazy
@@ -216,7 +216,7 @@ def gradients_apart(params: Sequence[Tensor], others: Sequence[Tensor] = (), *, 
     Yields:
         Whether gradients are kept away.
     """
-    away = [param for param in params if every or has_accumulation_hooks(param)]
+    away = list(params) if every else list(filter(has_accumulation_hooks, with_hooks(params)))
     earlier, kept = StashedGradients(), [(param, param.grad) for param in others]
     earlier.stash(away)
     for param, _ in kept:

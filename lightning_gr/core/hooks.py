@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gr._compat import hook_tables
+from lightning_gr._compat import hook_tables, with_hooks
 
 __all__ = ["ExchangedHooks", "OwnHook", "has_accumulation_hooks", "without_hooks"]
 
@@ -40,7 +40,7 @@ class ExchangedHooks:
 
     def __init__(self, params: Sequence[Tensor], choose: Callable[[int, Hook, bool], OwnHook | None]) -> None:
         self._exchanged: list[tuple[dict[int, Hook], int, Hook, Hook]] = []
-        for param in params:
+        for param in with_hooks(params):
             for after, table in enumerate(hook_tables(param)):
                 for number, hook in table.items():
                     chosen = None if isinstance(hook, OwnHook) else choose(number, hook, bool(after))

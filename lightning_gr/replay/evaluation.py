@@ -78,7 +78,7 @@ class Evaluation(Generic[Output]):
                 each.begin()
             self._numbers = RandomState(self.surroundings.devices)
             self._start = self._keep()
-            self._sets = SetsAtStart(place for each in self._footprints for place in each.sets)
+            self._sets = SetsAtStart([place for each in self._footprints for place in each.sets])
             self._looked = footprint.unprotected(self._budget()) if self.surroundings.learning else None
             before = [self._looked or footprint.marks(), *(each.marks() for each in own)]
             output = self.compute()
@@ -119,7 +119,7 @@ class Evaluation(Generic[Output]):
                 self.first()
         self._looked, self._written = None, []
         self._start = self._keep()
-        self._sets = SetsAtStart(place for each in self._footprints for place in each.sets)
+        self._sets = SetsAtStart([place for each in self._footprints for place in each.sets])
 
     @contextmanager
     def again(

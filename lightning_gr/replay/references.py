@@ -51,18 +51,20 @@ class _Group:
     ) -> None:
         self._places, self._containers, self._items, self._count = places, containers, items, count
         self._known = [_Known(items(each)) for each in containers]
+        self._with_results = {position for position, known in enumerate(self._known) if known.has_results}
         self._before = identities(containers, items, count)
 
     def changed(self) -> list[Place]:
         now = identities(self._containers, self._items, self._count)
-        changed = differing(now, self._before)
-        changed += [position for position, known in enumerate(self._known) if known.has_results]
+        positions = self._with_results.union(differing(now, self._before))
         self._before = now
-        return [
-            self._places[position]
-            for position in changed
-            if self._known[position].leads_on(self._items(self._containers[position]))
-        ]
+        return [self._places[position] for position in sorted(positions) if self._leads_on(position)]
+
+    def _leads_on(self, position: int) -> bool:
+        known = self._known[position]
+        found = known.leads_on(self._items(self._containers[position]))
+        (self._with_results.add if known.has_results else self._with_results.discard)(position)
+        return found
 
 
 class _Known:

@@ -1,5 +1,7 @@
 """The cost of the contract: state that is only read is not copied, and no search between learning evaluations."""
 
+import sys
+
 import pytorch_lightning as pl
 import torch
 from contract import Batches, as_dict, make_trainer, same, seed
@@ -79,3 +81,96 @@ def test_what_is_only_read_is_not_copied_between_learning_steps():
 
 def test_nothing_is_walked_where_there_is_no_second_pass():
     same("operations", as_dict(count_large(SAM(0.1, start_step=100))), as_dict(count_large()))
+
+
+class Copied(TorchDispatchMode):
+    """Counts the bytes that copies take, by the step in which they are made."""
+
+    NAMES = ("clone", "copy_", "_to_copy", "contiguous", "cat", "stack", "flatten", "_foreach_copy_")
+
+    def __init__(self):
+        super().__init__()
+        self.step, self.bytes = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._opname in self.NAMES:
+            written = args[0] if func._opname.endswith("copy_") else result
+            read = sum(x.nbytes for x in torch.utils._pytree.tree_leaves(written) if isinstance(x, torch.Tensor))
+            self.bytes[self.step] = self.bytes.get(self.step, 0) + read
+        return result
+
+
+class Norms(Large):
+    """Much that is only read, in every layout, beside running means that are written."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.images = torch.randn(4, 8, 30, 30).to(memory_format=torch.channels_last)
+        self.tables = [torch.randn(40, self.many).T for _ in range(3)]
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((self.norm(batch[0]), batch[1]), batch_idx)
+
+
+def copied(*callbacks):
+    seed()
+    module, mode = Norms(), Copied()
+    batches = [(torch.randn(4, 3), torch.randn(4, 2)) for _ in range(15)]
+    with mode:
+        make_trainer(*callbacks, Steps(mode)).fit(module, Batches(batches))
+    return [mode.bytes.get(step, 0) for step in range(1, 16)]
+
+
+def test_bytes_copied_between_learning_steps_are_those_of_what_is_written_and_small():
+    steps, plain = copied(SAM(0.1, metrics=())), copied()
+    between = [steps[n - 1] - plain[n - 1] for n in range(3, 16) if n & (n - 1)]
+    # weights there and back; running means, their counter, the batch's own tensors: four times at most
+    assert max(between) < 4096
+    # a learning step takes copies of what might be written
+    assert steps[7] - plain[7] > 4 * Large.many
+
+
+class Deep(Large):
+    """Layers, each with weights, running means and a dozen attributes."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)) for _ in range(count)))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((self.layers(batch[0]), batch[1]), batch_idx)
+
+
+class Calls:
+    """Counts calls of Python functions that are no part of the algorithm, by the step in which they are made."""
+
+    PARTS = ("lightning_gr.replay.", "lightning_gr.callbacks.", "lightning_gr.core.hooks", "lightning_gr._compat")
+
+    def __init__(self):
+        self.step, self.count = 0, {}
+
+    def __call__(self, frame, event, arg):
+        if event == "call" and frame.f_globals.get("__name__", "").startswith(self.PARTS):
+            self.count[self.step] = self.count.get(self.step, 0) + 1
+
+
+def called(count):
+    """The calls in the step between learning steps with the fewest."""
+    seed()
+    calls, batches = Calls(), [(torch.randn(4, 3), torch.randn(4, 2)) for _ in range(7)]
+    trainer = make_trainer(SAM(0.1, metrics=()), Steps(calls))
+    before = sys.getprofile()
+    sys.setprofile(calls)
+    try:
+        trainer.fit(Deep(count), Batches(batches))
+    finally:
+        sys.setprofile(before)
+    return min(calls.count[step] for step in (3, 5, 6, 7))
+
+
+def test_what_a_layer_costs_between_learning_steps_is_left_to_loops_in_c():
+    few, many = called(10), called(40)
+    # of three modules, with six tensors
+    assert (many - few) / 30 < 3
