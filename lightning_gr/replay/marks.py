@@ -127,7 +127,6 @@ class _Samples:
                 self._groups.setdefault(view.dtype, []).append((position, view))
         self._views = [[view for _, view in group] for group in self._groups.values()]
 
-    @torch.no_grad()
     def read(self) -> list[bytes]:
         """The entries now, by their bits, in which NaN is equal to itself."""
         return [torch.cat(views).view(torch.uint8).numpy().tobytes() for views in self._views]

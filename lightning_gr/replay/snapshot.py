@@ -82,7 +82,6 @@ class Keeper:
         done = {id(place) for place in (*self._containers.places, *small)}
         self._others = [place for place in places if id(place) not in done]
 
-    @torch.no_grad()
     def save(self, before: tuple[Any, ...] | None = None) -> tuple[Any, ...]:
         """The values now; what is as it was ``before`` shares the copies of that."""
         return (
@@ -91,7 +90,6 @@ class Keeper:
             Snapshot(self._others),
         )
 
-    @torch.no_grad()
     def restore(self, saved: tuple[Any, ...], moved: frozenset[int], now: tuple[Any, ...] | None = None) -> None:
         """Put them back, except for tensors that lie in the storages ``moved``; see :meth:`Kept.restore`."""
         containers, small, others = saved
@@ -222,11 +220,11 @@ class _SmallTensors:
         forms = self._look()
         if forms != self._forms:
             self._forms, self._memory = forms, []
-            # by `.data`, which leaves version counters as they are
+            # by `.data`, which leaves version counters as they are and belongs to no graph
             self._aliases = [tensor.data for tensor in self._tensors]
         copies = _Copies(forms, self._free() or _empty_like(self._tensors), self._aliases)
         self._memory.append((weakref.ref(copies), copies.values))
-        torch._foreach_copy_(copies.values, self._tensors)
+        torch._foreach_copy_(copies.values, self._aliases)
         return copies
 
     def _free(self) -> list[Tensor] | None:
