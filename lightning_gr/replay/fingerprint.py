@@ -1,4 +1,4 @@
-"""Exactly what places look like, without a copy of what is large."""
+"""Detects any change of places, without copies of large tensors."""
 
 from collections.abc import Sequence
 
@@ -18,11 +18,11 @@ _SMALL = 2**16  # in bytes, of a tensor of an optimizer's state that is copied o
 
 
 class Fingerprint:
-    """Exactly what some places look like: a digest of each tensor, the entries of everything else.
+    """The exact state of some places: a digest of each tensor, and the entries of everything else.
 
     Args:
         places: The places.
-        budget: How many bytes of tensors may be copied besides, so that they can be put back.
+        budget: The number of bytes of tensors that may also be copied, so that they can be restored.
     """
 
     def __init__(self, places: Sequence[Place], budget: int) -> None:
@@ -43,14 +43,14 @@ class Fingerprint:
         self._quiet, self._marks = places, Marks([Marker(places)])
 
     def changed(self, moved: frozenset[int] = frozenset()) -> list[Place]:
-        """The places that look different now, except for tensors in the storages ``moved``."""
+        """The places that differ now, except for tensors in the storages ``moved``."""
         now = digests([place.owner for place in self._tensors])
         pairs = zip(self._tensors, self._digests, now, strict=True)
         written: list[Place] = [p for p, old, new in pairs if old != new and storage_of(p.owner) not in moved]
         return written + self._rest.changed() + self._marks.changed(moved)
 
     def without(self, places: Sequence[Place]) -> Snapshot:
-        """Take ``places`` out; returns their values, as far as they are known."""
+        """Remove ``places`` and return their values, as far as they are known."""
         chosen = {id(place) for place in places}
         kept = [(p, d) for p, d in zip(self._tensors, self._digests, strict=True) if id(p) not in chosen]
         self._tensors, self._digests = [p for p, _ in kept], [d for _, d in kept]
@@ -60,7 +60,7 @@ class Fingerprint:
         return taken
 
     def restore(self, changed: Sequence[Place]) -> list[Place]:
-        """Put ``changed`` back, and return those of which there is no copy."""
+        """Restore ``changed`` and return those of which there is no copy."""
         found = self.without(changed)
         found.restore()
         known = {id(place) for place, _ in found.saved if not isinstance(place, OpaquePlace)}

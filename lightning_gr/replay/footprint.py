@@ -1,10 +1,10 @@
-"""What a training step writes to: learned by looking at all that it can reach, and protected from then on.
+"""Learns what a training step writes to, by searching all that it can reach, and protects that from then on.
 
-Enumerating kinds of state that deserve protection always misses one. So everything that is reachable from the module
-is looked through, on the first evaluation, the second, the fourth and so on, before and after it; what has changed is
-saved and put back around each second pass from then on. Between these steps cheap marks (the entries of containers,
-version counters, a few entries of each tensor) tell of a write that comes late, so that not even its first time leaves
-a trace. What is only read is never copied.
+A list of kinds of state to protect always misses one. Therefore, on the first evaluation, the second, the fourth and so
+on, everything reachable from the module is searched and compared before and after it. What has changed is saved and
+restored around each second pass from then on. Between these evaluations, cheap marks (the entries of containers,
+version counters, a few entries of each tensor) detect writes that start late, so that even the first of them leaves no
+trace. State that is only read is never copied.
 """
 
 import warnings
@@ -29,7 +29,7 @@ __all__ = ["Footprint"]
 
 
 class _Part:
-    """Places that have been looked through together, made ready to be saved and marked in each step."""
+    """Places found by one search, prepared to be saved and marked in each step."""
 
     def __init__(self, places: Sequence[Place], protects: Callable[[Place], bool]) -> None:
         protected = [protects(place) for place in places]
@@ -46,13 +46,13 @@ _NOTHING = _Part([], lambda place: False)
 
 
 class Footprint:
-    """What the evaluations of one loss write to, as far as it has been learned.
+    """What the evaluations of one loss write to, as far as is known.
 
     Args:
-        roots: What is looked through, by name; called on each look, since a module may grow.
+        roots: Returns the objects to search from, by name. It is called for each search, since a module may grow.
         hidden: Attributes of a LightningModule that belong to Lightning.
-        closed: Objects that are not entered.
-        warn: Is told what cannot be put back, once for each path.
+        closed: Returns objects that are not searched.
+        warn: Called with a message about what cannot be restored, once for each path.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Footprint:
         self._warn = warn or _warn
         self._warned: set[str] = set()
         self._count = 0
-        self._known: set[int] = set()  # the ids of what has been seen to be written
+        self._known: set[int] = set()  # the ids of what was seen to be written
         self._moved: set[int] = set()
         self._all, self._fresh = _NOTHING, _NOTHING
         self._seen: dict[int, object] = {}
@@ -79,7 +79,7 @@ class Footprint:
 
     @property
     def places(self) -> Sequence[Place]:
-        """All that was found when everything was looked through."""
+        """All places found by the last full search."""
         return self._all.places
 
     @property
@@ -88,26 +88,26 @@ class Footprint:
 
     @property
     def protected(self) -> list[Place]:
-        """What is saved and put back around each pass."""
+        """The places that are saved and restored around each pass."""
         return [place for part in self._parts for place in part.protected]
 
     @property
     def sets(self) -> list[SetPlace]:
-        """The sets among them that another one can stand in for."""
+        """The protected sets that can be replaced by another one."""
         return [place for part in self._parts for place in part.sets]
 
     @property
     def leaves(self) -> list[Tensor]:
-        """The leaf tensors that require a gradient, by now: an evaluation may ask for that of its batch."""
+        """The leaf tensors that require a gradient now, since an evaluation may change that for its batch."""
         return [tensor for tensor in self._tensors if tensor.requires_grad and tensor.is_leaf]
 
     @property
     def writers(self) -> list[tuple[object, list[str]]]:
-        """The clients of services that were found, with those of their methods that write."""
+        """The clients of services among the places, with the names of their methods that write."""
         return [(owner, writing_methods(owner)) for part in self._parts for owner in part.writers]
 
     def begin(self) -> bool:
-        """Get ready for an evaluation; returns whether it is one to learn from, having looked through everything."""
+        """Prepare for an evaluation; return whether it is a learning one, for which everything has been searched."""
         self._count += 1
         learning = self._count & (self._count - 1) == 0 or self._look_at_modules() != self._tree
         if learning:
@@ -117,7 +117,7 @@ class Footprint:
         return learning
 
     def _look_at_modules(self) -> list[int]:
-        """The children of the modules that were there: whether they differ, the module has grown or shrunk."""
+        """The identities of the known modules' children, which differ if the module has grown or shrunk."""
         return list(map(id, chain.from_iterable(map(dict.values, self._tables))))
 
     def _look(self) -> None:
@@ -129,16 +129,16 @@ class Footprint:
         self._tensors = [place.owner for place in found.places if isinstance(place, TensorPlace)]
         found.places.append(FlagsPlace(self._tensors, "requires_grad"))
         self._all, self._fresh = _Part(found.places, self.protects), _NOTHING
-        # not the roots themselves, which whoever remembers footprints by them wants to be freed
+        # without the roots, so that a cache keyed by them does not keep them alive
         self._seen = found.seen
         for root in roots.values():
             self._seen.pop(id(root), None)
-        # before the second evaluation everything is looked through again
+        # the second evaluation searches everything again
         self._references = (References(found.places), References([])) if self._count > 1 else None
         self._touched = {}
 
     def _look_at_changes(self) -> None:
-        """Look through what has been put into attributes and containers since all was looked through."""
+        """Search what was added to attributes and containers since the last full search."""
         if self._references is None:
             return
         everything, fresh = self._references
@@ -159,58 +159,58 @@ class Footprint:
         )
 
     def protects(self, place: Place) -> bool:
-        """Whether a place is saved and put back around each pass."""
+        """Whether a place is saved and restored around each pass."""
         watched = place.is_watched and id(place.owner) not in self._moved
         return watched or id(place.owner) in self._known
 
     def note_moved(self, params: Iterable[Tensor]) -> None:
-        """Remember which parameters are displaced, and so belong to somebody else."""
+        """Record which parameters are displaced. Whoever displaces them restores them."""
         new = {id(param) for param in params} - self._moved
         if new:
             self._moved |= new
             self._sort()
 
     def written_weights(self) -> set[int] | None:
-        """The ids of displaced parameters that have been seen to be written; None before any was displaced."""
+        """The ids of displaced parameters that were seen to be written; None before any was displaced."""
         return self._known & self._moved if self._moved else None
 
     def owners(self) -> Iterable[object]:
-        """What has been looked through, for another footprint that is not to enter it again."""
+        """The searched objects, which another footprint need not search again."""
         return chain(self._roots().values(), self._seen.values())
 
     def note(self, places: Iterable[Place]) -> None:
-        """From now on, protect ``places`` around each second pass."""
+        """Protect ``places`` around each second pass from now on."""
         new = {id(place.owner) for place in places} - self._known
         if new:
             self._known |= new
             self._sort()
 
     def keep(self, before: Iterable[Kept] = ()) -> Kept:
-        """The values now of what is protected; see :class:`~lightning_gr.replay.snapshot.Kept`."""
+        """Save what is protected; see :class:`~lightning_gr.replay.snapshot.Kept`."""
         return Kept([part.keeper for part in self._parts], before)
 
     def unprotected(self, budget: int) -> Fingerprint:
-        """What everything else looks like now, exactly, with copies of tensors as far as ``budget``, in bytes, goes."""
+        """Record everything else exactly, with copies of tensors of up to ``budget`` bytes in total."""
         return Fingerprint([place for part in self._parts for place in part.others], budget)
 
     def marks(self) -> Marks | Fingerprint:
-        """What everything else looks like now, cheaply."""
+        """Record cheap marks of everything else."""
         return Marks([part.marker for part in self._parts])
 
     def look_at_initialized(self, start: Snapshot | Kept) -> None:
-        """Look through modules that were lazy at the ``start``, and protect what has got its shape since."""
+        """Search modules that were lazy at the ``start``, and protect the tensors initialized since."""
         if start.changed(LazyPlace):
             before = {id(place.owner) for place in self.places}
             self._look()
             self.note(place for place in self.places if id(place.owner) not in before)
 
     def warn_about_opaque(self, before: Snapshot | Kept) -> None:
-        """Name what a second pass has moved and nobody can move back."""
+        """Warn about iterators and the like that a second pass has advanced and that cannot be rewound."""
         for place in before.changed(OpaquePlace):
             self.warn_about(place, "cannot be put back, so each step with a second pass moves it twice")
 
     def warn_about(self, place: Place, why: str) -> None:
-        """Name a place, once, whose value after a step is not what it would be without a second pass."""
+        """Warn once about a place whose value after a step is not what it would be without a second pass."""
         if place.path not in self._warned:
             self._warned.add(place.path)
             self._warn(f"`{place.path}` {why}: ask `lightning_gr.in_second_pass()` before you change it")

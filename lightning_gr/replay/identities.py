@@ -1,4 +1,4 @@
-"""What containers refer to, by identity: taken and compared in C, for many containers at once."""
+"""Compares what many containers refer to, by identity and in C."""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain

@@ -1,4 +1,4 @@
-"""What tells of a write to a tensor, without a copy and at next to no cost: versions, addresses, a few entries."""
+"""Detects writes to tensors without copies, at almost no cost: by versions, addresses and a few entries."""
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,12 +21,12 @@ _WANTS_GRADIENT = operator.attrgetter("requires_grad")
 
 
 class Marker:
-    """Takes marks of the same tensors again and again, of all of them at once.
+    """Takes marks of the same tensors in each step, of all of them at once.
 
     Args:
         places: The tensors, and other places that have marks.
-        thorough: Whether a few entries are read of tensors on the host of every kind: they tell of a write through
-            ``.data``, which no version counter does. If not, of plain ones that require no gradient.
+        thorough: Whether a few entries are read of all kinds of tensors on the host, which detects writes through
+            ``.data``, as version counters do not. Otherwise, only of plain tensors that require no gradient.
     """
 
     def __init__(self, places: Sequence[Place], *, thorough: bool = False) -> None:
@@ -45,7 +45,7 @@ class Marker:
         self._samples = _Samples([], len(self._tensors))
 
     def look(self) -> "_Looks":
-        """What they look like now."""
+        """The marks now."""
         addresses = list(map(Tensor.data_ptr, self._tensors))
         self._find_samples(addresses)
         others = [(place.mark(), _read_few(place.owner) if self._thorough else "") for place in self._others]
@@ -59,13 +59,13 @@ class Marker:
             self._sampled = [at for at in self._hosted if self._thorough or not wants[at]]
         at = [addresses[position] for position in self._sampled]
         if at != self._sampled_at:
-            # a sample is a view of memory, which a tensor may have left meanwhile
+            # a sample is a view of memory, and the tensor may use other memory by now
             self._sampled_at = at
             chosen = [(position, self._tensors[position]) for position in self._sampled if addresses[position]]
             self._samples = _Samples(chosen, len(self._tensors))
 
     def changed(self, before: "_Looks") -> list[Place]:
-        """The places that look different now."""
+        """The places whose marks differ now."""
         now = self.look()
         if now == before:
             return []
@@ -76,7 +76,7 @@ class Marker:
 
 
 class _Looks(NamedTuple):
-    """What tensors look like at one moment."""
+    """The marks of tensors at one moment."""
 
     versions: list[int]
     addresses: list[int]
@@ -86,27 +86,27 @@ class _Looks(NamedTuple):
     others: list[Any]
 
     def by_tensor(self) -> Iterator[tuple[int, int, bytes]]:
-        """For each of those that are plain."""
+        """The marks of each plain tensor."""
         return zip(self.versions, self.addresses, self.samples.split(self.read), strict=True)
 
 
 class Marks:
-    """What some tensors looked like at one moment.
+    """The marks of some tensors at one moment.
 
     Args:
-        markers: Who looks at them.
+        markers: Take the marks.
     """
 
     def __init__(self, markers: Sequence[Marker]) -> None:
         self._before = [(marker, marker.look()) for marker in markers]
 
     def changed(self, moved: frozenset[int] = frozenset()) -> list[Place]:
-        """The places that look different now, except for tensors in the storages ``moved``."""
+        """The places whose marks differ now, except for tensors in the storages ``moved``."""
         found = [place for marker, before in self._before for place in marker.changed(before)]
         return [p for p in found if not (moved and isinstance(p, TensorPlace) and storage_of(p.owner) in moved)]
 
     def restore(self, changed: Sequence[Place]) -> Sequence[Place]:
-        """There are no copies: returns ``changed``."""
+        """Return ``changed``, since there are no copies to restore."""
         return changed
 
 
@@ -128,7 +128,7 @@ class _Samples:
         self._views = [[view for _, view in group] for group in self._groups.values()]
 
     def read(self) -> list[bytes]:
-        """The entries now, by their bits, in which NaN is equal to itself."""
+        """The bits of the entries now, so that NaN equals itself."""
         return [torch.cat(views).view(torch.uint8).numpy().tobytes() for views in self._views]
 
     def split(self, read: list[bytes]) -> list[bytes]:
@@ -144,7 +144,7 @@ class _Samples:
 
 @torch.no_grad()
 def _few(tensor: Tensor) -> Tensor:
-    """Entries at equal distances; along the diagonal where they do not lie one after the other. Nothing is copied."""
+    """A view of entries at equal distances, along the diagonal if the tensor is not contiguous."""
     count = tensor.numel()
     if tensor.is_contiguous():
         size, stride = min(count, _FEW), max(1, count // _FEW)
@@ -156,7 +156,7 @@ def _few(tensor: Tensor) -> Tensor:
 
 
 def _read_few(tensor: Tensor) -> str:
-    """The same of a dense tensor of some other kind on the host, by what operators it has."""
+    """The same for other kinds of dense tensors on the host, read by their own operators."""
     is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
     if not is_dense or tensor.device.type != "cpu" or is_lazy(tensor):
         return ""

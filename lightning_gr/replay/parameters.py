@@ -1,4 +1,4 @@
-"""The parameters of a module, as of now."""
+"""Finds the current parameters of a module, and searches it again only after a change."""
 
 import operator
 from itertools import chain
@@ -14,7 +14,7 @@ _VALUES = operator.methodcaller("values")
 class Parameters:
     """Finds the parameters of a module and of all in it, once each.
 
-    ``nn.Module.parameters`` makes a name for each of them. This goes through the modules only if one of them has other
+    Unlike ``nn.Module.parameters``, it creates no names, and it searches the modules only if one of them has other
     children or parameters than the last time.
     """
 
@@ -24,9 +24,9 @@ class Parameters:
         self._known: list[int] = []
 
     def of(self, module: nn.Module) -> list[Tensor]:
-        """The parameters now. ``module`` is to be the same one each time."""
+        """The current parameters of ``module``, which must be the same one in each call."""
         if not self._modules or self._look(module) != self._known:
-            # not the module itself, which whoever remembers its parameters wants to be freed
+            # without the module itself, so that a cache keyed by it does not keep it alive
             self._modules = _modules_in(module)
             found = chain.from_iterable(map(_VALUES, map(_PARAMETERS, [module, *self._modules])))
             self._found = list({id(param): param for param in found if param is not None}.values())

@@ -1,4 +1,4 @@
-"""What attributes and containers refer to, to see in each step what has been put there since."""
+"""Detects what is new in attributes and containers in each step."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,10 +14,10 @@ __all__ = ["References"]
 
 
 class References:
-    """What some places refer to, compared by identity.
+    """The objects that some places refer to, compared by identity.
 
     Args:
-        places: The places. Those that are saved in each step are looked at.
+        places: The places. Only those that are saved in each step are compared.
     """
 
     def __init__(self, places: Sequence[Place]) -> None:
@@ -34,7 +34,7 @@ class References:
         self._others = [(place, _Known(place.values())) for place in others]
 
     def changed(self) -> list[Place]:
-        """The places in which there has been something new since the last time, which may lead to other places."""
+        """The places with a new object since the last call, from which a search may find other places."""
         found = [place for group in self._groups for place in group.changed()]
         return found + [place for place, known in self._others if known.leads_on(place.values())]
 
@@ -68,7 +68,7 @@ class _Group:
 
 
 class _Known:
-    """What one place referred to when it was looked at last."""
+    """The objects that one place referred to at the last comparison."""
 
     __slots__ = ("_held", "_ids", "has_results")
 
@@ -76,15 +76,15 @@ class _Known:
         self._note(list(values))
 
     def _note(self, values: list[Any]) -> None:
-        # a result of a graph is not held, so that something else may have its identity later: it always counts as new
+        # a result of a graph is not kept alive, so another object may get its identity: it always counts as new
         results = {id(value) for value in values if isinstance(value, Tensor) and not is_content(value)}
         self.has_results = bool(results)
         self._ids = {id(value) for value in values} - results
-        # tensors are held by their places, as long as those are known
+        # the places of tensors keep them alive
         self._held = [value for value in values if not isinstance(value, Tensor)]
 
     def leads_on(self, values: Iterable[Any]) -> bool:
-        """Whether there is something new, other than a number or the like; remembers what there is."""
+        """Whether there is a new object other than a number or the like; also records what there is now."""
         now = list(values)
         new = [value for value in now if id(value) not in self._ids]
         if new or len(now) != len(self._held):

@@ -1,4 +1,4 @@
-"""The values of places at one moment, to be compared and put back: of any, or of the same ones in each step."""
+"""Saves, compares and restores the values of places: of any, or of the same ones in each step."""
 
 import operator
 import weakref
@@ -19,14 +19,14 @@ __all__ = ["Keeper", "Kept", "Snapshot", "Storages", "storage_of", "storages_of"
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Where the storage of a tensor lies; 0 where there is none."""
+    """The address of a tensor's storage, or 0 if it has none."""
     if tensor.layout != torch.strided or tensor.is_nested or is_lazy(tensor):
         return 0
     return local_parts([tensor])[0].untyped_storage().data_ptr()
 
 
 def storages_of(tensors: Iterable[Tensor]) -> frozenset[int]:
-    """The storages in which ``tensors`` lie now."""
+    """The addresses of the storages of ``tensors`` now."""
     return frozenset(map(storage_of, tensors)) - {0}
 
 
@@ -48,7 +48,7 @@ class Snapshot:
         return taken
 
     def restore(self, moved: frozenset[int] = frozenset(), now: object = None) -> None:
-        """Put the values back, except for tensors that lie in the storages ``moved``."""
+        """Restore the values, except for tensors in the storages ``moved``."""
         tensors: list[Tensor] = []
         values: list[Content] = []
         for place, saved in self.saved:
@@ -83,7 +83,7 @@ class Keeper:
         self._others = [place for place in places if id(place) not in done]
 
     def save(self, before: tuple[Any, ...] | None = None) -> tuple[Any, ...]:
-        """The values now; what is as it was ``before`` shares the copies of that."""
+        """Save the values now. Copies of ``before`` are shared where nothing has changed since."""
         return (
             self._containers.save(None if before is None else before[0]),
             [group.save() for group in self._small],
@@ -91,7 +91,7 @@ class Keeper:
         )
 
     def restore(self, saved: tuple[Any, ...], moved: frozenset[int], now: tuple[Any, ...] | None = None) -> None:
-        """Put them back, except for tensors that lie in the storages ``moved``; see :meth:`Kept.restore`."""
+        """Restore them, except for tensors in the storages ``moved``; see :meth:`Kept.restore`."""
         containers, small, others = saved
         self._containers.restore(containers, None if now is None else now[0])
         others.restore(moved)
@@ -99,7 +99,7 @@ class Keeper:
             group.restore(copies, moved)
 
     def tensors(self, saved: tuple[Any, ...]) -> Iterator[tuple[Place, Any]]:
-        """The tensors among the places, each with what was saved of it."""
+        """The tensors among the places with their saved contents."""
         _, small, others = saved
         for group, copies in zip(self._small, small, strict=True):
             yield from zip(group.places, map(Content, copies.values, copies.aliases), strict=True)
@@ -107,10 +107,10 @@ class Keeper:
 
 
 class Kept:
-    """The values at one moment of places that are saved in each step.
+    """The values at one moment of the places that are saved in each step.
 
     Args:
-        keepers: Who saves them.
+        keepers: Save the values.
         before: What they saved earlier, whose copies may be shared.
     """
 
@@ -120,19 +120,19 @@ class Kept:
 
     @property
     def saved(self) -> Iterator[tuple[Place, Any]]:
-        """The tensors among the places, each with what was saved of it, as long as this object is there."""
+        """The tensors among the places with their saved contents, which are valid as long as this object exists."""
         return chain.from_iterable(keeper.tensors(saved) for keeper, saved in self._saved)
 
     def changed(self, kind: type[Place]) -> list[Place]:
-        """The places of one kind that have another value now, of those that are saved one by one."""
+        """The places of one kind, among those saved one by one, that have another value now."""
         return [place for _, (*_, others) in self._saved for place in others.changed(kind)]
 
     def restore(self, moved: frozenset[int] = frozenset(), now: Iterable["Kept"] = ()) -> None:
-        """Put the values back, except for tensors that lie in the storages ``moved``.
+        """Restore the values, except for tensors in the storages ``moved``.
 
         Args:
-            moved: Storages.
-            now: The values now, as far as they are known, so that they need not be looked at again.
+            moved: The addresses of storages.
+            now: The current values, as far as they are known, which saves reading them again.
         """
         known = _by_keeper(now)
         for keeper, saved in self._saved:
@@ -159,7 +159,7 @@ class _Containers:
         self._tables = [place for place in places if place.table is not None]
         self._dicts: list[dict[Any, Any]] = [place.table for place in self._tables if place.table is not None]
         self._lists = [place for place in places if place.row is not None]
-        # while a set has a stand-in, its place means that one
+        # the owner of a place is looked up each time, since a set may have a stand-in
         self._sets = [place for place in places if isinstance(place, SetPlace) and type(place.owner) is set]
         self._rows = [*self._lists, *self._sets]
 
@@ -168,7 +168,7 @@ class _Containers:
         return [*self._tables, *self._rows]
 
     def save(self, before: _Saved | None) -> _Saved:
-        # new dictionaries, as many as there are modules, would have Python collect its garbage
+        # creating a dictionary for each module would trigger a garbage collection
         tables = list(map(dict.copy, self._dicts)) if before is None else before.tables.copy()
         values, keys = self._identities()
         if before is not None:
@@ -201,7 +201,7 @@ def _restore(places: Sequence[Place], saved: Sequence[Any]) -> None:
 class _SmallTensors:
     """Plain tensors on one device, as small as running means, which are copied by one operator.
 
-    Memory for copies is used again as soon as nobody refers to them: taking it takes longer than copying.
+    The memory of copies is reused once nothing refers to them, since allocating takes longer than copying.
     """
 
     def __init__(self, places: Sequence[TensorPlace]) -> None:
@@ -253,7 +253,7 @@ class _SmallTensors:
 
 @dataclass(eq=False)
 class _Copies:
-    """What small tensors looked like and held, and further tensors on their memory."""
+    """Forms and contents of small tensors, and other tensors that share their memory."""
 
     forms: list[Any]
     values: list[Tensor]
@@ -269,7 +269,7 @@ def _empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Storages:
-    """Where the same tensors lie in each step, which is looked up again only if one of them has another address."""
+    """Caches the storages of the same tensors in each step, until one of them has another address."""
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []  # themselves, so that nothing else gets their identity
@@ -278,7 +278,7 @@ class Storages:
         self._found: frozenset[int] = frozenset()
 
     def of(self, tensors: Sequence[Tensor]) -> frozenset[int]:
-        """The storages in which ``tensors`` lie now."""
+        """The addresses of the storages of ``tensors`` now."""
         ids = list(map(id, tensors))
         if ids == self._ids and list(map(Tensor.data_ptr, self._tensors)) == self._addresses:
             return self._found
