@@ -2,7 +2,6 @@
 
 import random
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,8 +17,8 @@ __all__ = ["RandomState", "flagged", "in_second_pass", "muted", "noted_exception
 
 # the number of nested second passes in this thread (or asynchronous task); None if it has never evaluated a loss
 _depth: ContextVar[int | None] = ContextVar("lightning_gr_depth", default=None)
-_active = 0
-_lock = threading.Lock()
+# one entry per second pass of the program, changed by single operations: Ctrl-C could leave a lock closed
+_active: set[object] = set()
 
 
 def in_second_pass() -> bool:
@@ -46,23 +45,21 @@ def in_second_pass() -> bool:
     if depth is not None:
         return depth > 0
     # autograd's own threads, which run backward hooks on an accelerator, belong to the active pass
-    return _active > 0 and not is_python_thread()
+    return bool(_active) and not is_python_thread()
 
 
 @contextmanager
 def flagged(second: bool = True) -> Iterator[None]:
     """Make :func:`in_second_pass` return ``second`` in this thread during the body."""
-    global _active
-    before = _depth.get() or 0
-    _depth.set(before + second)
-    with _lock:
-        _active += second
+    before, entry = _depth.get() or 0, object()
     try:
+        _depth.set(before + second)
+        if second:
+            _active.add(entry)
         yield
     finally:
-        with _lock:
-            _active -= second
         _depth.set(before)
+        _active.discard(entry)
 
 
 class RandomState:
