@@ -149,7 +149,7 @@ class Counts(NamedTuple):
 
 
 # The index of the counted step. Learning evaluations (the first, second, fourth, … second pass) cost more.
-STEADY = 4
+STEADY = 6  # neither a step that is learned from nor the one after it, in which buffers are allocated again
 _STEADY_STEP = "steady step"
 
 
