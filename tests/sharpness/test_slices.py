@@ -54,7 +54,7 @@ def test_slices_of_checkpoints_side_by_side(tmp_path):
         assert "Δθ" in axes.get_xlabel()
     plot_slices(slices, tmp_path / "slices.svg", logarithmic=True)
     assert (tmp_path / "slices.svg").stat().st_size > 5000
-    with pytest.raises(PlotError, match="give a suffix"):
+    with pytest.raises(PlotError, match="use one of the suffixes"):
         plot_slices(slices, tmp_path / "slices")
 
 

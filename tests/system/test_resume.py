@@ -220,21 +220,21 @@ class Breaks(Training):
 
 
 class Raises(pl.Callback):
-    """Raises where the second pass would be."""
+    """Raises where the second pass would be, if it is the last callback."""
 
     def on_after_backward(self, trainer, pl_module):
         if trainer.global_step == pl_module.last:
             raise RuntimeError("broken")
 
 
-def save_everywhere(path, *callbacks, accumulate, **options):
+def save_everywhere(path, *callbacks, accumulate, at_end=(), **options):
     # with a learning rate of zero, a run with a second pass goes through the very weights of one without
     module = Breaks(optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
     module.last = {1: 5, 2: 3}[accumulate]
     first, last = SavesEverywhere(path), SavesEverywhere(path)
     options = {"limit_train_batches": 3, "limit_val_batches": 1, "accumulate_grad_batches": accumulate, **options}
     with pytest.raises(RuntimeError, match="broken"):
-        train(first, *callbacks, last, module=module, max_epochs=2, **options)
+        train(first, *callbacks, last, *at_end, module=module, max_epochs=2, **options)
     return first.saved + last.saved
 
 
@@ -244,7 +244,7 @@ def save_everywhere(path, *callbacks, accumulate, **options):
 def test_a_checkpoint_is_that_of_plain_training(name, accumulate, tmp_path):
     """In whichever hook it is saved, of a callback before or after ours: the weights are clean, nothing is added."""
     path = tmp_path / "saved.ckpt"
-    without = save_everywhere(path, Raises(), accumulate=accumulate)
+    without = save_everywhere(path, at_end=[Raises()], accumulate=accumulate)
     with_it = save_everywhere(path, METHODS[name].callback(), Flooding(1.0), accumulate=accumulate)
     assert {"on_exception", "on_validation_end", "on_after_backward"} < {hook for hook, _ in without}
     assert plain(with_it) == plain(without)
