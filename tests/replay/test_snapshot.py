@@ -13,7 +13,7 @@ from lightning_gr.replay.snapshot import Keeper, Kept, Snapshot, Storages, stora
 
 
 def everything():
-    table, row, unique = {"a": 1, "b": []}, deque([1, 2]), {"x", "y"}
+    table, row, unique = {"a": 1, "b": []}, deque([1, 2]), {7, 8}
     ordered, tensor, weight = OrderedDict(a=1, b=2), torch.arange(3.0), nn.Parameter(torch.ones(2))
     counter = torch.tensor(5)
     owners = [table, row, unique, ordered, tensor, weight, counter]
@@ -29,7 +29,7 @@ def write(owners):
     table, row, unique, ordered, tensor, weight, counter = owners
     table["c"], table["a"] = 3, 4
     row.appendleft(0)
-    unique.discard("x")
+    unique.discard(7)
     ordered.move_to_end("a")
     tensor.mul_(2)
     weight.data.add_(1)
