@@ -1,6 +1,8 @@
 """What each function of the compatibility layer relies on."""
 
+import _signal
 import _thread
+import signal
 import threading
 
 import pytest
@@ -22,6 +24,7 @@ from lightning_gr._compat import (
     loggers_and_methods,
     namespace_of,
     overrides_hook,
+    signal_handler,
     storage_uses,
     torchs_own_methods,
     trainer_parts,
@@ -232,3 +235,9 @@ def test_tensors_with_hooks_of_either_kind_are_found():
     tensors[4].register_hook(print).remove()
     assert list(map(id, with_hooks(tensors))) == [id(tensors[1]), id(tensors[3])]
     assert [any(hook_tables(tensor)) for tensor in tensors] == [False, True, False, True, False]
+
+
+def test_handlers_of_signals_are_those_of_the_public_function():
+    """`_signal.getsignal`, without the search for an enum."""
+    assert [signal_handler(n) for n in signal.valid_signals()] == [signal.getsignal(n) for n in signal.valid_signals()]
+    assert signal_handler.__globals__["_getsignal"] is _signal.getsignal
