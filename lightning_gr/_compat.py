@@ -64,8 +64,13 @@ REFUSED_STRATEGIES = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrate
 _NAMESPACES: list[Any] = import_namespaces()
 if TYPE_CHECKING:
     from lightning_fabric.utilities.exceptions import MisconfigurationException
-    from pytorch_lightning import Callback as CallbackBase
     from pytorch_lightning import Trainer
+
+    # Unknown to type checkers, which then accept our callbacks, and what users derive from them, in programs of either
+    # namespace. A base class of both would not do: each hook of a subclass would violate the other one's signature.
+    CallbackBase: Any
+    AnyTrainer = Any
+    AnyModule = Any
 else:
     CallbackBase = type(
         "CallbackBase",

@@ -18,12 +18,13 @@ from lightning_gr.report.measurement import check_metrics
 from lightning_gr.report.step_log import StepLog
 
 if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule, Trainer
+    from lightning_gr._compat import AnyModule as LightningModule
+    from lightning_gr._compat import AnyTrainer as Trainer
 
 __all__ = ["FloodCounter", "Flooding"]
 
 
-class Flooding(CallbackBase):
+class Flooding(CallbackBase):  # type: ignore[misc]
     """Flooding keeps the training loss at a level by training on |L − b| + b (Ishida et al. 2020).
 
     Only the sign of the gradient changes, and only if L < b, so flooding costs nothing. The logged loss is still L.
@@ -79,7 +80,7 @@ class Flooding(CallbackBase):
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Print the panel, unless a two-pass callback prints one."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks
         # the panel of a two-pass callback includes a line for flooding
         if not any(has_base_named(callback, "TwoPass") for callback in callbacks):
             show_start(self.summary(), trainer)

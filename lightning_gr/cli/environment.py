@@ -13,7 +13,8 @@ from lightning_gr.callbacks.by_name import CALLBACKS_BY_NAME
 from lightning_gr.callbacks.flooding import Flooding
 
 if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule, Trainer
+    from lightning_gr._compat import AnyModule as LightningModule
+    from lightning_gr._compat import AnyTrainer as Trainer
 
 __all__ = ["FromEnvironment", "callbacks_from"]
 
@@ -86,7 +87,7 @@ def _convert(annotation: Any, key: str, value: str) -> Any:
     return value
 
 
-class FromEnvironment(CallbackBase):
+class FromEnvironment(CallbackBase):  # type: ignore[misc]
     """Adds a method to the Trainer when training begins, unless the script already has one of that kind.
 
     Args:
@@ -99,7 +100,7 @@ class FromEnvironment(CallbackBase):
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Insert the method's callback right after this one, so that Lightning sets it up next."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks
         if stage != "fit" or self.callback in callbacks:
             return
         kind = Flooding if isinstance(self.callback, Flooding) else TwoPass

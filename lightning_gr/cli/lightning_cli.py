@@ -15,16 +15,17 @@ from lightning_gr._compat import MisconfigurationException, namespace_of
 from lightning_gr.callbacks.by_name import CALLBACKS_BY_NAME
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Trainer
-    from pytorch_lightning.cli import LightningArgumentParser
-    from pytorch_lightning.cli import LightningCLI as _Base
+    from lightning_gr._compat import AnyTrainer as Trainer
+
+    LightningArgumentParser = Any
+    _Base: Any  # which type checkers accept in programs of either namespace
 else:
     _Base = object
 
 __all__ = ["GradientRegularizationCLI", "run"]
 
 
-class GradientRegularizationCLI(_Base):
+class GradientRegularizationCLI(_Base):  # type: ignore[misc]
     """A LightningCLI with flags (and YAML keys) ``gr``, ``sam``, ``msam`` and ``flooding`` that configure a method.
 
     ``--gr.gamma=0.1`` trains with :class:`~lightning_gr.GradientRegularization`, ``--sam.rho=0.05`` with
@@ -55,7 +56,8 @@ class GradientRegularizationCLI(_Base):
     def __new__(cls, *args: Any, **kwargs: Any) -> "GradientRegularizationCLI":
         """Append the LightningCLI of the right namespace to the bases, unless the class already inherits from one."""
         if any(base.__name__ == "LightningCLI" for base in cls.__mro__):
-            return super().__new__(cls)
+            made: GradientRegularizationCLI = super().__new__(cls)
+            return made
         passed = [value for value in (*args, *kwargs.values()) if isinstance(value, type)]
         namespace = namespace_of(*passed, *_named_classes(kwargs.get("args")))
         lightning_cli = importlib.import_module(f"{namespace}.cli").LightningCLI
