@@ -13,7 +13,8 @@ from lightning_gr.callbacks.windows import is_window_end
 from lightning_gr.core.flooding import flood_gradient_
 from lightning_gr.core.sharding import mean_over_ranks
 from lightning_gr.replay.isolation import in_second_pass
-from lightning_gr.report.display import Summary, show, show_start, shows
+from lightning_gr.report.console import show
+from lightning_gr.report.display import Summary, show_start, shows
 from lightning_gr.report.measurement import check_metrics
 from lightning_gr.report.step_log import StepLog
 

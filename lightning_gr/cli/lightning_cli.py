@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import inspect
-import io
 import os
 import sys
 import traceback
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightning_gr._compat import MisconfigurationException, namespace_of
 from lightning_gr.callbacks.by_name import CALLBACKS_BY_NAME
+from lightning_gr.report.console import complain, make_outputs_printable, printable
 
 if TYPE_CHECKING:
     from lightning_gr._compat import AnyTrainer as Trainer
@@ -121,7 +121,7 @@ def run(argv: Sequence[str] | None) -> int:
 
     This package's own errors at the start of training are reported on one line, like errors in the flags.
     """
-    _make_printable()
+    make_outputs_printable()
     try:
         GradientRegularizationCLI(
             args=argv if argv is None else list(argv),
@@ -132,7 +132,7 @@ def run(argv: Sequence[str] | None) -> int:
     except Exception as error:
         if not _is_ours(error):
             raise
-        sys.stderr.write(f"lightning-gr: error: {error}\n")
+        complain(f"lightning-gr: error: {error}")
         return 2
     return 0
 
@@ -150,12 +150,6 @@ def print_completion(shell: str) -> None:
     GradientRegularizationCLI(parser_kwargs={"prog": "lightning-gr"})
 
 
-def _make_printable() -> None:
-    """Escape Greek letters in help texts and configurations if standard output cannot encode them."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.encoding.lower().startswith("utf"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 def _is_ours(error: Exception) -> bool:
     innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
     return innermost.f_globals["__name__"].startswith("lightning_gr.") and isinstance(
@@ -171,7 +165,14 @@ _BY_PATH = {
 
 
 class _OneLineErrors:
-    """A parser mixin for short errors: without eighty lines of usage, and with one reason instead of one per type."""
+    """A parser mixin for short errors: without eighty lines of usage, and with one reason instead of one per type.
+
+    Its help, which has Greek letters, is spelled as the output can encode it.
+    """
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """The help, printable on the current standard output."""
+        return printable(super().format_help(*args, **kwargs))  # type: ignore[misc]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with the message, unless the parser is set not to exit."""

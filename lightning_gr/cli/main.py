@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lightning_gr.report.display import show
+from lightning_gr.report.console import complain, show
 from lightning_gr_startup import TRAINING, main
 
 __all__ = ["main", "run"]
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"lightning-gr: error: {message}", file=sys.stderr)
+    complain(f"lightning-gr: error: {message}")
     return 2
 
 

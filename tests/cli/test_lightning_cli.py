@@ -276,14 +276,20 @@ def test_every_subcommand_runs(model, capsys):
     assert "--gr.gamma GAMMA      The penalty strength γ ≥ 0." in capsys.readouterr().out
 
 
-def test_help_in_an_encoding_without_greek(monkeypatch):
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("flags", [["fit", "--gr.help"], ["fit", "--help"], ["fit", "--trainer.callbacks.help=SAM"]])
+@pytest.mark.parametrize("own_program", [True, False])
+def test_help_in_an_encoding_without_greek(flags, encoding, own_program, monkeypatch):
+    """Also in a program that uses our class."""
     raw = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
     with pytest.raises(SystemExit) as ended:
-        cli.main(["fit", "--gr.help"])
+        GradientRegularizationCLI(args=flags) if own_program else cli.main(flags)
     sys.stdout.flush()
     assert ended.value.code == 0
-    assert b"The penalty strength \\u03b3" in raw.getvalue()
+    said = raw.getvalue().decode(encoding)
+    assert ("The radius rho >= 0" if "SAM" in flags[1] else "(gamma/2)||grad L(theta)||") in said
+    assert "\\u" not in said
 
 
 def test_what_training_refuses_is_one_line(model, capsys):

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lightning_gr.callbacks.flooding import Flooding
 from lightning_gr.cli.demo.task import DEMO_METHODS, EpochRecord
-from lightning_gr.report.display import printable
+from lightning_gr.report.console import printable
 
 __all__ = ["draw", "make_table", "verdicts"]
 
