@@ -77,7 +77,7 @@ def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="train a small classifier with each method and compare them",
-        description="Train a small classifier on scikit-learn's digits (500 images, 20%% of the labels random), without"
+        description="Train a small classifier on scikit-learn's digits (500 images, 20% of the labels random), without"
         " and with each method, and compare test accuracy, gradient norm and cost. Takes about two minutes on two"
         " cores.",
     )

@@ -1,6 +1,7 @@
 """The command line: help, version and wrong use."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 
@@ -53,3 +54,11 @@ def test_module_runs_as_a_command():
 
 def test_methods_of_the_flag_are_those_of_the_demonstration():
     assert list(DEMO_METHODS) == list(lightning_gr_startup.DEMO_NAMES)
+
+
+def test_help_texts_have_no_leftovers_of_formatting():
+    parser = lightning_gr_startup._parser()
+    (commands,) = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+    for each in (parser, *commands.values()):
+        assert not re.search(r"%%|%\(|\{\w*\}", each.format_help().replace("{bash,zsh,tcsh}", "")), each.prog
+    assert "20% of the labels" in " ".join(commands["demo"].format_help().split())
