@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gr._namespaces import import_namespaces
+from lightning_gr._repr import as_typed
 
 __all__ = [
     "REFUSED_STRATEGIES",
@@ -75,7 +76,11 @@ else:
     CallbackBase = type(
         "CallbackBase",
         tuple(namespace.Callback for namespace in _NAMESPACES),
-        {"__doc__": "A callback that works in the Trainer of each installed namespace.", "__module__": __name__},
+        {
+            "__doc__": "A callback that works in the Trainer of each installed namespace.",
+            "__module__": __name__,
+            "__repr__": as_typed,
+        },
     )
     MisconfigurationException = type(
         "MisconfigurationException",

@@ -107,7 +107,7 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
         self._metrics = check_metrics(
             metrics, (*METRICS, BY_LAYER), default_metrics(self._row()), undefined_metrics(self._row())
         )
-        self._prefix, self._prog_bar = prefix, prog_bar
+        self.metrics, self._prefix, self._prog_bar = metrics, prefix, prog_bar
         self._asked_for = OF_SECOND_GRADIENT.intersection([metrics] if isinstance(metrics, str) else metrics)
         self._steps = StepCounter()
         self.report = self._new_report()

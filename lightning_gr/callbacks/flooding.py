@@ -70,7 +70,7 @@ class Flooding(CallbackBase):  # type: ignore[misc]
         check_bool("sync", sync)
         check_bool("verbose", verbose)
         self.level = float(level)
-        self.sync, self.verbose = sync, verbose
+        self.sync, self.verbose, self.metrics = sync, verbose, metrics
         self._outer: list[FloodCounter] = []
         self.counter = FloodCounter(check_metrics(metrics, ("flooded",), ("flooded",)), prefix)
 

@@ -116,6 +116,4 @@ class FromEnvironment(CallbackBase):  # type: ignore[misc]
 
 def _describe(callback: TwoPass | Flooding) -> str:
     """Describe a method and its constants for log messages."""
-    if isinstance(callback, Flooding):
-        return f"Flooding(level={callback.level}, sync={callback.sync})"
-    return f"{type(callback).__name__}: {callback.rule}, g = {callback.rule.equation}"
+    return repr(callback) if isinstance(callback, Flooding) else f"{callback!r}, g = {callback.rule.equation}"
