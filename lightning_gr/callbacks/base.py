@@ -409,8 +409,10 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
         self._stop(trainer)
 
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
-        """Stop recording and counting, and drop the run."""
+        """Stop recording and counting, and drop the run; after Ctrl-C, print the table of what was done."""
         self._stop(trainer)
+        if isinstance(exception, KeyboardInterrupt):
+            show_end(self.report, self.rule.name, trainer, verbose=self.verbose)
         self._leave(trainer)
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
@@ -422,8 +424,7 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
                     f"{type(self).__name__} regularized no optimizer step, although {self.report.missed} were due: each"
                     " of them had no gradient, a gradient that is not finite, or no loss at the displaced weights"
                 )
-            if self.report.steps:
-                show_end(self.report, self.rule.name, trainer, verbose=self.verbose)
+            show_end(self.report, self.rule.name, trainer, verbose=self.verbose)
             self._leave(trainer)
 
     def _leave(self, trainer: "Trainer") -> None:

@@ -124,15 +124,20 @@ class Flooding(CallbackBase):  # type: ignore[misc]
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Print the number of flooded losses."""
         if stage == "fit":
-            total = self.counter.total
-            if self.verbose and shows(trainer) and total is not None:
-                stop_progress_bars(trainer)
-                show(f"flooded: {int(total):,} of {self.counter.count:,} losses below the level")
+            self._show_end(trainer)
             self._leave()
 
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
-        """Return to an outer run."""
+        """Return to an outer run; after Ctrl-C, print the number of flooded losses."""
+        if isinstance(exception, KeyboardInterrupt):
+            self._show_end(trainer)
         self._leave()
+
+    def _show_end(self, trainer: "Trainer") -> None:
+        total = self.counter.total
+        if self.verbose and shows(trainer) and total is not None:
+            stop_progress_bars(trainer)
+            show(f"flooded: {int(total):,} of {self.counter.count:,} losses below the level")
 
     def _leave(self) -> None:
         if len(self._outer) > 1:

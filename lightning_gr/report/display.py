@@ -59,8 +59,8 @@ def make_panel(summary: Summary) -> Panel:
 
 
 def show_end(report: "StepReport", title: str, trainer: "Trainer", *, verbose: bool) -> None:
-    """Stop the progress bars and print the table below them."""
-    if verbose and shows(trainer):
+    """Stop the progress bars and print the table below them, if there was an optimizer step."""
+    if report.steps and verbose and shows(trainer):
         stop_progress_bars(trainer)
         show(make_table(report, title))
 

@@ -112,6 +112,28 @@ def test_a_schedule_of_ones_own_is_said_to_be_one(shown):
     assert "regularized: 3 of 6 steps" in out
 
 
+@pytest.mark.usefixtures("_ctrl_c")
+@pytest.mark.parametrize("bar", BARS)
+@pytest.mark.parametrize(("stop", "shown_once"), [(KeyboardInterrupt, True), (ValueError, False)])
+def test_the_table_comes_after_ctrl_c_too(bar, stop, shown_once, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
+    class Stops(TinyModule):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if self.trainer.global_step == 5:
+                raise stop
+
+    callbacks = [GradientRegularization(0.1, 0.05), Flooding(100.0), BARS[bar]()]
+    trainer = make_trainer(*callbacks, enable_progress_bar=True, max_epochs=3, log_every_n_steps=1)
+    with pytest.raises(SystemExit if stop is KeyboardInterrupt else stop):
+        trainer.fit(Stops(), make_loader())
+    out = capsys.readouterr().out
+    for line in ("logged steps", "regularized: 5 of 5 steps", "flooded: 5 of 5 losses below the level"):
+        assert out.count(line) == shown_once
+    if shown_once:
+        assert out.index("logged steps") > out.rindex("Epoch")
+
+
 @pytest.mark.parametrize("bar", BARS)
 def test_flooding_alone(shown, bar):
     out = shown(Flooding(100.0), BARS[bar]())
