@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["callbacks", "main"]
+__all__ = ["callbacks", "main", "make_parser"]
 
 TRAINING = {
     "fit": "train any LightningModule, regularized by --gr.gamma, --sam.rho, --msam.rho, --flooding.level, ...",
@@ -37,13 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``lightning-gr`` and return the exit code."""
     command = next(iter(sys.argv[1:] if argv is None else argv), None)
     # LightningCLI parses the flags of the training commands
-    args = argparse.Namespace(command=command) if command in TRAINING else _parser().parse_args(argv)
+    args = argparse.Namespace(command=command) if command in TRAINING else make_parser().parse_args(argv)
     from lightning_gr.cli.main import run
 
     return run(args, argv)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of all commands; LightningCLI has the flags of those that train."""
     parser = argparse.ArgumentParser(
         prog="lightning-gr", description="Flat minima for PyTorch Lightning: gradient regularization, SAM and flooding."
     )
@@ -66,7 +67,7 @@ def _version() -> str:
 def _add_completion(commands: Any) -> None:
     completion = commands.add_parser(
         "completion",
-        help="print a shell script that completes the flags of fit, validate, test and predict",
+        help="print a shell script that completes commands and their flags",
         description="Print a shell completion script. Write it to a file (lightning-gr completion bash > FILE) and"
         " source that file.",
     )

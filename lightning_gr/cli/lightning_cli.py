@@ -4,7 +4,6 @@ import argparse
 import importlib
 import inspect
 import os
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -135,19 +134,6 @@ def run(argv: Sequence[str] | None) -> int:
         complain(f"lightning-gr: error: {error}")
         return 2
     return 0
-
-
-def print_completion(shell: str) -> None:
-    """Print a shell script that completes the flags of ``fit``, ``validate``, ``test`` and ``predict``, and exit."""
-    import jsonargparse
-
-    try:
-        jsonargparse.set_parsing_settings(add_print_completion_argument=True)
-        flag = f"--print_completion=shtab-{shell}"
-    except TypeError:  # older versions have no such setting
-        flag = f"--print_shtab={shell}"
-    sys.argv[1:] = [flag]
-    GradientRegularizationCLI(parser_kwargs={"prog": "lightning-gr"})
 
 
 def _is_ours(error: Exception) -> bool:

@@ -13,7 +13,7 @@ from typing import IO, Any, cast
 
 from rich.console import Console
 
-__all__ = ["complain", "make_console", "make_outputs_printable", "printable", "show"]
+__all__ = ["complain", "make_console", "make_outputs_printable", "printable", "show", "write"]
 
 _SPELLED = {
     "γ": "gamma", "ε": "epsilon", "ρ": "rho", "η": "eta", "θ": "theta", "λ": "lambda", "Σ": "sum", "∇": "grad ",
@@ -60,6 +60,11 @@ def make_console() -> Console:
     """Create a rich console for standard output; rich draws ASCII boxes if the encoding requires it."""
     # bypass rich's proxy, which would print into a live progress bar
     return Console(file=cast(IO[str], _Output(getattr(sys.stdout, "rich_proxied_file", sys.stdout))), highlight=False)
+
+
+def write(text: str) -> None:
+    """Write ``text`` to standard output as it is, without wrapping lines."""
+    _Output(sys.stdout).write(text)
 
 
 def complain(message: str) -> None:

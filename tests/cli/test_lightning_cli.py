@@ -5,7 +5,6 @@ Nearly all runs are in this process, since starting one that imports torch takes
 
 import importlib
 import io
-import subprocess
 import sys
 
 import pytest
@@ -308,12 +307,3 @@ def test_a_missing_extra_is_named(name, capsys, monkeypatch):
     command = ["completion", "bash"] if name == "shtab" else ["fit", "--model=any"]
     assert cli.main(command) == 2
     assert f"needs {name}: pip install 'lightning_gr[cli]'" in capsys.readouterr().err
-
-
-@pytest.mark.launch
-def test_completion_knows_our_flags():
-    """In a new process, because it searches all classes, and the other tests define many."""
-    command = [sys.executable, "-m", "lightning_gr", "completion", "bash"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
-    assert "--gr.gamma" in ended.stdout
-    assert "--sam.rho" in ended.stdout

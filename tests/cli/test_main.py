@@ -57,7 +57,7 @@ def test_methods_of_the_flag_are_those_of_the_demonstration():
 
 
 def test_help_texts_have_no_leftovers_of_formatting():
-    parser = lightning_gr_startup._parser()
+    parser = lightning_gr_startup.make_parser()
     (commands,) = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
     for each in (parser, *commands.values()):
         assert not re.search(r"%%|%\(|\{\w*\}", each.format_help().replace("{bash,zsh,tcsh}", "")), each.prog
