@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["callbacks", "main", "make_parser"]
+__all__ = ["callbacks", "main", "make_parser", "method_name"]
 
 TRAINING = {
     "fit": "train any LightningModule, regularized by --gr.gamma, --sam.rho, --msam.rho, --flooding.level, ...",
@@ -21,6 +21,13 @@ TRAINING = {
     "predict": "compute its predictions",
 }
 DEMO_NAMES = ("plain", "F-GR", "B-GR", "SAM", "MSAM", "flooding")
+_NAMES = ("plain", "F-GR", "B-GR", "penalty", "SAM", "ASAM", "MSAM", "flooding")
+_OTHER_NAMES = {"gr": "F-GR", "momentumsam": "MSAM", "momentum-sam": "MSAM"}
+
+
+def method_name(text: str) -> str:
+    """Return a method's name in its usual spelling, such as ``"SAM"`` for ``"sam"``; others are left as they are."""
+    return ({name.lower(): name for name in _NAMES} | _OTHER_NAMES).get(text.lower(), text)
 
 
 def callbacks() -> list[Any]:
@@ -28,9 +35,12 @@ def callbacks() -> list[Any]:
     text = os.environ.get("LIGHTNING_GR", "").strip()
     if not text:
         return []
-    from lightning_gr.cli.environment import callbacks_from
+    from lightning_gr.cli.environment import RefusedError, callbacks_from
 
-    return callbacks_from(text)
+    try:
+        return callbacks_from(text)
+    except ValueError as error:
+        raise RefusedError(str(error)) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,9 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next(iter(sys.argv[1:] if argv is None else argv), None)
     # LightningCLI parses the flags of the training commands
     args = argparse.Namespace(command=command) if command in TRAINING else make_parser().parse_args(argv)
-    from lightning_gr.cli.main import run
+    try:
+        from lightning_gr.cli.main import run
 
-    return run(args, argv)
+        return run(args, argv)
+    except KeyboardInterrupt:  # also while torch is imported, which takes seconds
+        print("lightning-gr: interrupted", file=sys.stderr)
+        return 130
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -87,6 +101,7 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument(
         "--methods",
         nargs="+",
+        type=method_name,
         choices=DEMO_NAMES,
         default=list(DEMO_NAMES),
         metavar="NAME",

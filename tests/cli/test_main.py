@@ -9,6 +9,7 @@ import pytest
 
 import lightning_gr_startup
 from lightning_gr import __version__
+from lightning_gr.callbacks.by_name import CALLBACKS_BY_NAME, METHODS_BY_NAME
 from lightning_gr.cli import main as cli
 from lightning_gr.cli.demo.task import DEMO_METHODS
 
@@ -62,3 +63,37 @@ def test_help_texts_have_no_leftovers_of_formatting():
     for each in (parser, *commands.values()):
         assert not re.search(r"%%|%\(|\{\w*\}", each.format_help().replace("{bash,zsh,tcsh}", "")), each.prog
     assert "20% of the labels" in " ".join(commands["demo"].format_help().split())
+
+
+@pytest.mark.parametrize("name", DEMO_METHODS)
+def test_methods_are_named_in_any_case(name):
+    for spelled in (name.lower(), name.upper()):
+        assert lightning_gr_startup.make_parser().parse_args(["demo", "--methods", spelled]).methods == [name]
+    assert lightning_gr_startup.make_parser().parse_args(["demo", "--methods", "gr"]).methods == ["F-GR"]
+
+
+def test_all_commands_know_the_same_names():
+    assert [lightning_gr_startup.method_name(name.lower()) for name in METHODS_BY_NAME] == list(METHODS_BY_NAME)
+    assert set(lightning_gr_startup.DEMO_NAMES) - {"plain"} <= set(METHODS_BY_NAME)
+    assert {key for key, _ in METHODS_BY_NAME.values()} == set(CALLBACKS_BY_NAME)
+
+
+IMPORTING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background does not have
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupts())
+from lightning_gr_startup import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("flags", [["demo"], ["fit"], ["plot", "run"]])
+def test_ctrl_c_while_torch_is_imported(flags):
+    command = [sys.executable, "-c", IMPORTING, *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "lightning-gr: interrupted\n")
