@@ -4,12 +4,14 @@ import argparse
 import importlib
 import inspect
 import os
+import re
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lightning_gr._compat import MisconfigurationException, namespace_of
+from lightning_gr._compat import MisconfigurationException, has_base_named, namespace_of
 from lightning_gr.callbacks.by_name import CALLBACKS_BY_NAME
 from lightning_gr.report.console import complain, make_outputs_printable, printable
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-__all__ = ["GradientRegularizationCLI", "run"]
+__all__ = ["GradientRegularizationCLI", "lower_methods", "run"]
 
 
 class GradientRegularizationCLI(_Base):  # type: ignore[misc]
@@ -118,29 +120,42 @@ class GradientRegularizationCLI(_Base):  # type: ignore[misc]
 def run(argv: Sequence[str] | None) -> int:
     """Run ``lightning-gr fit``, ``validate``, ``test`` or ``predict`` and return the exit code.
 
-    This package's own errors at the start of training are reported on one line, like errors in the flags.
+    What this package or Lightning itself refuses at the start of training, such as missing data, is reported on one
+    line, like errors in the flags.
     """
     make_outputs_printable()
+    if argv is None:
+        sys.argv[1:] = lower_methods(sys.argv[1:])
     try:
         GradientRegularizationCLI(
-            args=argv if argv is None else list(argv),
+            args=argv if argv is None else lower_methods(argv),
             parser_kwargs={"prog": "lightning-gr"},
             # without a logger all runs share a folder, and running `test` after `fit` must not fail
             save_config_kwargs={"overwrite": True},
         )
     except Exception as error:
-        if not _is_ours(error):
+        if not _is_one_line(error) or os.environ.get("JSONARGPARSE_DEBUG"):
             raise
-        complain(f"lightning-gr: error: {error}")
+        hint = ": give --data, or define it in the module" if "_dataloader` must be implemented" in str(error) else ""
+        complain(f"lightning-gr: error: {' '.join(str(error).split())}{hint}")
         return 2
     return 0
 
 
-def _is_ours(error: Exception) -> bool:
+def lower_methods(flags: Sequence[str]) -> list[str]:
+    """Return ``flags`` with the names of methods in lower case: ``--SAM.rho=0.1`` is ``--sam.rho=0.1``."""
+    names = "|".join(CALLBACKS_BY_NAME)
+    return [re.sub(rf"^--({names})(?=[.=]|$)", lambda m: m[0].lower(), flag, flags=re.I) for flag in flags]
+
+
+def _is_one_line(error: Exception) -> bool:
+    """Whether an error is this package's, or Lightning's about how it is used, rather than the program's own."""
     innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
-    return innermost.f_globals["__name__"].startswith("lightning_gr.") and isinstance(
-        error, (ValueError, MisconfigurationException)
-    )
+    module = innermost.f_globals["__name__"]
+    if module.startswith("lightning_gr."):
+        return isinstance(error, (ValueError, MisconfigurationException))
+    theirs = module.startswith(("pytorch_lightning.", "lightning.pytorch."))
+    return theirs and has_base_named(error, "MisconfigurationException")
 
 
 _BY_PATH = {
@@ -170,24 +185,26 @@ class _OneLineErrors:
         raise AssertionError("exit returned")
 
 
-# lines that the parser prints before the actual reason
-_PREAMBLE = ("Does not validate", "Subtypes:", "Errors:", "- Problem with given class_path")
+# lines that the parser prints besides the actual reason
+_ASIDES = ("Does not validate", "Subtypes:", "Errors:", "Problem with given class_path", "Expected a path but")
 
 
 def _readable(message: str) -> str:
-    """Shorten an error about one of our flags to one line that begins with the flag; keep other messages unchanged.
+    """Shorten an error about a flag to one line that begins with the flag.
 
-    The parser gives a reason for each type that a value could have. The first one concerns the method.
+    The parser gives a reason for each type that a value could have. The first one concerns the intended type.
     """
     keys: list[str] = []
     for line in map(str.strip, message.splitlines()):
         if line.startswith('Parser key "'):
             key, _, line = line.removeprefix('Parser key "').partition('":')
             keys.append(key)
-        if line and not line.startswith(_PREAMBLE):
-            ours = keys and (keys[0] in CALLBACKS_BY_NAME or "given class_path 'lightning_gr." in message)
-            return f"--{'.'.join(keys)}: {line.strip().removeprefix('- ')}" if ours else message
-    return message
+        reason = line.strip().removeprefix("- ")
+        if keys and reason and not reason.startswith(_ASIDES):
+            _, _, given = message.rpartition("Given value: ")
+            value = "" if given.startswith("NestedArg(") or given.strip() in reason else f", but got {given.strip()}"
+            return f"--{'.'.join(keys)}: {reason}{value}"
+    return " ".join(message.split())
 
 
 def _named_classes(args: Any) -> Iterator[type]:
