@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gr._namespaces import import_namespaces
+from lightning_gr._repr import as_typed
 
 __all__ = [
     "REFUSED_STRATEGIES",
@@ -64,13 +65,22 @@ REFUSED_STRATEGIES = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrate
 _NAMESPACES: list[Any] = import_namespaces()
 if TYPE_CHECKING:
     from lightning_fabric.utilities.exceptions import MisconfigurationException
-    from pytorch_lightning import Callback as CallbackBase
     from pytorch_lightning import Trainer
+
+    # Unknown to type checkers, which then accept our callbacks, and what users derive from them, in programs of either
+    # namespace. A base class of both would not do: each hook of a subclass would violate the other one's signature.
+    CallbackBase: Any
+    AnyTrainer = Any
+    AnyModule = Any
 else:
     CallbackBase = type(
         "CallbackBase",
         tuple(namespace.Callback for namespace in _NAMESPACES),
-        {"__doc__": "A callback that works in the Trainer of each installed namespace.", "__module__": __name__},
+        {
+            "__doc__": "A callback that works in the Trainer of each installed namespace.",
+            "__module__": __name__,
+            "__repr__": as_typed,
+        },
     )
     MisconfigurationException = type(
         "MisconfigurationException",
