@@ -1,7 +1,7 @@
 """The tests on the oldest, today's and the newest versions, each in an environment of its own: `nox -s oldest`.
 
-Arguments after `--` go to pytest, as in `nox -s newest-3.13 -- -m "not integration"` for all tests. On Linux, PyPI's torch
-is a CUDA build of several GB. For a CPU build, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+Arguments after `--` go to pytest, as in `nox -s newest-3.13 -- -m "not integration"` for all tests. On Linux, PyPI's
+torch is a CUDA build of several GB. For a CPU build, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
 """
 
 import nox
@@ -10,7 +10,7 @@ nox.options.sessions = ["today"]
 nox.options.default_venv_backend = "venv"
 
 PACKAGES = ("torch", "pytorch-lightning", "torchmetrics", "rich", "jsonargparse", "numpy")
-VERSIONS = f"import sys, importlib.metadata as m; print(sys.version.split()[0], *((p, m.version(p)) for p in {PACKAGES}))"
+VERSIONS = f"import platform, importlib.metadata as m; print(platform.python_version(), *map(m.version, {PACKAGES}))"
 
 
 def tests(session, versions):

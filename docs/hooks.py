@@ -8,7 +8,8 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
-PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+TUTORIAL = "- [tutorial.py](../docs/tutorial.md): the tutorial, which is also a notebook."
 CLUSTER = "- [cluster](cluster): a job for torchrun and SLURM that survives preemption."
 KINDS = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".sbatch": "bash", ".env": "bash"}
 
@@ -17,8 +18,11 @@ def sources():
     """Yield the generated pages: the path in the repository, the path of the page, and its text."""
     for source, page in PAGES.items():
         yield source, page, (ROOT / source).read_text(encoding="utf-8")
-    programs = sorted((ROOT / "examples").glob("*.py"))
-    yield "examples", "examples/index.md", "\n".join(["# Examples\n", *map(entry, programs), CLUSTER])
+    quickstart, tutorial = (ROOT / "examples" / name for name in ("quickstart.py", "tutorial.py"))
+    programs = sorted(set((ROOT / "examples").glob("*.py")) - {quickstart, tutorial})
+    lines = ["# Examples\n", entry(quickstart), TUTORIAL, *map(entry, programs), CLUSTER]
+    yield "examples", "examples/index.md", "\n".join(lines)
+    programs.append(quickstart)
     for path in programs:
         yield f"examples/{path.name}", f"examples/{path.stem}.md", example(path)
     for readme in sorted((ROOT / "examples").glob("*/README.md")):
