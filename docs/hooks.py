@@ -43,6 +43,11 @@ def example(path):
     return f"# {path.name}\n\n{docstring(path)}\n\n{fenced(path)}"
 
 
+def title(file):
+    """The title of a page up to a colon, which replaces the name of its file in links."""
+    return re.search(r"^# ([^:\n]*)", file.content_string, flags=re.MULTILINE)[1]
+
+
 def docstring(path):
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
@@ -66,10 +71,12 @@ def on_page_markdown(markdown, page, config, files):
 
     def replace(match):
         text, target, anchor = match.groups(default="")
-        path = posixpath.normpath(posixpath.join(folder, target))
+        path = posixpath.normpath(posixpath.join(folder, target)).removesuffix("/README.md")
         linked = page_of.get(path) or (path[len("docs/") :] if path.startswith("docs/") else None)
         if linked is None or files.get_file_from_path(linked) is None:
             return text.strip("![]")
+        if re.fullmatch(r"\[[\w./]+\.md\]", text):
+            text = f"[{title(files.get_file_from_path(linked))}]"
         return f"{text}({posixpath.relpath(linked, posixpath.dirname(page.file.src_uri) or '.')}{anchor})"
 
     return LINK.sub(replace, markdown)

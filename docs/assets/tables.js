@@ -1,4 +1,5 @@
-// A table that is wider than its page becomes a list of cards: each cell stands under the title of its column.
+// A table that is wider than its page becomes a list of cards: each cell stands under the title of its column. A table that
+// a program printed gets a smaller font instead.
 document.addEventListener("DOMContentLoaded", () => {
   const tables = [...document.querySelectorAll("article table:not(.highlighttable)")];
   for (const table of tables) {
@@ -8,11 +9,18 @@ document.addEventListener("DOMContentLoaded", () => {
         if (titles[i] && cell.textContent.trim()) cell.dataset.title = titles[i];
       });
   }
+  const printed = [...document.querySelectorAll("article .language-text pre > code")];
   const fit = () => {
+    for (const code of printed) {
+      code.style.fontSize = "";
+      const size = parseFloat(getComputedStyle(code).fontSize);
+      const share = code.clientWidth / code.scrollWidth;
+      if (share < 1) code.style.fontSize = `${Math.max(6, size * share * 0.97)}px`;
+    }
     for (const table of tables) {
-      table.classList.remove("cards");
+      delete table.dataset.cards;
       const room = table.closest("article").clientWidth;
-      table.classList.toggle("cards", table.scrollWidth > room || table.offsetWidth > room);
+      if (Math.max(table.scrollWidth, table.offsetWidth) > room) table.dataset.cards = "";
     }
   };
   fit();

@@ -35,9 +35,11 @@ const wide = [...document.querySelectorAll("article table")].filter((table) =>
   table.getBoundingClientRect().right > room + 1 || table.scrollWidth > table.parentElement.clientWidth + 1);
 const cut = [...document.querySelectorAll(".doc-signature pre, .doc-signature code")].filter((code) =>
   code.scrollWidth > code.clientWidth + 1);
+const printed = [...document.querySelectorAll("article .language-text pre > code")].filter((code) =>
+  code.scrollWidth > code.clientWidth + 1);
 return {
   page: document.documentElement.scrollWidth - room,
-  tables: wide.map((table) => table.innerText.slice(0, 60)),
+  tables: wide.concat(printed).map((table) => table.innerText.slice(0, 60)),
   signatures: room > 1000 ? cut.map((code) => code.innerText.slice(0, 60)) : [],
 };
 """

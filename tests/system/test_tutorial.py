@@ -34,6 +34,7 @@ def test_page_shows_the_cells_of_the_program():
     positions = [page.find(cell) for cell in cells]
     assert len(cells) > 12
     assert -1 not in positions
+    assert "site-packages" not in page  # a warning that names somebody's folders
     assert positions == sorted(positions)
 
 
