@@ -15,7 +15,7 @@ document.addEventListener("DOMContentLoaded", () => {
       code.style.fontSize = "";
       const size = parseFloat(getComputedStyle(code).fontSize);
       const share = code.clientWidth / code.scrollWidth;
-      if (share < 1) code.style.fontSize = `${Math.max(6, size * share * 0.97)}px`;
+      if (share < 1) code.style.fontSize = `${Math.max(5, size * share * 0.97)}px`;
     }
     for (const table of tables) {
       delete table.dataset.cards;
