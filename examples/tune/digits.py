@@ -1,4 +1,4 @@
-"""The digits of `lightning-gr demo` as a module and a data module: `lightning-gr tune --config examples/tune/digits.yaml`.
+"""The digits of `lightning-gr demo`: `cd examples/tune && lightning-gr tune --config digits.yaml`.
 
 500 images for training, 20% of them with random labels; 400 for validation and 897 for the test, all labels clean.
 """

@@ -22,9 +22,7 @@ def goal_of(monitor: object, mode: object = None) -> Goal:
         TuneError: If ``mode`` is needed or wrong.
     """
     if not isinstance(monitor, str) or not monitor:
-        raise TuneError(
-            f"expected --monitor to be the key of a validation metric, such as val_loss, but got {monitor!r}"
-        )
+        raise TuneError(f"expected --monitor to be the key of a validation metric, such as val_loss: got {monitor!r}")
     if mode in ("max", "min"):
         return Goal(monitor, str(mode))
     if mode is not None:

@@ -76,10 +76,10 @@ def range_test(
 ) -> dict[str, Range]:
     """Find the constants at which training breaks, in about the time of a few hundred steps for each method.
 
-    After ``warmup_steps`` plain steps, the loss of the last four batches is evaluated at weights displaced as the method
-    displaces them. The edge is the constant at which the loss has risen by the loss of the first step. The upper bound
-    is twice the edge, or a half, a quarter, ... of that if it already undoes, in half as many steps, what the plain ones
-    have learned. The suggestion is half of the edge, and at most half of the bound.
+    After ``warmup_steps`` plain steps, the loss of the last four batches is evaluated at weights displaced as the
+    method displaces them. The edge is the constant at which the loss has risen by the loss of the first step. The upper
+    bound is twice the edge, or a half, a quarter, ... of that if it already undoes, in half as many steps, what the
+    plain ones have learned. The suggestion is half of the edge, and at most half of the bound.
 
     Args:
         make_module: Makes a new LightningModule.

@@ -14,19 +14,8 @@ from lightning_gr.tune.space import METHODS, PLAIN
 
 __all__ = ["draw_final", "draw_ranges", "draw_search", "write_best", "write_files", "write_trials"]
 
-_COLUMNS = (
-    "stage",
-    "method",
-    "index",
-    "seed",
-    "constants",
-    "state",
-    "value",
-    "seconds",
-    "step_seconds",
-    "test",
-    "error",
-)
+_FACTS = ("state", "value", "seconds", "step_seconds", "test", "error")
+_COLUMNS = ("stage", "method", "index", "seed", "constants", *_FACTS)
 
 
 def write_files(result: TuneResult, folder: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Path]:
@@ -113,29 +102,27 @@ def draw_search(result: TuneResult) -> Any:
     plain = result.rows[0].values.values()
     for axes, name in zip(panels, names, strict=False):
         mine = [t for t in searched if t["method"] == name and t.get("value") is not None and math.isfinite(t["value"])]
-        constant = METHODS[name].constants[0]
-        second = METHODS[name].constants[1:]
-        for state, marker, label in (("COMPLETE", "o", "to the end"), ("PRUNED", "x", "pruned")):
-            group = [t for t in mine if t["state"] == state]
-            x, y = [t["constants"][constant] for t in group], [t["value"] for t in group]
-            if not group:
-                continue
-            if second:
-                colors = [math.log10(t["constants"][second[0]]) for t in group]
-                drawn = axes.scatter(
-                    x, y, c=colors, marker=marker, label=label, cmap="viridis", **_limits(mine, second[0])
-                )
-            else:
-                drawn = axes.scatter(x, y, color=COLORS[0], marker=marker, label=label)
-        if second and mine:
-            figure.colorbar(drawn, ax=axes, label=f"log10 {second[0]}")
+        _scatter(figure, axes, mine, METHODS[name].constants)
         if plain:
-            axes.axhline(
-                statistics.mean(plain), color="0.4", linewidth=0.8, linestyle="--", label="plain, mean of seeds"
-            )
-        axes.set(title=name, xlabel=constant, ylabel=result.goal.monitor, xscale="log")
+            axes.axhline(statistics.mean(plain), color="0.4", linewidth=0.8, linestyle="--", label="plain")
+        axes.set(title=name, xlabel=METHODS[name].constants[0], ylabel=result.goal.monitor, xscale="log")
         _finish(axes)
     return figure
+
+
+def _scatter(figure: Any, axes: Any, trials: Sequence[Mapping[str, Any]], constants: Sequence[str]) -> None:
+    """The trials of one method; a second constant is shown by color."""
+    drawn = None
+    for state, marker, label in (("COMPLETE", "o", "to the end"), ("PRUNED", "x", "pruned")):
+        group = [t for t in trials if t["state"] == state]
+        style: dict[str, Any] = {"color": COLORS[0]}
+        if len(constants) > 1 and group:
+            style = {"c": [math.log10(t["constants"][constants[1]]) for t in group], **_limits(trials, constants[1])}
+        x = [t["constants"][constants[0]] for t in group]
+        if group:
+            drawn = axes.scatter(x, [t["value"] for t in group], marker=marker, label=label, **style)
+    if len(constants) > 1 and drawn is not None:
+        figure.colorbar(drawn, ax=axes, label=f"log10 {constants[1]}")
 
 
 def _limits(trials: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
@@ -159,9 +146,7 @@ def draw_final(result: TuneResult) -> Any:
         margin = 0.25 * (max(every) - min(every)) or abs(max(every)) / 10 or 1.0
         axes.set_ylim(min(every) - margin, max(every) + margin)
     axes.set_xticks(range(len(rows)), [_tick(row) for row in rows], fontsize="small")
-    axes.set(
-        ylabel=f"{result.goal.monitor}{' (%)' if percent > 1 else ''}", title="Final trainings, one point per seed"
-    )
+    axes.set(ylabel=f"{result.goal.monitor}{' (%)' if percent > 1 else ''}", title="Final trainings")
     axes.grid(axis="y", alpha=0.3)
     return figure
 

@@ -55,17 +55,23 @@ def open_storage(storage: str | None, folder: Path) -> Any:
     optuna = import_optuna()
     if storage is None:
         storage = f"sqlite:///{folder / 'study.db'}"
-    for attempt in range(5):
-        try:
-            return _open(optuna, storage)
-        except Exception as error:
-            # two processes that create the tables of one file at the same time
-            if attempt < 4 and any(word in str(error) for word in ("already exists", "locked", "UNIQUE", "unique")):
-                time.sleep(0.5 * (attempt + 1))
-                continue
-            text = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise TuneError(f"cannot open the storage {_without_password(storage)}: {text}") from error
-    raise AssertionError("unreachable")
+    try:
+        return _opened(optuna, storage)
+    except Exception as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TuneError(f"cannot open the storage {_without_password(storage)}: {text}") from error
+
+
+def _opened(optuna: Any, storage: str, attempts: int = 5) -> Any:
+    """Open a storage, again if another process is creating its tables at the same time."""
+    try:
+        return _open(optuna, storage)
+    except Exception as error:
+        clash = any(word in str(error).lower() for word in ("already exists", "locked", "unique"))
+        if attempts == 1 or not clash:
+            raise
+    time.sleep(0.5)
+    return _opened(optuna, storage, attempts - 1)
 
 
 def _open(optuna: Any, storage: str) -> Any:
