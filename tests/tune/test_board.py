@@ -1,6 +1,7 @@
 """What comes next, and the constants that a search starts with."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -16,7 +17,7 @@ SWEEP = Sweep("rho", (0.1, 1.0), (0.0, 3.0), 2.0, 1.0)
 
 def found(method):
     names = METHODS[method].constants
-    return Range(method, SWEEP, {name: (0.01, 1.0) for name in names}, dict.fromkeys(names, 0.5))
+    return Range(method, SWEEP, dict.fromkeys(names, (0.01, 1.0)), dict.fromkeys(names, 0.5))
 
 
 def make_board(tmp_path, settings=None, **options):
@@ -114,7 +115,7 @@ def test_another_study_in_the_folder_is_refused_with_what_differs(tmp_path, chan
     options = {"monitor": "val_acc", **change}
     settings = options.pop("settings", {"model": "A"})
     plan = Plan.checked(methods=["SAM"], output=tmp_path, **options)
-    with pytest.raises(TuneError, match="holds another study: .* was .* and is .*: give another --output"):
+    with pytest.raises(TuneError, match=r"holds another study: .* was .* and is .*: give another --output"):
         Board(plan, settings)
 
 
@@ -150,5 +151,5 @@ def test_first_guesses_begin_with_the_suggestion_and_fill_the_bounds(method):
         values = sorted(guess[name] for guess in guesses)
         assert low <= values[0]
         assert values[-1] <= high
-        ratios = [b / a for a, b in zip(values, values[1:], strict=False)]
+        ratios = [b / a for a, b in pairwise(values)]
         assert max(ratios) < (high / low) ** 0.6
