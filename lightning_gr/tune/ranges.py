@@ -52,7 +52,27 @@ class Range:
         return cls(**{**fields, "sweep": Sweep(**sweep), "bounds": bounds})
 
 
-class _Final(RangeFinder):
+class _Stops(RangeFinder):
+    """Ends the training with the test; the Trainer's own length stays, since learning rates may follow it."""
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        """Test, and stop."""
+        super().on_train_batch_end(trainer, *args)
+        if trainer.global_step >= self.warmup_steps:
+            trainer.should_stop = True
+
+
+class _Probe(_Stops):
+    """A range test in at most a quarter of the training."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Shorten the plain steps if the training is short."""
+        total = trainer.estimated_stepping_batches
+        if math.isfinite(total):
+            self.warmup_steps = max(1, min(self.warmup_steps, int(total) // 4))
+
+
+class _Final(_Stops):
     """Measures the clean loss at the end of a short training with a method."""
 
     def on_fit_start(self, *args: Any) -> None:
@@ -129,22 +149,22 @@ def find_range(
         settings: Further arguments of its callback.
         seed: The seed.
         folder: For files.
-        steps: The number of optimizer steps of each short training.
+        steps: The number of plain optimizer steps before the test, but at most a quarter of the training.
         short_training: Whether to test the upper bound by training.
 
     Raises:
         TuneError: If the training fails.
     """
     callback = method.callback(method.at_scale(1.0), settings)
-    finder = RangeFinder(steps, method=callback, apply=False)
-    error = _short(program, [finder], seed, folder, steps)
+    finder = _Probe(steps, method=callback, apply=False)
+    error = _short(program, [finder], seed, folder)
     if error is not None:
         raise TuneError(error)
-    sweep = finder.result
+    sweep, steps = finder.result, finder.warmup_steps
     if sweep is None:
         raise TuneError(
             f"the range test needs {steps} optimizer steps with a loss, but training ended before: use a smaller"
-            " --range_steps"
+            " --range_steps, or train longer"
         )
     if not math.isfinite(sweep.first) or not math.isfinite(sweep.clean):
         raise TuneError(f"plain training diverges within {steps} steps (loss {sweep.clean:g}): lower the learning rate")
@@ -188,7 +208,7 @@ def _breaks(
     callback = method.callback(method.at_scale(high), {**settings, **begin})
     more = max(1, steps // 2)
     measure = _Final(steps + more, apply=False)
-    error = _short(program, [measure, callback], seed, folder, steps + more)
+    error = _short(program, [measure, callback], seed, folder)
     if error is not None and error.startswith("MisconfigurationException"):
         raise TuneError(error)  # the method does not fit this module or Trainer at all
     if error is not None or measure.result is None:
@@ -197,7 +217,7 @@ def _breaks(
     return not learned >= LEARNS * (sweep.first - sweep.clean)
 
 
-def _short(program: Program, callbacks: list[Any], seed: int, folder: Path, steps: int) -> str | None:
-    """Train for a few steps without validation, and return the error, if any."""
-    flags = {"max_steps": steps, "limit_val_batches": 0, "num_sanity_val_steps": 0, "min_epochs": None}
+def _short(program: Program, callbacks: list[Any], seed: int, folder: Path) -> str | None:
+    """Train without validation, and return the error, if any."""
+    flags = {"limit_val_batches": 0, "num_sanity_val_steps": 0, "min_epochs": None, "min_steps": None}
     return train(program, callbacks, seed, folder, _NOTHING, **flags).error

@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lightning_gr.tune.ranks import is_rank_zero, shared
 from lightning_gr.tune.report import write_files
 from lightning_gr.tune.space import DEFAULT_METHODS, METHODS, TuneError
 from lightning_gr.tune.study import import_optuna
-from lightning_gr.tune.trial import Interrupted, Outcome, check, train
+from lightning_gr.tune.trial import Interrupted, Outcome, check, one_line, train
 
 __all__ = ["run", "tune"]
 
@@ -142,9 +142,12 @@ def run(program: Program, plan: Plan) -> TuneResult:
         return result
     except KeyboardInterrupt:
         raise Interrupted("KeyboardInterrupt") from None
+    except import_optuna().exceptions.StorageInternalError as error:
+        raise TuneError(f"the storage was lost, start again to go on: {one_line(error)}") from error
     finally:
         if board is not None:
-            board.close()
+            with suppress(Exception):  # a storage that was lost; the job is free after a while
+                board.close()
             _remove(plan.output / "trials" / name)
 
 

@@ -290,7 +290,7 @@ def _over_ranks(trainer: "Trainer", value: Tensor) -> Tensor:
 
 def _direction(update: Update, optimizer: torch.optim.Optimizer, around: LossAround) -> list[Tensor]:
     """The direction d of the update on one batch, along which a constant of 1 displaces the weights."""
-    if update.ahead is not None:
+    if update.ahead:
         momenta = {id(param): momentum for param, momentum in momenta_of(optimizer, around.params)}
         if not momenta:
             raise MisconfigurationException(f"{type(optimizer).__name__} keeps no momentum to look ahead along")
