@@ -65,10 +65,13 @@ class Board:
             )
 
     def close(self) -> None:
-        """Give up the claims of this process."""
+        """Give up the claims of this process, and its connections."""
         if self.job is not None:
             self.job.release()
         self.owner.close()
+        if hasattr(self.storage, "remove_session"):
+            self.storage.remove_session()
+            self.storage.engine.dispose()
 
     # --- what is known
 

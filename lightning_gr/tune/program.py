@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from torch import nn
+
 from lightning_gr._compat import has_base_named, namespace_of
 from lightning_gr.tune.ranks import is_rank_zero
 from lightning_gr.tune.space import TuneError
@@ -31,8 +33,9 @@ class Built:
 class Program(Protocol):
     """Makes everything for one training, from the start each time."""
 
-    settings: dict[str, Any]
-    """What distinguishes this study from others, by name."""
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What distinguishes this study from others, by name."""
 
     def build(self, callbacks: Sequence[Any], folder: Path, **flags: Any) -> Built:
         """Make a Trainer with these callbacks first, whose files go into ``folder``, and a module with its data."""
@@ -84,13 +87,16 @@ class Functions:
 
     def __post_init__(self) -> None:
         for name, value in (("make_module", self.make_module), ("make_data", self.make_data)):
-            if not callable(value) and not (name == "make_data" and value is None):
+            missing = name == "make_data" and value is None
+            # a module is callable as well, but would be trained again and again
+            if (not callable(value) or isinstance(value, nn.Module)) and not missing:
                 raise TuneError(f"expected `{name}` to be a function that makes one for each training, got {value!r}")
-        self.settings: dict[str, Any] = {
-            "make_module": _name(self.make_module),
-            "make_data": _name(self.make_data),
-            **{f"trainer.{name}": repr(value) for name, value in self.flags.items() if name != "callbacks"},
-        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The names of the functions, and the Trainer's arguments."""
+        flags = {f"trainer.{name}": repr(value) for name, value in self.flags.items() if name != "callbacks"}
+        return {"make_module": _name(self.make_module), "make_data": _name(self.make_data), **flags}
 
     def build(self, callbacks: Sequence[Any], folder: Path, **flags: Any) -> Built:
         """See :class:`Program`."""

@@ -47,7 +47,7 @@ class Range:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Range":
         """Restore it from a storage, whose JSON has no tuples."""
-        sweep = {name: tuple(v) if isinstance(v, list) else v for name, v in fields["sweep"].items()}
+        sweep: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields["sweep"].items()}
         bounds = {name: (low, high) for name, (low, high) in fields["bounds"].items()}
         return cls(**{**fields, "sweep": Sweep(**sweep), "bounds": bounds})
 
@@ -219,5 +219,5 @@ def _breaks(
 
 def _short(program: Program, callbacks: list[Any], seed: int, folder: Path) -> str | None:
     """Train without validation, and return the error, if any."""
-    flags = {"limit_val_batches": 0, "num_sanity_val_steps": 0, "min_epochs": None, "min_steps": None}
+    flags: dict[str, Any] = {"limit_val_batches": 0, "num_sanity_val_steps": 0, "min_epochs": None, "min_steps": None}
     return train(program, callbacks, seed, folder, _NOTHING, **flags).error

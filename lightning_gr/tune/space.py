@@ -67,7 +67,7 @@ METHODS = {
 DEFAULT_METHODS = (PLAIN, "F-GR", "SAM", "MomentumSAM", "flooding")
 
 
-def check_methods(names: object) -> list[Method]:
+def check_methods(names: Any) -> list[Method]:
     """Return the methods to search, without plain training, which has nothing to choose and is always compared.
 
     Raises:

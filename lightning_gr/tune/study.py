@@ -199,7 +199,7 @@ class Queue:
     def done(self) -> dict[int, Any]:
         """The finished jobs by index: complete, pruned or failed with an error."""
         trials = self.trials()
-        ended = {}
+        ended: dict[int, Any] = {}
         for trial in trials:
             if trial.state.is_finished() and (trial.state != self.states.FAIL or "error" in trial.user_attrs):
                 ended.setdefault(_index(trial, trials), trial)

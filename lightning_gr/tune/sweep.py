@@ -10,10 +10,9 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_gr._compat import CallbackBase, MisconfigurationException, has_base_named
+from lightning_gr._compat import REFUSED_STRATEGIES, CallbackBase, MisconfigurationException, has_base_named
 from lightning_gr._validate import check_int
 from lightning_gr.callbacks.base import TwoPass
-from lightning_gr.callbacks.checks import REFUSED_STRATEGIES
 from lightning_gr.callbacks.flooding import Flooding
 from lightning_gr.callbacks.recorder import surroundings_of
 from lightning_gr.core.ahead import momenta_of
@@ -184,6 +183,7 @@ class RangeFinder(CallbackBase):
     def _sweep(self, trainer: "Trainer", pl_module: "LightningModule") -> Sweep:
         first, method = float(self.losses[0]), self._active
         losses = DisplacedLosses(trainer, pl_module, self._batches)
+        rise: Callable[[float], float]
         if isinstance(method, Flooding):
             constant, rise = "level", losses.flooded
         else:

@@ -144,7 +144,7 @@ def progress_of(trainer: "Trainer") -> float:
         within = 0.0
         if isinstance(batches, int) and batches > 0:
             within = min(1.0, trainer.fit_loop.epoch_loop.batch_progress.current.ready / batches)
-        shares.append(min(1.0, (trainer.fit_loop.epoch_progress.current.processed + within) / trainer.max_epochs))
+        shares.append(min(1.0, (trainer.current_epoch + within) / trainer.max_epochs))
     if trainer.max_steps and trainer.max_steps > 0:
         shares.append(min(1.0, trainer.global_step / trainer.max_steps))
     return max(shares)
@@ -265,7 +265,12 @@ def check(program: Program, folder: Path, goal: Goal) -> Outcome:
         TuneError: If this fails.
     """
     short: dict[str, Any] = {"limit_train_batches": 1, "limit_val_batches": 1, "max_epochs": 1, "max_steps": -1}
-    often = {"check_val_every_n_epoch": 1, "val_check_interval": 1.0, "num_sanity_val_steps": 0, "min_epochs": None}
+    often: dict[str, Any] = {
+        "check_val_every_n_epoch": 1,
+        "val_check_interval": 1.0,
+        "num_sanity_val_steps": 0,
+        "min_epochs": None,
+    }
     outcome = train(program, [], 0, folder, goal, **short, **often)
     if outcome.error is not None:
         raise TuneError(f"plain training fails: {outcome.error}")

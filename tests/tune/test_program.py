@@ -11,8 +11,8 @@ from lightning_gr.tune.program import Functions
 from lightning_gr.tune.space import TuneError
 
 
-def build(tmp_path, callbacks=(), **flags):
-    return Functions(Problem, Data, {"accelerator": "cpu", **flags}).build(callbacks, tmp_path / "trial")
+def build(tmp_path, *methods, **flags):
+    return Functions(Problem, Data, {"accelerator": "cpu", **flags}).build(methods, tmp_path / "trial")
 
 
 def test_each_build_makes_a_new_module_and_data(tmp_path):
@@ -26,7 +26,7 @@ def test_each_build_makes_a_new_module_and_data(tmp_path):
 def test_loggers_checkpoints_and_bars_of_the_user_stay_out(tmp_path):
     users = [ModelCheckpoint(tmp_path / "mine"), RichProgressBar(), LearningRateMonitor(), EarlyStopping("val_loss")]
     method = SAM()
-    built = build(tmp_path, [method], callbacks=users, logger=CSVLogger(str(tmp_path / "logs")))
+    built = build(tmp_path, method, callbacks=users, logger=CSVLogger(str(tmp_path / "logs")))
     kinds = [type(callback) for callback in built.trainer.callbacks]
     assert kinds[0] is SAM
     assert {LearningRateMonitor, EarlyStopping} <= set(kinds)

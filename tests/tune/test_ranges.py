@@ -41,13 +41,13 @@ def test_training_with_the_bound_breaks_or_the_loss_rises_too_far(found):
         assert (each.shortened == 0) == (high == pytest.approx(each.sweep.bound, rel=0.06))
 
 
-def test_too_few_steps_of_training():
-    class Short(Problem):
-        def on_train_batch_end(self, *args):
-            self.trainer.should_stop = True
+def test_a_training_without_steps():
+    class WithoutLoss(Problem):
+        def training_step(self, batch):
+            return None
 
-    with pytest.raises(TuneError, match="training ended before"):
-        range_test(Short, Data, methods=["SAM"], trainer=FLAGS, warmup_steps=5)
+    with pytest.raises(TuneError, match="optimizer steps with a loss, but training ended before"):
+        range_test(WithoutLoss, Data, methods=["SAM"], trainer=FLAGS, warmup_steps=5)
 
 
 def test_a_method_that_does_not_fit_is_one_line():
