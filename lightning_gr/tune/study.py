@@ -9,6 +9,7 @@ import contextlib
 import threading
 import time
 import uuid
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -228,8 +229,6 @@ class Queue:
         return None
 
     def _ask(self) -> Any:
-        import warnings
-
         optuna = import_optuna()
         self.study.sampler = optuna.samplers.RandomSampler(seed=0)  # what is tried is decided with the index
         with warnings.catch_warnings():
@@ -285,7 +284,9 @@ class Queue:
             )
         )
 
-    def suggest(self, job: Job, bounds: dict[str, tuple[float, float]], first: Sequence[dict[str, float]]) -> Any:
+    def suggest(
+        self, job: Job, bounds: dict[str, tuple[float, float]], first: Sequence[dict[str, float]]
+    ) -> dict[str, float]:
         """Choose constants for a job, log-uniform within bounds.
 
         Args:
@@ -294,18 +295,21 @@ class Queue:
             first: The constants of the first jobs. Later ones are chosen by the tree-structured Parzen estimator, from
                 the results so far and a seed that depends on the index alone.
         """
-        import warnings
+        given = first[job.index] if job.index < len(first) else {}
+        return {name: self._suggest(job, name, ends, given) for name, ends in bounds.items()}
 
+    def _suggest(self, job: Job, name: str, ends: tuple[float, float], given: dict[str, float]) -> float:
+        """Choose one constant, with a seed of its own: the others may have been chosen before an interruption."""
         optuna = import_optuna()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Optuna calls the sampler of fixed values experimental
-            if job.index < len(first):
+            if name in given:
                 base = optuna.samplers.RandomSampler(seed=0)
-                self.study.sampler = optuna.samplers.PartialFixedSampler(dict(first[job.index]), base)
+                self.study.sampler = optuna.samplers.PartialFixedSampler({name: given[name]}, base)
             else:
-                seed = zlib.crc32(f"{self.name}/{job.index}".encode())
+                seed = zlib.crc32(f"{self.name}/{job.index}/{name}".encode())
                 self.study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=0, multivariate=False)
-            return {name: job.trial.suggest_float(name, *ends, log=True) for name, ends in bounds.items()}
+            return float(job.trial.suggest_float(name, *ends, log=True))
 
 
 def _is_extra(trial: Any) -> bool:

@@ -176,3 +176,14 @@ def test_a_journal_file_is_a_storage_too(tmp_path, owner):
     queue = Queue(open_storage(str(tmp_path / "journal.log"), tmp_path), "a", owner)
     assert list(run(queue, 2)) == [0, 1]
     assert optuna.study.get_all_study_names(open_storage(str(tmp_path / "journal.log"), tmp_path)) == ["a"]
+
+
+def test_a_second_constant_does_not_depend_on_whether_the_first_was_known(storage, owner):
+    """As after an interruption between the two."""
+    both, second = Queue(storage, "a", owner), {"gamma": (0.01, 1.0)}
+    job = both.claim(3)
+    chosen = both.suggest(job, {**BOUNDS, **second}, ())
+    job.release()
+    lost = Queue(storage, "b", owner)
+    lost.name = both.name
+    assert lost.suggest(lost.claim(3), second, ())["gamma"] == chosen["gamma"]
