@@ -59,7 +59,9 @@ def open_storage(storage: str | None, folder: Path) -> Any:
     try:
         return _opened(optuna, storage)
     except Exception as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # a missing driver is named by the cause alone
+        reason = error.__cause__ if isinstance(error.__cause__, ImportError) else error
+        text = (str(reason).strip() or type(reason).__name__).splitlines()[0]
         raise TuneError(f"cannot open the storage {_without_password(storage)}: {text}") from error
 
 

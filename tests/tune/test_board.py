@@ -3,8 +3,10 @@
 import math
 from itertools import pairwise
 
+import optuna
 import pytest
 
+from lightning_gr.tune import board as module
 from lightning_gr.tune.board import Board, first_guesses
 from lightning_gr.tune.plan import Plan
 from lightning_gr.tune.ranges import Range
@@ -18,6 +20,13 @@ SWEEP = Sweep("rho", (0.1, 1.0), (0.0, 3.0), 2.0, 1.0)
 def found(method):
     names = METHODS[method].constants
     return Range(method, SWEEP, dict.fromkeys(names, (0.01, 1.0)), dict.fromkeys(names, 0.5))
+
+
+@pytest.fixture(autouse=True)
+def _in_memory(monkeypatch):
+    """A storage that takes no time; `test_study` is about those on disk."""
+    storage = optuna.storages.InMemoryStorage()
+    monkeypatch.setattr(module, "open_storage", lambda *args: storage)
 
 
 @pytest.fixture(autouse=True)

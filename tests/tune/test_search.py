@@ -148,7 +148,7 @@ def postgres(tmp_path):
         stderr=subprocess.DEVNULL,
         cwd="/",
     )
-    yield f"postgresql://tune@127.0.0.1:{port}/postgres"
+    yield f"postgresql+psycopg2://tune@127.0.0.1:{port}/postgres"
     end(server)
 
 
