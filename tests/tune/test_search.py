@@ -15,6 +15,9 @@ from tuned import FLAGS, SIZE, Data, Problem, answer, study
 from lightning_gr.tune import TuneError, tune
 from lightning_gr.tune.study import GRACE
 
+# whole studies, on a busy machine
+pytestmark = pytest.mark.timeout(1800)
+
 PROGRAM = [*PYTHON, HERE / "tuned.py"]
 
 
@@ -91,7 +94,6 @@ def launched(folder, *arguments):
 
 @pytest.mark.launch
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_killed_at_random_moments_and_started_again(tmp_path):
     """The answer is that of a study that was never interrupted, and no finished trial is repeated."""
     whole = launched(tmp_path, tmp_path / "whole")
@@ -108,7 +110,6 @@ def test_killed_at_random_moments_and_started_again(tmp_path):
 
 @pytest.mark.launch
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("storage", [[], ["journal.log"]], ids=["SQLite", "journal"])
 def test_two_processes_share_a_study(tmp_path, storage):
     arguments = [tmp_path / "shared", *(tmp_path / name for name in storage)]
@@ -154,7 +155,6 @@ def postgres(tmp_path):
 
 @pytest.mark.launch
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_two_machines_share_a_study_in_postgresql(tmp_path, postgres):
     """Each has an output folder of its own, so only the database knows of the other."""
     commands = [[*PROGRAM, tmp_path / name, postgres] for name in ("first", "second")]
@@ -167,7 +167,6 @@ def test_two_machines_share_a_study_in_postgresql(tmp_path, postgres):
 
 @pytest.mark.launch
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_rank_0_asks_and_all_ranks_hear(tmp_path):
     """Two ranks on a CPU, started by Lightning itself; the answer is one of whole trainings on both."""
     script = tmp_path / "ranks.py"
