@@ -69,8 +69,8 @@ class Board:
         if self.job is not None:
             self.job.release()
         self.owner.close()
-        if hasattr(self.storage, "remove_session"):
-            self.storage.remove_session()
+        self.storage.remove_session()
+        if hasattr(self.storage, "engine"):  # that of a database
             self.storage.engine.dispose()
 
     # --- what is known

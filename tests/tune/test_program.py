@@ -1,5 +1,7 @@
 """Each training has its own module and Trainer, whose files stay out of the user's runs."""
 
+from pathlib import Path
+
 import pytest
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
@@ -31,7 +33,7 @@ def test_loggers_checkpoints_and_bars_of_the_user_stay_out(tmp_path):
     assert kinds[0] is SAM
     assert {LearningRateMonitor, EarlyStopping} <= set(kinds)
     assert not {ModelCheckpoint, RichProgressBar} & set(kinds)
-    assert built.trainer.log_dir == str(tmp_path / "trial" / "" / "")
+    assert Path(built.trainer.log_dir) == tmp_path / "trial"
     assert built.trainer.default_root_dir == str(tmp_path / "trial")
     assert users[3] not in built.trainer.callbacks  # a copy for each training
 

@@ -41,6 +41,7 @@ def test_training_with_the_bound_breaks_or_the_loss_rises_too_far(found):
         assert (each.shortened == 0) == (high == pytest.approx(each.sweep.bound, rel=0.06))
 
 
+@pytest.mark.filterwarnings("ignore:.*training_step. returned")
 def test_a_training_without_steps():
     class WithoutLoss(Problem):
         def training_step(self, batch):
