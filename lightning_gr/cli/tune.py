@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gr.callbacks.by_name import CALLBACKS_BY_NAME
 from lightning_gr.cli.lightning_cli import GradientRegularizationCLI
-from lightning_gr.report.display import make_console, printable
+from lightning_gr.report.console import make_console, printable
 from lightning_gr.tune.answer import TuneResult, make_tables
 from lightning_gr.tune.plan import Plan
 from lightning_gr.tune.program import Built, own_flags

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lightning_gr.report.display import printable
+from lightning_gr.report.console import printable
 from lightning_gr.tune.space import PLAIN, Constants
 from lightning_gr.tune.trial import Goal
 

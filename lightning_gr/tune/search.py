@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lightning_gr.report.display import make_console, printable
+from lightning_gr.report.console import make_console, printable
 from lightning_gr.tune.answer import TuneResult
 from lightning_gr.tune.board import Board
 from lightning_gr.tune.plan import Plan, Task
