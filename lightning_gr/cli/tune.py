@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gr.callbacks.by_name import CALLBACKS_BY_NAME
 from lightning_gr.cli.lightning_cli import GradientRegularizationCLI
-from lightning_gr.report.console import make_console, printable
+from lightning_gr.report.console import complain, make_console, make_outputs_printable, printable
 from lightning_gr.tune.answer import TuneResult, make_tables
 from lightning_gr.tune.plan import Plan
 from lightning_gr.tune.program import Built, own_flags
@@ -143,15 +143,16 @@ def run_tune(argv: Sequence[str] | None) -> int:
     Args:
         argv: The command line, beginning with ``tune``. None means ``sys.argv``.
     """
+    make_outputs_printable()
     try:
         cli = _parsed(list(sys.argv[1:] if argv is None else argv)[1:])
         plan = cli.plan()
         result = run(cli, plan)
     except TuneError as error:
-        sys.stderr.write(f"lightning-gr: error: {error}\n")
+        complain(f"lightning-gr: error: {' '.join(str(error).split())}")
         return 2
     except (Interrupted, KeyboardInterrupt):
-        sys.stderr.write("lightning-gr: interrupted: the same command goes on where this one stopped\n")
+        complain("lightning-gr: interrupted: the same command goes on where this one stopped")
         return 130
     if is_rank_zero():
         _show(result, plan)
