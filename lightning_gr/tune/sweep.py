@@ -86,7 +86,7 @@ def _crossing(before: tuple[float, float] | None, after: tuple[float, float], sc
     return float(before[0] * (after[0] / before[0]) ** share)
 
 
-class RangeFinder(CallbackBase):
+class RangeFinder(CallbackBase):  # type: ignore[misc]
     """Finds a usable constant for a method in the first steps of training, and writes it into the method.
 
     The first ``warmup_steps`` optimizer steps are plain. The loss of the last four batches is then evaluated at weights

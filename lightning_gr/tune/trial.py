@@ -89,7 +89,7 @@ class Outcome:
         return asdict(self)
 
 
-class _Watch(CallbackBase):
+class _Watch(CallbackBase):  # type: ignore[misc]
     """Follows a training: validates the monitor, measures steps, and prunes. Comes first among the callbacks."""
 
     def __init__(self, goal: Goal, prune: Prune, tick: Callable[[float], None]) -> None:
