@@ -366,3 +366,8 @@ def stepped_twin(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tor
 def gradients_are_scaled(optimizer: object) -> bool:
     """Whether an optimizer unscales gradients itself, as torch's fused optimizers do."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def spawns_ranks(trainer: "Trainer") -> bool:
+    """Whether the Trainer starts its ranks within each `fit`, and ends them with it (spawn and fork, notebooks)."""
+    return type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"
