@@ -357,8 +357,6 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
             verbose=self.verbose,
         )
 
-    # --- used by the mixin
-
     @property
     def state(self) -> State:
         """The vectors that the rule keeps from step to step."""
