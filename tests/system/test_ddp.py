@@ -8,7 +8,7 @@ from launching import torchrun
 from modules import METHODS, assert_near, cross_entropy, make_batches
 from replicas import CASES, EPOCHS, JOINT, OTHERS, OWN, RANKS, WINDOWS
 
-LIMIT = 150
+LIMIT = 400
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(LIMIT + 60)]
 
 

@@ -58,7 +58,7 @@ def test_gan_on_two_processes():
 def test_loops(name):
     accuracies = re.findall(r"test accuracy ([\d.]+)", run(name, "--epochs", "15"))
     assert len(accuracies) == 2
-    assert all(float(accuracy) > 0.8 for accuracy in accuracies)
+    assert all(float(accuracy) > 0.7 for accuracy in accuracies)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from hooked_ranks import CASES, RANKS
 from launching import torchrun
 
-LIMIT = 150
+LIMIT = 400
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(LIMIT + 60)]
 
 

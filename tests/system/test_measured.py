@@ -10,7 +10,7 @@ from measured import FLOOD_LEVEL, RANKS, own_batch
 from metrics_by_hand import by_hand
 from modules import FIRST_ORDER, METHODS, cross_entropy, weights
 
-LIMIT = 120
+LIMIT = 400
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(LIMIT + 60)]
 shards = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on a CPU")
 

@@ -10,7 +10,7 @@ from sharded import CASES, RANKS, Module, spread, trainer, whole
 from lightning_gr import SAM, GradientRegularization, TwoPass
 from lightning_gr.rules import GSAMRule
 
-LIMIT = 240
+LIMIT = 600
 pytestmark = [
     pytest.mark.timeout(LIMIT + 60),
     pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on a CPU"),

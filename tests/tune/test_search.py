@@ -15,13 +15,13 @@ from tuned import FLAGS, SIZE, Data, Problem, answer, study
 from lightning_gr.tune import TuneError, tune
 from lightning_gr.tune.study import GRACE
 
-# whole studies, on a busy machine
+# whole studies take minutes: `pytest -m integration tests/tune`
 pytestmark = pytest.mark.timeout(1800)
 
 PROGRAM = [*PYTHON, HERE / "tuned.py"]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_study_from_python(tmp_path, capsys):
     """All stages; the module that the user has is not touched; the global generator decides nothing."""
     mine = Problem()
@@ -37,7 +37,7 @@ def test_a_study_from_python(tmp_path, capsys):
     assert result.sentence.endswith(".")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_an_interruption_within_the_process_changes_nothing(tmp_path):
     """Stopped by Ctrl-C in the middle, and called again."""
 
@@ -60,7 +60,7 @@ def test_an_interruption_within_the_process_changes_nothing(tmp_path):
     assert done == 9
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_trial_that_fails_is_kept_and_all_of_them_are_an_error(tmp_path):
     class FailsWithSAM(Problem):
         def on_train_epoch_end(self):
@@ -93,7 +93,7 @@ def launched(folder, *arguments):
 
 
 @pytest.mark.launch
-@pytest.mark.slow
+@pytest.mark.integration
 def test_killed_at_random_moments_and_started_again(tmp_path):
     """The answer is that of a study that was never interrupted, and no finished trial is repeated."""
     whole = launched(tmp_path, tmp_path / "whole")
@@ -109,7 +109,7 @@ def test_killed_at_random_moments_and_started_again(tmp_path):
 
 
 @pytest.mark.launch
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("storage", [[], ["journal.log"]], ids=["SQLite", "journal"])
 def test_two_processes_share_a_study(tmp_path, storage):
     arguments = [tmp_path / "shared", *(tmp_path / name for name in storage)]
@@ -154,7 +154,7 @@ def postgres(tmp_path):
 
 
 @pytest.mark.launch
-@pytest.mark.slow
+@pytest.mark.integration
 def test_two_machines_share_a_study_in_postgresql(tmp_path, postgres):
     """Each has an output folder of its own, so only the database knows of the other."""
     commands = [[*PROGRAM, tmp_path / name, postgres] for name in ("first", "second")]
@@ -166,7 +166,7 @@ def test_two_machines_share_a_study_in_postgresql(tmp_path, postgres):
 
 
 @pytest.mark.launch
-@pytest.mark.slow
+@pytest.mark.integration
 def test_rank_0_asks_and_all_ranks_hear(tmp_path):
     """Two ranks on a CPU, started by Lightning itself; the answer is one of whole trainings on both."""
     script = tmp_path / "ranks.py"
