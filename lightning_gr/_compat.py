@@ -22,6 +22,7 @@ __all__ = [
     "SUPPORTED_STRATEGIES",
     "CallbackBase",
     "MisconfigurationException",
+    "comm_hook_states",
     "forget_logged",
     "gradient_scaler",
     "gradients_are_scaled",
@@ -171,6 +172,11 @@ def with_hooks(tensors: Iterable[Tensor]) -> list[Tensor]:
 def static_graph(model: object) -> bool:
     """Whether DDP records its graph in the first iteration, which only works if gradients are reduced in it."""
     return bool(getattr(model, "static_graph", False))
+
+
+def comm_hook_states(model: object) -> list[object]:
+    """The objects registered with DDP's communication hooks. Relies on the list that DDP keeps of its hooks."""
+    return [state for _, state in getattr(model, "_comm_hooks", ()) if state is not None]
 
 
 def gradient_scaler(trainer: "Trainer") -> Any:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 __all__ = [
+    "NO_LOSS",
+    "bypassed",
     "check_accumulation",
     "check_apart",
     "check_flooding",
@@ -35,7 +37,14 @@ __all__ = [
     "check_sparse",
     "check_two_pass",
     "check_written",
+    "overridden",
 ]
+
+
+NO_LOSS = (
+    "training_step returned None in a second pass, at displaced weights: that step keeps its clean gradient and counts"
+    " as not regularized. If this happens often, use a smaller `epsilon` or `rho`"
+)
 
 
 def check_overrides(kind: type, base: type) -> None:
@@ -157,6 +166,22 @@ def check_written(writes_gradients: bool, local: bool) -> None:
             " `on_after_backward` or a training step that writes to gradients cannot see each by itself: use"
             " `ascent_sync=True`"
         )
+
+
+def overridden(callback: object, hook: str) -> MisconfigurationException:
+    """The error for a hook of ours that did not run."""
+    return MisconfigurationException(
+        f"`{hook}` of {type(callback).__name__} did not run, so nothing would be regularized: call"
+        f" `super().{hook}(...)` in your override of `{hook}`"
+    )
+
+
+def bypassed(plugin: object) -> MisconfigurationException:
+    """The error for a precision plugin whose hook, which starts the second pass, was replaced during training."""
+    return MisconfigurationException(
+        f"`post_backward` of {type(plugin).__name__} was replaced after training started, by something that does not"
+        " call what was there before, so nothing was regularized: call that, or replace it before `Trainer.fit`"
+    )
 
 
 def check_separable(trainer: "Trainer", metrics: frozenset[str], accumulation: str, ascent_sync: bool) -> None:

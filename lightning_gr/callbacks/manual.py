@@ -193,7 +193,7 @@ class ManualRun:
 
     def _update(self, optimizer: Any, rule: RuleChoice) -> Update | None:
         if rule == "trainer":
-            return None if self._two_pass is None else self._two_pass.update_of(optimizer.optimizer)
+            return None if self._two_pass is None else self._two_pass.update_of(self.trainer, optimizer.optimizer)
         if rule is None:
             return None
         if isinstance(rule, str) or not hasattr(rule, "update"):

@@ -126,7 +126,8 @@ class Recorder:
         trainer: The Trainer, with its model set up.
         pl_module: The module in training.
         storage: Keeps the weights while they are displaced.
-        flood: Floods the loss of the second pass, given the Trainer and the loss; None does not flood.
+        flood: Floods the loss of the second pass, given the Trainer and the loss, or takes part in what other ranks do,
+            given None; None does not flood.
         on_backward_end: Called after each backward pass and the hooks ``on_after_backward``.
     """
 
@@ -135,7 +136,7 @@ class Recorder:
         trainer: "Trainer",
         pl_module: "LightningModule",
         storage: WeightStorage,
-        flood: Callable[["Trainer", Tensor], None] | None,
+        flood: Callable[["Trainer", Tensor | None], None] | None,
         on_backward_end: Callable[[], None],
     ) -> None:
         self.trainer, self.pl_module = trainer, pl_module
@@ -296,7 +297,12 @@ class Recorder:
     def replay(self, transform: Transform, last: bool = True) -> None:
         """Make the calls of the window again, see :class:`~lightning_gr.core.two_pass.Replay`."""
         self._unsynced.close()
-        for batch_idx, (evaluation, batch) in self._calls.items():
+        start = min(self._calls) if self._alone else self._first_of_window()
+        for batch_idx in range(start, self.batch_idx + 1):
+            if batch_idx not in self._calls:
+                self.take_part()
+                continue
+            evaluation, batch = self._calls[batch_idx]
             batch.check(self.trainer.train_dataloader)
             # one reduction of the gradients for the whole window, as in the first pass
             sync = nullcontext() if last and batch_idx == max(self._calls) else unsynced(self.trainer)
@@ -310,6 +316,18 @@ class Recorder:
                 self._backward(extract_loss(output), transform)
                 self._after_backward.again()
         self._thorough = False
+
+    def take_part(self) -> None:
+        """Do what other ranks need for a micro-batch that has a loss there and none here."""
+        if self.flood is not None:
+            self.flood(self.trainer, None)
+
+    def has(self, batch_idx: int) -> bool:
+        """Whether the call of a micro-batch was recorded, and had a loss."""
+        return batch_idx in self._calls
+
+    def _first_of_window(self) -> int:
+        return self.batch_idx - self.batch_idx % self.trainer.accumulate_grad_batches
 
     def _gradients(self) -> list[Tensor | None]:
         return [param.grad for param in self.params]

@@ -6,11 +6,14 @@ import torch
 
 from lightning_gr.callbacks.checks import check_momentum_by_now
 from lightning_gr.callbacks.flooding import Flooding
+from lightning_gr.callbacks.ranks import Decisions
 from lightning_gr.core.ahead import Ahead
+from lightning_gr.core.comm_states import CommStates
 from lightning_gr.core.gradients import StashedGradients
 from lightning_gr.core.rules import Rule, Update
 from lightning_gr.core.storage import WeightStorage
 from lightning_gr.core.tensors import is_lazy
+from lightning_gr.core.two_pass import Transform
 from lightning_gr.report.display import Summary
 
 if TYPE_CHECKING:
@@ -37,12 +40,39 @@ class Run:
         self.stashed = StashedGradients()
         self.update: Update | None = None
         self.ahead: Ahead | None = None
-        self.begun = False  # whether the update of a window has been decided
+        self.window: tuple[int, int] | None = None  # the one whose update has been decided: its epoch and position
+        self.decisions: Decisions | None = None  # if code of the user's decides on updates
+        self.comm_states: CommStates | None = None  # as before the first gradient was reduced
         self.passed = False  # whether the window had its second pass, or needs none
         self.regularized = False
         self.param_count = 0
         # those of the outer run, if another Trainer uses the same callback during that run
         self.outer: tuple[StepReport, StepCounter] | None = None
+
+    def begins_window(self, trainer: "Trainer", batch_idx: int) -> bool:
+        """Whether this micro-batch is the first of its window, or the first after resuming within it."""
+        window = trainer.current_epoch, batch_idx // trainer.accumulate_grad_batches
+        if window == self.window:
+            return False
+        self.window, self.regularized = window, False
+        return True
+
+    def replay(self, transform: Transform, last: bool = True) -> None:
+        """Make the window's calls again, with communication hooks in the state in which the first pass found them."""
+        if self.comm_states is not None:
+            self.comm_states.restore()
+        if self.recorder is not None:
+            self.recorder.replay(transform, last)
+
+    def announce(self) -> None:
+        """Start to compare the update with those of other ranks, if code of the user's decides on it."""
+        if self.decisions is not None:
+            self.decisions.announce(self.update)
+
+    def check_decision(self) -> None:
+        """Raise on all ranks if they will not make the same passes."""
+        if self.decisions is not None:
+            self.decisions.check()
 
     def look_ahead(self, optimizer: torch.optim.Optimizer) -> None:
         """Set ``ahead``, the point at which a single pass of the window takes place; None if at the weights."""

@@ -3,15 +3,17 @@
 All vector operations run on the local shards, so no parameter is ever gathered. A norm reduces a single number.
 """
 
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "SideGroup",
     "by_layout",
     "is_distributed",
+    "is_initialized",
     "local_parts",
     "mean_over_ranks",
     "norm_over_ranks",
@@ -30,6 +32,11 @@ def is_distributed(tensor: Tensor) -> bool:
 def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
     """This rank's shard of each tensor, sharing its storage; the tensor itself if it is not distributed."""
     return [tensor.to_local() if is_distributed(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
+
+
+def is_initialized() -> bool:
+    """Whether there are other processes to communicate with."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def by_layout(tensors: Sequence[Tensor]) -> dict[Hashable, list[Tensor]]:
@@ -67,6 +74,55 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     total = value.detach().clone()
     torch.distributed.all_reduce(total)
     return total / torch.distributed.get_world_size()
+
+
+class SideGroup:
+    """A process group of its own, whose reductions are in step even where those of DDP are not.
+
+    A rank that has a batch less runs one forward pass less, and so DDP sends its buffers, or rearranges its buckets, at
+    another moment there. All ranks must create it together, and then call its methods equally often.
+
+    Args:
+        device: The device of the process group's collectives.
+        name: What it is for. The process group is kept for the next one of that name, since one that is given back on
+            one rank breaks what others are still doing.
+    """
+
+    _groups: ClassVar[dict[str, tuple[Any, Any]]] = {}
+
+    def __init__(self, device: torch.device, name: str) -> None:
+        world = torch.distributed.group.WORLD
+        if self._groups.get(name, (None, None))[0] is not world:
+            self._groups[name] = world, torch.distributed.new_group()
+        self._group, self._device = self._groups[name][1], device
+        self._absent: list[Any] = []
+
+    def mean_over_present(self, value: Tensor) -> Tensor:
+        """Average a 0-dimensional tensor over the ranks that have one, in float64, and wait for it."""
+        total = torch.stack([value.detach().to(self._device, torch.float64), self._numbers(1.0)[0]])
+        torch.distributed.all_reduce(total, group=self._group)
+        self._absent = []  # earlier reductions are done
+        return total[0] / total[1]
+
+    def be_absent(self) -> None:
+        """Take part in :meth:`mean_over_present` of other ranks without a value, and without waiting for them."""
+        total = self._numbers(0.0, 0.0)
+        self._absent.append((total, torch.distributed.all_reduce(total, group=self._group, async_op=True)))
+
+    def agree(self, number: int) -> Callable[[], bool]:
+        """Return a function that waits and tells whether all ranks have called this with the same number."""
+        both = self._numbers(number, -number)
+        work = torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
+
+        def agreed() -> bool:
+            work.wait()
+            high, low = both.tolist()
+            return bool(high == -low)
+
+        return agreed
+
+    def _numbers(self, *numbers: float) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64, device=self._device)
 
 
 def settle_gradients(params: Sequence[Tensor]) -> None:

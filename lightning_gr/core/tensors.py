@@ -52,12 +52,15 @@ def wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+def global_norm(tensors: Sequence[Tensor], like: Sequence[Tensor] = ()) -> Tensor:
     """The Euclidean norm of all tensors as one vector, as a 0-dimensional tensor on the first tensor's device.
 
     It is accumulated in at least float32 (bfloat16 has 8 bits of precision and float16 overflows at 65,504), or in
-    float64 if any tensor is. For distributed tensors it is the norm of the full tensors, equal on all ranks.
+    float64 if any tensor is. For distributed tensors it is the norm of the full tensors, equal on all ranks. The norm
+    of no tensors is 0, in the type and on the device of the tensors ``like``.
     """
+    if not tensors:
+        return torch.zeros((), dtype=wide_dtype(like), device=like[0].device if like else None)
     dtype = wide_dtype(tensors)
     groups = by_layout(tensors).values()
     return _norm([norm_over_ranks(_norm(tensor_norms(local_parts(group), dtype)), group[0]) for group in groups])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_gr._compat import will_log
@@ -121,6 +122,14 @@ class StepReport:
         self.steps += 1
         self.regularized += regularized
         self.missed += due and not regularized
+
+    def warn_if_all_missed(self, name: str) -> None:
+        """Warn if steps were due and none was regularized; ``name`` is that of the callback's class."""
+        if self.missed and not self.regularized:
+            rank_zero_warn(
+                f"{name} regularized no optimizer step, although {self.missed} were due: each of them had no gradient,"
+                " a gradient that is not finite, or no loss at the displaced weights"
+            )
 
     def close(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Log the values of the step at its end."""
