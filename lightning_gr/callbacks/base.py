@@ -9,11 +9,18 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_gr._compat import CallbackBase, skips_backward
+from lightning_gr._compat import CallbackBase, is_fsdp1, skips_backward
 from lightning_gr._validate import GradientClip, check_bool, check_choice, check_exclude, check_gradient_clip
 from lightning_gr.callbacks import checks
 from lightning_gr.callbacks.flooding import Flooding
-from lightning_gr.callbacks.ranks import Decisions, check_same_settings, kept_comm_states, may_differ, passes_of
+from lightning_gr.callbacks.ranks import (
+    Decisions,
+    check_same_settings,
+    kept_comm_states,
+    may_differ,
+    passes_of,
+    sharding,
+)
 from lightning_gr.callbacks.recorder import Recorder, gradient_scale, loss_scale
 from lightning_gr.callbacks.rule_state import RuleState
 from lightning_gr.callbacks.run import Run
@@ -165,6 +172,7 @@ class TwoPass(CallbackBase):
             self._steps = StepCounter()
         self.report = self._new_report()
         self._state.begin(trainer, pl_module)
+        run.shard_group = checks.check_fsdp1(trainer)
         settings = self.schedule, self.exclude, self.ascent_sync, self.accumulation
         check_same_settings(trainer, self.rule, self._row(), *settings)
         if trainer.world_size > 1 and may_differ(self, TwoPass):
@@ -213,14 +221,14 @@ class TwoPass(CallbackBase):
             optimizer = trainer.optimizers[0]
             run.update = None if skips_backward(trainer) else self._update_at(trainer.global_step, optimizer)
             self._look_for_new_layers(run, pl_module)
-            run.look_ahead(optimizer)
+            run.look_ahead(trainer)
             self.report.open(trainer, pl_module)
         elif self._by_micro_batch(trainer):
             recorder.forget()
         run.passed = False
 
     def _look_for_new_layers(self, run: Run, pl_module: "LightningModule") -> None:
-        if self.exclude:
+        if self.exclude and run.shard_group is None:  # FSDP1 replaces parameters, but always by the same ones
             count = sum(1 for _ in pl_module.parameters())
             if count != run.param_count:
                 run.param_count, run.excluded = count, match_params(self.exclude, pl_module)
@@ -269,6 +277,10 @@ class TwoPass(CallbackBase):
                 self._second_pass(trainer, pl_module)
 
     def _second_pass(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        with sharding(trainer, self._recording(trainer)[0].shard_group):
+            self._run_second_pass(trainer, pl_module)
+
+    def _run_second_pass(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         run, recorder = self._recording(trainer)
         by_micro_batch = self._by_micro_batch(trainer)
         run.passed = True
@@ -301,7 +313,8 @@ class TwoPass(CallbackBase):
                 stashed=run.stashed,
                 # including parameters without an optimizer
                 excluded=[param for param in recorder.params if id(param) not in chosen],
-                apart=recorder.writes_gradients,
+                # FSDP1 would take what is in `.grad` for a gradient of the whole unit
+                apart=recorder.writes_gradients or is_fsdp1(trainer),
                 loss_scale=scale,
                 check_finite=not self.is_local(trainer),
                 observer=observer,

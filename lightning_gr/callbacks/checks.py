@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from types import CodeType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,10 @@ from lightning_gr._compat import (
     SUPPORTED_STRATEGIES,
     CallbackBase,
     MisconfigurationException,
+    fsdp1_handles,
     has_base_named,
+    is_fsdp1,
+    shard_group,
 )
 from lightning_gr.core.ahead import keeps_momentum, momenta_of
 from lightning_gr.core.hooks import has_accumulation_hooks
@@ -28,6 +31,7 @@ __all__ = [
     "check_accumulation",
     "check_apart",
     "check_flooding",
+    "check_fsdp1",
     "check_hooks",
     "check_momentum",
     "check_momentum_by_now",
@@ -45,6 +49,9 @@ NO_LOSS = (
     "training_step returned None in a second pass, at displaced weights: that step keeps its clean gradient and counts"
     " as not regularized. If this happens often, use a smaller `epsilon` or `rho`"
 )
+
+
+_SHARDED = ("ModelParallelStrategy", "FSDPStrategy")
 
 
 def check_overrides(kind: type, base: type) -> None:
@@ -92,7 +99,7 @@ def check_two_pass(trainer: "Trainer", pl_module: "LightningModule", kind: type)
         name = type(trainer.strategy).__name__
         raise MisconfigurationException(
             f"Gradient regularization does not work with {name}: the second pass is only supported on a single device,"
-            " with DDP and with FSDP2, so use `Trainer(strategy='auto')`, `'ddp'` or `ModelParallelStrategy()`"
+            " with DDP and with FSDP, so use `Trainer(strategy='auto')`, `'ddp'`, `'fsdp'` or `ModelParallelStrategy()`"
         )
     if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
         raise MisconfigurationException(
@@ -112,7 +119,7 @@ def check_accumulation(trainer: "Trainer", accumulation: str, ascent_sync: bool)
 
 def check_sharded(trainer: "Trainer", update: Update, ascent_sync: bool) -> None:
     """Reject settings that need all parameters on each rank if they are sharded."""
-    if not has_base_named(trainer.strategy, "ModelParallelStrategy"):
+    if not has_base_named(trainer.strategy, *_SHARDED):
         return
     if update.curvature:
         raise MisconfigurationException(
@@ -121,9 +128,38 @@ def check_sharded(trainer: "Trainer", update: Update, ascent_sync: bool) -> None
         )
     if not ascent_sync and trainer.world_size > 1:
         raise MisconfigurationException(
-            "`ascent_sync=False` needs all parameters on each device, but ModelParallelStrategy shards them: keep"
-            " `ascent_sync=True`, or use `Trainer(strategy='ddp')`"
+            f"`ascent_sync=False` needs all parameters on each device, but {type(trainer.strategy).__name__} shards"
+            " them: keep `ascent_sync=True`, or use `Trainer(strategy='ddp')`"
         )
+    offload: Any = getattr(trainer.strategy, "cpu_offload", None)
+    if getattr(offload, "offload_params", False):
+        raise MisconfigurationException(
+            "A second pass cannot add to gradients that FSDP offloads to the CPU: leave `cpu_offload` out, or use"
+            " `ModelParallelStrategy` with FSDP2's `CPUOffloadPolicy`"
+        )
+
+
+def check_fsdp1(trainer: "Trainer") -> Any:
+    """Reject FSDP1 models of which some parameters are spread over ranks and some are not, or over others.
+
+    Returns:
+        The process group over which all parameters are spread; None if they are whole.
+    """
+    model = trainer.strategy.model if is_fsdp1(trainer) else None
+    groups = {id(group): group for group in map(shard_group, fsdp1_handles(model))}
+    flat = [p for handle in fsdp1_handles(model) for p in (handle.flat_param, *(handle.flat_param._params or ()))]
+    sharded = {id(param) for param in flat}
+    ignored = any(p.requires_grad and id(p) not in sharded for o in trainer.optimizers for p in _parameters_of(o))
+    if len(groups) > 1 or (groups and ignored):
+        raise MisconfigurationException(
+            "Some parameters are sharded by FSDP and some are not, or not over the same ranks, so there is no common"
+            " norm: use one `sharding_strategy` for all units, and no `ignored_states` that are trained"
+        )
+    return next(iter(groups.values()), None)
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def check_apart(trainer: "Trainer", update: Update, name: str, accumulation: str, ascent_sync: bool) -> None:
@@ -141,7 +177,7 @@ def check_apart(trainer: "Trainer", update: Update, name: str, accumulation: str
             f"{what}, but `accumulation='micro_batch'` adds up those of several micro-batches: use"
             " `accumulation='window'`"
         )
-    if not update.is_linear and has_base_named(trainer.strategy, "ModelParallelStrategy"):
+    if not update.is_linear and has_base_named(trainer.strategy, *_SHARDED):
         raise MisconfigurationException(
             f"{what}, which was not shown to be right where parameters are spread over ranks: use"
             " `Trainer(strategy='ddp')`, or a rule such as `SAMRule`"

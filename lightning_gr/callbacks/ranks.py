@@ -1,20 +1,29 @@
 """Keeps ranks together: none of them decides alone whether there is a second pass."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_gr._compat import MisconfigurationException, comm_hook_states
+from lightning_gr._compat import MisconfigurationException, comm_hook_states, end_broken_pass, forget_gathered, is_fsdp1
 from lightning_gr.core.comm_states import CommStates
 from lightning_gr.core.rules import Rule, Update
-from lightning_gr.core.sharding import SideGroup, is_initialized
+from lightning_gr.core.sharding import SideGroup, is_initialized, shards_over
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
-__all__ = ["Decisions", "check_same_arguments", "check_same_settings", "kept_comm_states", "may_differ", "passes_of"]
+__all__ = [
+    "Decisions",
+    "check_same_arguments",
+    "check_same_settings",
+    "kept_comm_states",
+    "may_differ",
+    "passes_of",
+    "sharding",
+]
 
 
 def passes_of(update: Update | None) -> int:
@@ -22,6 +31,24 @@ def passes_of(update: Update | None) -> int:
     if update is None or not update.has_second_pass:
         return 0
     return sum(probe.weight != 0.0 for probe in update.probes) + bool(update.curvature)
+
+
+@contextmanager
+def sharding(trainer: "Trainer", group: Any) -> Iterator[None]:
+    """A context manager for what works on parameters, of which FSDP1 leaves each rank a part.
+
+    Args:
+        trainer: The Trainer.
+        group: The ranks that share the parameters; None if each has all of them.
+    """
+    model = trainer.strategy.model if is_fsdp1(trainer) else None
+    try:
+        with shards_over(group, trainer.strategy.root_device):
+            forget_gathered(model)
+            yield
+    except BaseException:
+        end_broken_pass(model)
+        raise
 
 
 def may_differ(callback: Any, base: type) -> bool:

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from lightning_gr._compat import (
     MisconfigurationException,
+    forget_gathered,
+    fsdp1_managed,
     gradient_scaler,
+    is_fsdp1,
     lightning_attributes,
     logged_results,
     loggers_and_methods,
@@ -95,7 +98,12 @@ def surroundings_of(trainer: "Trainer", pl_module: "LightningModule") -> Surroun
         everything = [*parameters.of(pl_module), *chain.from_iterable(groups)]
         return list(dict(zip(map(id, everything), everything, strict=True)).values())
 
-    footprint = Footprint(roots, hidden=lightning_attributes() | {"_lightning_gr"}, closed=closed)
+    footprint = Footprint(
+        roots,
+        hidden=lightning_attributes() | {"_lightning_gr"},
+        closed=closed,
+        managed=lambda: fsdp1_managed(trainer.strategy.model) if is_fsdp1(trainer) else {},
+    )
     return Surroundings(footprint, [] if root.type == "cpu" else [root], muted, trained)
 
 
@@ -106,17 +114,27 @@ def _attributes(owner: object, name: str) -> dict[str, Any]:
 @contextmanager
 def displaced(trainer: "Trainer", ahead: Ahead) -> Iterator[None]:
     """Displace the weights, except in checkpoints that a training step saves."""
+    model = trainer.strategy.model
 
     def save(*args: Any, **kwargs: Any) -> Any:
         with ahead.suspended():
-            return original(*args, **kwargs)
+            forget_gathered(model)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                forget_gathered(model)
 
-    with ahead.displaced():
-        original, unwrap = wrap_save_checkpoint(trainer, save)
-        try:
-            yield
-        finally:
-            unwrap()
+    forget_gathered(model)
+    try:
+        with ahead.displaced():
+            original, unwrap = wrap_save_checkpoint(trainer, save)
+            try:
+                yield
+            finally:
+                unwrap()
+    finally:
+        # gathered where the weights were displaced
+        forget_gathered(model)
 
 
 class Recorder:
@@ -233,7 +251,8 @@ class Recorder:
     def watch_backward(self, params: Sequence[Tensor]) -> None:
         """Find out what hooks on parameters do in the backward pass that follows; none may move ``params``."""
         self._surroundings.hooks.begin(self.params, exactly=self._surroundings.learning)
-        self._check = BackwardCheck(params, self._surroundings.learning)
+        # FSDP1 itself exchanges the parameters for gathered ones until the backward pass ends
+        self._check = BackwardCheck([] if is_fsdp1(self.trainer) else params, self._surroundings.learning)
 
     def _post_backward(self, *args: Any, **kwargs: Any) -> Any:
         self._surroundings.hooks.end()

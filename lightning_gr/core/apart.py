@@ -155,7 +155,7 @@ def _combine_(
 ) -> None:
     result = second or first
     if update.combine is None:
-        if update.keep:
+        if update.keep and result:
             torch._foreach_add_(local_parts(result), local_parts(first), alpha=update.keep)
     else:
         everything = [*first, *second]

@@ -1,9 +1,11 @@
-"""Sharded tensors: the DTensors of FSDP2 (``fully_shard``) and of tensor parallelism.
+"""Sharded tensors: the DTensors of FSDP2 (``fully_shard``) and of tensor parallelism, and the plain ones of FSDP1.
 
 All vector operations run on the local shards, so no parameter is ever gathered. A norm reduces a single number.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +19,10 @@ __all__ = [
     "local_parts",
     "mean_over_ranks",
     "norm_over_ranks",
+    "plain_are_shards",
     "settle_gradients",
+    "shards_over",
+    "sum_of_shards",
     "sum_over_ranks",
 ]
 
@@ -39,6 +44,42 @@ def is_initialized() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+_shards: ContextVar[tuple[Any, torch.device] | None] = ContextVar("_shards", default=None)
+
+
+@contextmanager
+def shards_over(group: Any, device: torch.device) -> Iterator[None]:
+    """A context manager in which plain tensors are parts of longer ones, each rank of ``group`` with its own.
+
+    FSDP1 leaves parameters and gradients as such parts, which do not say so themselves. A rank may have none of them.
+
+    Args:
+        group: The process group; None if the tensors are whole.
+        device: The device of its collectives.
+    """
+    token = _shards.set(None if group is None else (group, device))
+    try:
+        yield
+    finally:
+        _shards.reset(token)
+
+
+def plain_are_shards() -> bool:
+    """Whether plain tensors are parts at the moment, see :func:`shards_over`."""
+    return _shards.get() is not None
+
+
+def sum_of_shards(values: Tensor) -> Tensor:
+    """Sum ``values`` over the ranks that share plain tensors; return them unchanged if these are whole."""
+    shards = _shards.get()
+    if shards is None:
+        return values
+    # in float64, since a rank without a part does not know the type of the others
+    total = values.to(shards[1], torch.float64).clone()
+    torch.distributed.all_reduce(total, group=shards[0])
+    return total.to(values)
+
+
 def by_layout(tensors: Sequence[Tensor]) -> dict[Hashable, list[Tensor]]:
     """Group tensors by how they are distributed over ranks. The key for tensors that are not is None."""
     groups: dict[Hashable, list[Tensor]] = {}
@@ -50,7 +91,7 @@ def by_layout(tensors: Sequence[Tensor]) -> dict[Hashable, list[Tensor]]:
 
 def norm_over_ranks(norm: Tensor, like: Tensor) -> Tensor:
     """Combine the norms of local shards into the norm of tensors distributed like ``like``. Reduces one number."""
-    if not is_distributed(like):
+    if not is_distributed(like) and not plain_are_shards():
         return norm
     # in float64, so that the square of a large norm does not overflow
     return sum_over_ranks(norm.double().square(), like).sqrt().to(norm.dtype)
@@ -59,7 +100,7 @@ def norm_over_ranks(norm: Tensor, like: Tensor) -> Tensor:
 def sum_over_ranks(values: Tensor, like: Tensor) -> Tensor:
     """Sum ``values`` over the ranks that share ``like``; return them unchanged if it is not distributed."""
     if not is_distributed(like):
-        return values
+        return sum_of_shards(values)
     distributed: Any = like
     total = values.clone()
     for dim, placement in enumerate(distributed.placements):

@@ -12,7 +12,7 @@ from lightning_gr.core.gradients import StashedGradients, check_graphless, gradi
 from lightning_gr.core.hooks import without_hooks
 from lightning_gr.core.perturb import Perturbation, direction_factor
 from lightning_gr.core.rules import Update
-from lightning_gr.core.sharding import is_initialized, local_parts, settle_gradients
+from lightning_gr.core.sharding import is_initialized, local_parts, plain_are_shards, settle_gradients
 from lightning_gr.core.signals import deferred_signals
 from lightning_gr.core.state import State
 from lightning_gr.core.storage import WeightStorage
@@ -102,9 +102,9 @@ def add_second_pass_(
     reduced = targets if check_finite else list(params)
     reduced_ids = {id(p) for p in reduced}
     stashed.restore([p for p in (*params, *excluded) if id(p) not in reduced_ids])
-    if not grads and check_finite:
+    if not grads and check_finite and not plain_are_shards():
         return False
-    looks = check_finite and all(grad.device.type == "cpu" for grad in grads)
+    looks = check_finite and all(param.device.type == "cpu" for param in params)
     needs_norm = update.direction == "normalized" or update.clip is not None or not update.is_linear
     norm = global_norm(grads, like=params) if looks or needs_norm or observer is not None else None
     if observer is not None and norm is not None:

@@ -192,9 +192,11 @@ class AttributePlace(Place):
 
     def children(self) -> Iterator[tuple[str, Any]]:
         for name, value in list(self.owner.items()):
+            if name in self.hidden:
+                continue
             if name in ("_parameters", "_buffers", "_modules"):
                 yield self.path, value  # whose entries are the attributes of a module
-            elif name not in self.hidden:
+            else:
                 yield f"{self.path}.{name}", value
 
 

@@ -8,6 +8,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_gr._compat import will_log
+from lightning_gr.core.sharding import plain_are_shards
 from lightning_gr.core.tensors import global_norm
 from lightning_gr.report.measurement import BY_LAYER, Measurement, layer_norms, layers_of
 from lightning_gr.report.step_log import StepLog
@@ -108,8 +109,8 @@ class StepReport:
             sharpness: The loss where the gradient was taken minus the loss at the weights.
         """
         grads = [p.grad for p in params if p.grad is not None]
-        if self.due and self.names and grads:
-            norm = global_norm(grads)
+        if self.due and self.names and (grads or plain_are_shards()):
+            norm = global_norm(grads, like=params)
             values = {"grad_norm": norm if scale is None else norm / scale} if "grad_norm" in self.names else {}
             values |= {f"grad_norm/{n}": v for n, v in layer_norms(self._layers, scale).items()}
             if sharpness is not None:
