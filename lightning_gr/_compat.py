@@ -28,6 +28,7 @@ __all__ = [
     "forget_logged",
     "fsdp1_handles",
     "fsdp1_managed",
+    "fsdp1_tensors",
     "gradient_scaler",
     "gradients_are_scaled",
     "has_base_named",
@@ -375,6 +376,15 @@ def fsdp1_handles(model: nn.Module | None) -> list[Any]:
         return []
     handles = [getattr(module, "_handle", None) for module in model.modules()]
     return [handle for handle in handles if type(handle).__name__ == "FlatParamHandle"]
+
+
+def fsdp1_tensors(handle: Any) -> list[Tensor]:
+    """The parameters of a unit of FSDP1: the flattened one, and its parts under the names of the user's own.
+
+    Relies on ``_params``, which is None with ``use_orig_params=False``.
+    """
+    flat = handle.flat_param
+    return [flat, *(getattr(flat, "_params", None) or ())]
 
 
 def shard_group(handle: Any) -> Any:

@@ -14,6 +14,7 @@ from lightning_gr._compat import (
     CallbackBase,
     MisconfigurationException,
     fsdp1_handles,
+    fsdp1_tensors,
     has_base_named,
     is_fsdp1,
     shard_group,
@@ -147,8 +148,7 @@ def check_fsdp1(trainer: "Trainer") -> Any:
     """
     model = trainer.strategy.model if is_fsdp1(trainer) else None
     groups = {id(group): group for group in map(shard_group, fsdp1_handles(model))}
-    flat = [p for handle in fsdp1_handles(model) for p in (handle.flat_param, *(handle.flat_param._params or ()))]
-    sharded = {id(param) for param in flat}
+    sharded = {id(param) for handle in fsdp1_handles(model) for param in fsdp1_tensors(handle)}
     ignored = any(p.requires_grad and id(p) not in sharded for o in trainer.optimizers for p in _parameters_of(o))
     if len(groups) > 1 or (groups and ignored):
         raise MisconfigurationException(

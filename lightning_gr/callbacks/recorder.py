@@ -11,7 +11,9 @@ from torch import Tensor
 from lightning_gr._compat import (
     MisconfigurationException,
     forget_gathered,
+    fsdp1_handles,
     fsdp1_managed,
+    fsdp1_tensors,
     gradient_scaler,
     is_fsdp1,
     lightning_attributes,
@@ -82,7 +84,9 @@ def surroundings_of(trainer: "Trainer", pl_module: "LightningModule") -> Surroun
         }
 
     def closed() -> Iterable[object]:
-        return [trainer, trainer.strategy, trainer.callbacks]  # type: ignore[attr-defined]
+        model = trainer.strategy.model if is_fsdp1(trainer) else None
+        flat = [tensor for handle in fsdp1_handles(model) for tensor in fsdp1_tensors(handle)]
+        return [trainer, trainer.strategy, trainer.callbacks, *flat]  # type: ignore[attr-defined]
 
     def muted() -> list[tuple[Any, Any]]:
         return [

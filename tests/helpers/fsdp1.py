@@ -1,5 +1,6 @@
 """Trains several cases on CPU ranks with FSDPStrategy; run with torchrun by test_fsdp1.py, on 2 or 4 ranks."""
 
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from lightning_gr import Flooding, GradientRegularizationMixin, in_second_pass
 from lightning_gr._compat import own_name
 
-BATCH, SAMPLES = 8, 32
+BATCH, SAMPLES = 8, 16
 WRAP = {"auto_wrap_policy": ModuleWrapPolicy({nn.Linear})}
 LAYOUTS = {
     "root": {},
@@ -269,15 +270,13 @@ def resumed(folder, kind, layout):
 
 
 def main(folder, chosen):
-    ranks, rank = torch.distributed.get_world_size() if torch.distributed.is_initialized() else None, None
-    import os
-
     ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     results = {}
     for name, case in (HYBRID if ranks == 4 else {**CASES, **ROUGH}).items():
         if not chosen or any(part in name for part in chosen.split("|")):
             print("case", name, flush=True)
             results[name] = trained(case, ranks)
+            torch.save(results, folder / f"{rank}.pt")
     if ranks == 2 and chosen in ("", "others"):
         for layout in ("wrap", "grad op", "root"):
             for method in (None, "forward GR", "SAM", "central GR", "Momentum-SAM"):
