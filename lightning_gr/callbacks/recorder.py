@@ -108,7 +108,10 @@ def surroundings_of(trainer: "Trainer", pl_module: "LightningModule") -> Surroun
         closed=closed,
         managed=lambda: fsdp1_managed(trainer.strategy.model) if is_fsdp1(trainer) else {},
     )
-    return Surroundings(footprint, [] if root.type == "cpu" else [root], muted, trained)
+    # a module may be spread over several devices of one process, each with a generator of its own
+    devices = {root, *(param.device for param in parameters.of(pl_module))}
+    accelerators = sorted((device for device in devices if device.type not in ("cpu", "meta")), key=str)
+    return Surroundings(footprint, accelerators, muted, trained)
 
 
 def _attributes(owner: object, name: str) -> dict[str, Any]:

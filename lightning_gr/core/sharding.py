@@ -102,11 +102,12 @@ def sum_over_ranks(values: Tensor, like: Tensor) -> Tensor:
     if not is_distributed(like):
         return sum_of_shards(values)
     distributed: Any = like
-    total = values.clone()
+    # not where the shards are, if they are offloaded to the CPU, for which there may be no backend
+    total = values.to(distributed.device_mesh.device_type).clone()
     for dim, placement in enumerate(distributed.placements):
         if not placement.is_replicate():
             torch.distributed.all_reduce(total, group=distributed.device_mesh.get_group(dim))
-    return total
+    return total.to(values.device)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -358,6 +358,7 @@ def main(folder, chosen):
         if any(part and part in name for part in chosen.split("|")) or not chosen:
             print("case", name, flush=True)
             results[name] = fit(case)
+            torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
     if chosen in ("", "hooks"):
         ALONE_IN_GROUP, _ = torch.distributed.new_subgroups(1)
         for name, case in HOOKS.items():

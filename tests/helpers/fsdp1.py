@@ -277,12 +277,12 @@ def main(folder, chosen):
             print("case", name, flush=True)
             results[name] = trained(case, ranks)
             torch.save(results, folder / f"{rank}.pt")
-    if ranks == 2 and chosen in ("", "others"):
-        for layout in ("wrap", "grad op", "root"):
+    if ranks == 2 and chosen in ("", "communication"):
+        for layout in ("root", "wrap", "grad op"):
             for method in (None, "forward GR", "SAM", "central GR", "Momentum-SAM"):
                 results["communication", layout, method] = communication(layout, method)
-        results["communication", "wrap", None, 4] = communication("wrap", None, 4)
-        results["communication", "wrap", "forward GR", 4] = communication("wrap", "forward GR", 4)
+                print("case", layout, method, results["communication", layout, method], flush=True)
+    if ranks == 2 and chosen in ("", "others"):
         for kind in ("full", "sharded"):
             print("case broken", kind, flush=True)
             results["broken", kind] = broken_off(folder, kind, "SAM")
