@@ -140,8 +140,7 @@ class TwoPass(CallbackBase):
         """Whether to regularize optimizer step ``step``, counted from 0 (per optimizer in manual optimization).
 
         Override this for a custom schedule. It is called once per optimizer step and must return the same value on all
-        devices. If it does not, training ends with an error on each of them; finding that out takes a reduction of two
-        numbers per step.
+        devices, or training ends with an error on each. To compare them takes a reduction of two numbers per step.
         """
         return self.schedule.due(step)
 
@@ -173,8 +172,8 @@ class TwoPass(CallbackBase):
         self.report = self._new_report()
         self._state.begin(trainer, pl_module)
         run.shard_group = checks.check_fsdp1(trainer)
-        settings = self.schedule, self.exclude, self.ascent_sync, self.accumulation
-        check_same_settings(trainer, self.rule, self._row(), *settings)
+        how = self.schedule, self.exclude, self.ascent_sync, self.accumulation
+        check_same_settings(trainer, self.rule, self._row(), *how)
         if trainer.world_size > 1 and may_differ(self, TwoPass):
             run.decisions = Decisions(trainer, type(self).__name__)
         if not pl_module.automatic_optimization:
@@ -184,13 +183,8 @@ class TwoPass(CallbackBase):
         if run.recorder is not None:
             run.recorder.remove()
         floods = [callback.flood_gradient_ for callback in trainer.callbacks if isinstance(callback, Flooding)]  # type: ignore[attr-defined]
-        run.recorder = Recorder(
-            trainer,
-            pl_module,
-            run.storage,
-            floods[0] if floods else None,
-            on_backward_end=partial(self._after_backward, trainer, pl_module),
-        )
+        then = partial(self._after_backward, trainer, pl_module)
+        run.recorder = Recorder(trainer, pl_module, run.storage, floods[0] if floods else None, then)
         run.window = None
 
     def on_train_batch_start(
@@ -217,9 +211,8 @@ class TwoPass(CallbackBase):
         run, recorder = self._recording(trainer)
         if run.begins_window(trainer, batch_idx):
             recorder.forget()
-            run.comm_states = None
-            optimizer = trainer.optimizers[0]
-            run.update = None if skips_backward(trainer) else self._update_at(trainer.global_step, optimizer)
+            own = None if skips_backward(trainer) else self._update_at(trainer.global_step, trainer.optimizers[0])
+            run.update, run.comm_states = own, None
             self._look_for_new_layers(run, pl_module)
             run.look_ahead(trainer)
             self.report.open(trainer, pl_module)
@@ -277,11 +270,11 @@ class TwoPass(CallbackBase):
                 self._second_pass(trainer, pl_module)
 
     def _second_pass(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        with sharding(trainer, self._recording(trainer)[0].shard_group):
-            self._run_second_pass(trainer, pl_module)
-
-    def _run_second_pass(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         run, recorder = self._recording(trainer)
+        with sharding(trainer, run.shard_group):
+            self._run_passes(trainer, pl_module, run, recorder)
+
+    def _run_passes(self, trainer: "Trainer", pl_module: "LightningModule", run: Run, recorder: Recorder) -> None:
         by_micro_batch = self._by_micro_batch(trainer)
         run.passed = True
         run.check_decision()  # if the last training step returned no loss
@@ -362,16 +355,9 @@ class TwoPass(CallbackBase):
     def summary(self, trainer: "Trainer", pl_module: "LightningModule") -> Summary:
         """The contents of the panel at the start of training."""
         own_schedule = type(self).should_regularize is not TwoPass.should_regularize
-        return self._runs[trainer].summary(
-            trainer,
-            pl_module,
-            self.rule,
-            self._row(),
-            schedule="by should_regularize(step)" if own_schedule else str(self.schedule),
-            local=self.is_local(trainer),
-            separate=self._by_micro_batch(trainer),
-            verbose=self.verbose,
-        )
+        schedule = "by should_regularize(step)" if own_schedule else str(self.schedule)
+        how = {"local": self.is_local(trainer), "separate": self._by_micro_batch(trainer), "verbose": self.verbose}
+        return self._runs[trainer].summary(trainer, pl_module, self.rule, self._row(), schedule=schedule, **how)
 
     # --- used by the mixin
 

@@ -13,12 +13,10 @@ from lightning_gr._compat import (
     SUPPORTED_STRATEGIES,
     CallbackBase,
     MisconfigurationException,
-    fsdp1_handles,
-    fsdp1_tensors,
     has_base_named,
     is_fsdp1,
-    shard_group,
 )
+from lightning_gr._fsdp1 import fsdp1_handles, fsdp1_tensors, shard_group
 from lightning_gr.core.ahead import keeps_momentum, momenta_of
 from lightning_gr.core.hooks import has_accumulation_hooks
 from lightning_gr.core.rules import Update

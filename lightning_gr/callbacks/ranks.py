@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_gr._compat import MisconfigurationException, comm_hook_states, end_broken_pass, forget_gathered, is_fsdp1
+from lightning_gr._compat import MisconfigurationException, comm_hook_states, is_fsdp1
+from lightning_gr._fsdp1 import end_broken_pass, forget_gathered
 from lightning_gr.core.comm_states import CommStates
 from lightning_gr.core.rules import Rule, Update
 from lightning_gr.core.sharding import SideGroup, is_initialized, shards_over

@@ -10,10 +10,6 @@ from torch import Tensor
 
 from lightning_gr._compat import (
     MisconfigurationException,
-    forget_gathered,
-    fsdp1_handles,
-    fsdp1_managed,
-    fsdp1_tensors,
     gradient_scaler,
     is_fsdp1,
     lightning_attributes,
@@ -27,6 +23,7 @@ from lightning_gr._compat import (
     wrap_save_checkpoint,
     wrap_training_step,
 )
+from lightning_gr._fsdp1 import forget_gathered, fsdp1_handles, fsdp1_managed, fsdp1_tensors
 from lightning_gr.callbacks.after_backward import AfterBackward, callbacks_with_hook
 from lightning_gr.callbacks.windows import is_window_start
 from lightning_gr.core.ahead import Ahead

@@ -59,8 +59,8 @@ class BackwardCheck:
     """
 
     def __init__(self, params: Sequence[Tensor], thorough: bool = False) -> None:
-        # FSDP1 itself exchanges shards for gathered parameters until the backward pass ends; a lazy parameter is written
-        # by the evaluation, which gives it its shape
+        # FSDP1 itself exchanges shards for gathered parameters until the backward pass ends, and a lazy parameter is
+        # written by the evaluation, which gives it its shape
         self._params = [param for param in params if not is_lazy(param) and not plain_are_shards()]
         self._marks = TensorMarks(self._params, thorough)
 

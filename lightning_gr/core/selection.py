@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lightning_gr._compat import own_names
+from lightning_gr._fsdp1 import own_names
 
 __all__ = ["TYPE_PREFIX", "match_params"]
 
@@ -52,8 +52,8 @@ def _named(pattern: str, module: nn.Module) -> set[int]:
 def _check_whole(pattern: str, matches: Sequence[bool]) -> None:
     if not all(matches):
         raise ValueError(
-            "Expected each pattern in `exclude` to select all parameters of a unit of FSDP, which flattens them into one"
-            f" with `use_orig_params=False`, but {pattern!r} selects {sum(matches)} of {len(matches)}: leave"
+            "Expected each pattern in `exclude` to select all parameters of a unit of FSDP, which flattens them into"
+            f" one with `use_orig_params=False`, but {pattern!r} selects {sum(matches)} of {len(matches)}: leave"
             " `use_orig_params` True, its default"
         )
 

@@ -192,11 +192,9 @@ class AttributePlace(Place):
 
     def children(self) -> Iterator[tuple[str, Any]]:
         for name, value in list(self.owner.items()):
-            if name in self.hidden:
-                continue
-            if name in ("_parameters", "_buffers", "_modules"):
+            if name in ("_parameters", "_buffers", "_modules") and name not in self.hidden:
                 yield self.path, value  # whose entries are the attributes of a module
-            else:
+            elif name not in self.hidden:
                 yield f"{self.path}.{name}", value
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gr._compat import own_name
+from lightning_gr._fsdp1 import own_name
 from lightning_gr.core.rules import Update
 from lightning_gr.core.sharding import by_layout, local_parts, plain_are_shards, sum_of_shards, sum_over_ranks
 from lightning_gr.core.tensors import inner_product, tensor_norms, wide_dtype

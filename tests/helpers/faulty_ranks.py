@@ -234,13 +234,16 @@ def fit(case, module=None, callbacks=None):
 
 
 # --- communication hooks with a state
+GROUPS = []  # the subgroup of this rank by itself
+
+
 class Feedback:
     """A hook of a user's own: it sends few digits, keeps what is missing, and counts."""
 
     def __init__(self):
         self.missing, self.seen = {}, [0]
 
-    def __call__(self, _, bucket):
+    def __call__(self, bucket):
         full = bucket.buffer() + self.missing.get(bucket.index(), 0.0)
         sent = (full * 64).round() / 64
         self.missing[bucket.index()] = full - sent
@@ -259,18 +262,15 @@ class Hooked(Module):
             state = power_sgd.PowerSGDState(None, 1, start_powerSGD_iter=2, min_compression_rate=0.1)
             hook = power_sgd.powerSGD_hook
         elif self.kind == "local":
-            state, hook = local_sgd.PostLocalSGDState(None, ALONE_IN_GROUP, 4), local_sgd.post_localSGD_hook
+            state, hook = local_sgd.PostLocalSGDState(None, GROUPS[0], 4), local_sgd.post_localSGD_hook
         else:
             state = Feedback()
             hook = Feedback.__call__
-            hook = lambda feedback, bucket: feedback(None, bucket)  # noqa: E731
         self.trainer.state_of_hook = state
         self.trainer.model.register_comm_hook(state, hook)
 
 
 class HookedManual(GradientRegularizationMixin, Hooked):
-    training_step = Manual.training_step
-
     def __init__(self, case, kind):
         super().__init__(case, kind)
         self.automatic_optimization = False
@@ -282,14 +282,25 @@ class HookedManual(GradientRegularizationMixin, Hooked):
 HOOKS = {
     f"{kind}, {name}": (kind, name)
     for kind in ("power", "local", "own")
-    for name in ("plain", "SAM", "forward GR", "central GR", "local", "clipped", "manual", "accumulation", "Look", "NaN")
+    for name in (
+        "plain",
+        "SAM",
+        "forward GR",
+        "central GR",
+        "local",
+        "clipped",
+        "manual",
+        "accumulation",
+        "Look",
+        "NaN",
+    )
 }
 
 
 def hooked(kind, name):
     """What the state of a hook is after training, on this rank."""
     method = {"plain": None, "local": "SAM", "clipped": "central GR", "manual": "SAM", "accumulation": "SAM"}
-    method |= {"Look": "LookSAM", "NaN": "SAM"}
+    method |= {"Look": "LookSAM"}
     options = {"local": LOCAL, "clipped": {"gradient_clip": 0.5}}.get(name, {})
     case = Case(method.get(name, name), options, window=2 if name == "accumulation" else 1, manual=name == "manual")
     module = (HookedManual if name == "manual" else Hooked)(case, kind)
@@ -352,7 +363,6 @@ def disagreements():
 
 
 def main(folder, chosen):
-    global ALONE_IN_GROUP
     results = {}
     for name, case in CASES.items():
         if any(part and part in name for part in chosen.split("|")) or not chosen:
@@ -360,7 +370,9 @@ def main(folder, chosen):
             results[name] = fit(case)
             torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
     if chosen in ("", "hooks"):
-        ALONE_IN_GROUP, _ = torch.distributed.new_subgroups(1)
+        if not torch.distributed.is_initialized():
+            fit(Case(None))
+        GROUPS.extend(torch.distributed.new_subgroups(1))
         for name, case in HOOKS.items():
             print("case", name, flush=True)
             results[name] = hooked(*case)

@@ -20,7 +20,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_gr import Flooding, GradientRegularizationMixin, in_second_pass
-from lightning_gr._compat import own_name
+from lightning_gr._fsdp1 import own_name
 
 BATCH, SAMPLES = 8, 16
 WRAP = {"auto_wrap_policy": ModuleWrapPolicy({nn.Linear})}

@@ -1,4 +1,4 @@
-"""Ranks that do not do the same (a gradient, a batch, a layer or a decision less): the reference's result, and no hang."""
+"""Ranks that do not do the same (a gradient, batch, layer or decision less): the reference's result, and no hang."""
 
 import faulty_ranks
 import pytest
@@ -24,7 +24,9 @@ def results(tmp_path_factory):
 def value(net, theta, case, rank, index):
     """The loss of a micro-batch at θ."""
     return functional_call(
-        _Loss(net), {f"net.{n}": p for n, p in theta.items()}, (batches_of(case, rank)[index], parts_of(case.parts, rank, index))
+        _Loss(net),
+        {f"net.{n}": p for n, p in theta.items()},
+        (batches_of(case, rank)[index], parts_of(case.parts, rank, index)),
     )
 
 
@@ -79,7 +81,7 @@ def by_hand(case):
         due = step >= case.options.get("start_step", 0) and step % case.options.get("interval", 1) == 0
         strength = min(1.0, (step + 1) / case.options["warmup_steps"]) if "warmup_steps" in case.options else 1.0
 
-        def gradient(loss, step=step, due=due, strength=strength):
+        def gradient(loss, step=step, due=due, strength=strength, theta=theta):
             if method is None or not due:
                 return reference.plain(loss, theta)
             if stateful is not None:
@@ -155,3 +157,31 @@ def test_counters_of_hooks_count_optimizer_steps(results, name):
     for rank in results:
         assert rank[name]["count"] == steps
         assert rank[f"{kind}, plain"]["count"] == faulty_ranks.BATCHES
+
+
+@pytest.mark.parametrize("method", ["SAM", "forward GR", "central GR"])
+def test_power_sgd_is_not_biased_by_the_ascent(results, method):
+    """Its error feedback makes up for what it leaves out, so that training goes where it does without compression."""
+    full = by_hand(faulty_ranks.Case(method))
+    start = weights(Net())
+    for rank in results:
+        moved = {n: rank[f"power, {method}"]["weights"][n] - start[n] for n in start}
+        assert_near(moved, {n: full[n] - start[n] for n in start}, 0.1)
+
+
+@pytest.mark.parametrize("name", ["step", "step, local", "rule"])
+@pytest.mark.parametrize(("window", "manual"), [(1, False), (2, False), (1, True)])
+def test_ranks_that_decide_differently_end_with_an_error_on_each(results, name, window, manual):
+    """In the step where it happens, before any of them waits for another."""
+    for rank in results:
+        message, step = rank["moody"][name, window, manual]
+        assert "decided differently on some ranks in optimizer step 3" in message
+        assert step == 3
+
+
+@pytest.mark.parametrize("name", ["rho", "interval", "scheme", "exclude", "level", "sync"])
+def test_ranks_with_different_settings_end_with_an_error_on_each(results, name):
+    for rank in results:
+        message, step = rank["moody"][name, 1, False]
+        assert "differ between ranks" in message
+        assert step == 0
