@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from lightning_gr._compat import has_base_named
 
 __all__ = [
-    "end_broken_pass",
     "forget_gathered",
     "fsdp1_handles",
     "fsdp1_managed",
@@ -64,27 +63,15 @@ def own_names(name: str, param: Tensor) -> list[str]:
 def forget_gathered(model: nn.Module | None) -> None:
     """Drop the gathered weights of FSDP1, so that they are gathered again from the shards as these are now.
 
-    The outermost unit, and all with ``SHARD_GRAD_OP``, keep them from the forward to the backward pass. It also ends a
-    pass that an exception broke off, after which the model could not be saved. Relies on ``FlatParamHandle.reshard``.
+    The outermost unit, and all with ``SHARD_GRAD_OP``, keep them from the forward to the backward pass. Not to be
+    called after an exception within a pass: FSDP1 then refuses to save the model, so no displaced weights are saved.
+    Relies on ``FlatParamHandle.reshard``.
     """
     for handle in fsdp1_handles(model):
         if handle.uses_sharded_strategy and not handle.is_sharded(handle.flat_param):
             handle.reshard(True)
             handle.post_reshard()
             handle._prefetched = False
-
-
-def end_broken_pass(model: nn.Module | None) -> None:
-    """Return FSDP1's units to rest after an exception in a pass. Relies on the names of their states."""
-    if not fsdp1_handles(model) or model is None:
-        return
-    from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
-
-    for module in model.modules():
-        handle = getattr(module, "_handle", None)
-        if type(handle).__name__ == "FlatParamHandle":
-            module.training_state, handle._training_state = TrainingState.IDLE, HandleTrainingState.IDLE  # type: ignore[assignment,union-attr]
-    forget_gathered(model)
 
 
 def fsdp1_managed(model: nn.Module | None) -> dict[int, frozenset[str]]:

@@ -33,5 +33,4 @@ def test_what_fsdp1_has_is_empty_without_it():
     assert _fsdp1.fsdp1_handles(net) == []
     assert _fsdp1.fsdp1_managed(net) == {}
     _fsdp1.forget_gathered(net)
-    _fsdp1.end_broken_pass(net)
     _fsdp1.forget_gathered(None)

@@ -293,9 +293,8 @@ class TwoPass(CallbackBase):
             return
         checks.check_hooks(params, self.is_local(trainer))
         checks.check_written(recorder.writes_gradients, self.is_local(trainer))
-        observer = self.report.of_window(
-            recorder.batch_idx if by_micro_batch else None, scale, self.is_local(trainer), bool(run.stashed)
-        )
+        position = recorder.batch_idx if by_micro_batch else None
+        observer = self.report.of_window(position, scale, self.is_local(trainer), bool(run.stashed))
         chosen = {id(param) for param in params}
         with trainer.profiler.profile("[lightning_gr] second pass"):  # type: ignore[attr-defined]
             run.regularized |= add_second_pass_(
@@ -304,7 +303,6 @@ class TwoPass(CallbackBase):
                 run.replay if observer is None else observer.watch(run.replay),
                 run.storage,
                 stashed=run.stashed,
-                # including parameters without an optimizer
                 excluded=[param for param in recorder.params if id(param) not in chosen],
                 # FSDP1 would take what is in `.grad` for a gradient of the whole unit
                 apart=recorder.writes_gradients or is_fsdp1(trainer),
@@ -354,8 +352,8 @@ class TwoPass(CallbackBase):
 
     def summary(self, trainer: "Trainer", pl_module: "LightningModule") -> Summary:
         """The contents of the panel at the start of training."""
-        own_schedule = type(self).should_regularize is not TwoPass.should_regularize
-        schedule = "by should_regularize(step)" if own_schedule else str(self.schedule)
+        own = type(self).should_regularize is not TwoPass.should_regularize
+        schedule = "by should_regularize(step)" if own else str(self.schedule)
         how = {"local": self.is_local(trainer), "separate": self._by_micro_batch(trainer), "verbose": self.verbose}
         return self._runs[trainer].summary(trainer, pl_module, self.rule, self._row(), schedule=schedule, **how)
 
@@ -421,8 +419,7 @@ class TwoPass(CallbackBase):
         """Print the table, or warn if nothing was regularized, and drop the run."""
         if stage == "fit":
             self._stop(trainer)
-            if not self._warned:
-                self.report.warn_if_all_missed(type(self).__name__)
+            self.report.warn_if_all_missed(type(self).__name__, self._warned)
             if self.report.steps:
                 show_end(self.report, self.rule.name, trainer, verbose=self.verbose)
             self._leave(trainer)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_gr._compat import MisconfigurationException, comm_hook_states, is_fsdp1
-from lightning_gr._fsdp1 import end_broken_pass, forget_gathered
+from lightning_gr._fsdp1 import forget_gathered
 from lightning_gr.core.comm_states import CommStates
 from lightning_gr.core.rules import Rule, Update
 from lightning_gr.core.sharding import SideGroup, is_initialized, shards_over
@@ -42,14 +42,10 @@ def sharding(trainer: "Trainer", group: Any) -> Iterator[None]:
         trainer: The Trainer.
         group: The ranks that share the parameters; None if each has all of them.
     """
-    model = trainer.strategy.model if is_fsdp1(trainer) else None
-    try:
-        with shards_over(group, trainer.strategy.root_device):
-            forget_gathered(model)
-            yield
-    except BaseException:
-        end_broken_pass(model)
-        raise
+    if is_fsdp1(trainer):
+        forget_gathered(trainer.strategy.model)
+    with shards_over(group, trainer.strategy.root_device):
+        yield
 
 
 def may_differ(callback: Any, base: type) -> bool:

@@ -123,22 +123,18 @@ def displaced(trainer: "Trainer", ahead: Ahead) -> Iterator[None]:
     def save(*args: Any, **kwargs: Any) -> Any:
         with ahead.suspended():
             forget_gathered(model)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                forget_gathered(model)
+            result = original(*args, **kwargs)
+        forget_gathered(model)
+        return result
 
     forget_gathered(model)
-    try:
-        with ahead.displaced():
-            original, unwrap = wrap_save_checkpoint(trainer, save)
-            try:
-                yield
-            finally:
-                unwrap()
-    finally:
-        # gathered where the weights were displaced
-        forget_gathered(model)
+    with ahead.displaced():
+        original, unwrap = wrap_save_checkpoint(trainer, save)
+        try:
+            yield
+        finally:
+            unwrap()
+    forget_gathered(model)  # which was gathered where the weights were displaced
 
 
 class Recorder:

@@ -1,6 +1,6 @@
 """Collects and logs the metrics of a two-pass callback, on the steps that Lightning logs."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -124,9 +124,9 @@ class StepReport:
         self.regularized += regularized
         self.missed += due and not regularized
 
-    def warn_if_all_missed(self, name: str) -> None:
-        """Warn if steps were due and none was regularized; ``name`` is that of the callback's class."""
-        if self.missed and not self.regularized:
+    def warn_if_all_missed(self, name: str, warned: Collection[str] = ()) -> None:
+        """Warn if steps were due and none was regularized, unless the class called ``name`` has ``warned`` already."""
+        if self.missed and not self.regularized and not warned:
             rank_zero_warn(
                 f"{name} regularized no optimizer step, although {self.missed} were due: each of them had no gradient,"
                 " a gradient that is not finite, or no loss at the displaced weights"

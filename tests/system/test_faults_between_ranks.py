@@ -79,7 +79,7 @@ def by_hand(case):
             if (rank, start) not in case.without:
                 left[rank] = {n: torch.zeros_like(p) for n, p in theta.items()}
         due = step >= case.options.get("start_step", 0) and step % case.options.get("interval", 1) == 0
-        strength = min(1.0, (step + 1) / case.options["warmup_steps"]) if "warmup_steps" in case.options else 1.0
+        strength = min(1.0, step / case.options["warmup_steps"]) if "warmup_steps" in case.options else 1.0
 
         def gradient(loss, step=step, due=due, strength=strength, theta=theta):
             if method is None or not due:
