@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["callbacks", "main"]
+__all__ = ["callbacks", "main", "make_parser", "method_name"]
 
 TRAINING = {
     "fit": "train any LightningModule, regularized by --gr.gamma, --sam.rho, --msam.rho, --flooding.level, ...",
@@ -21,6 +21,13 @@ TRAINING = {
     "predict": "compute its predictions",
 }
 DEMO_NAMES = ("plain", "F-GR", "B-GR", "SAM", "MSAM", "flooding")
+_NAMES = ("plain", "F-GR", "B-GR", "penalty", "SAM", "ASAM", "MSAM", "flooding")
+_OTHER_NAMES = {"gr": "F-GR", "momentumsam": "MSAM", "momentum-sam": "MSAM"}
+
+
+def method_name(text: str) -> str:
+    """Return a method's name in its usual spelling, such as ``"SAM"`` for ``"sam"``; others are left as they are."""
+    return ({name.lower(): name for name in _NAMES} | _OTHER_NAMES).get(text.lower(), text)
 
 
 def callbacks() -> list[Any]:
@@ -28,22 +35,30 @@ def callbacks() -> list[Any]:
     text = os.environ.get("LIGHTNING_GR", "").strip()
     if not text:
         return []
-    from lightning_gr.cli.environment import callbacks_from
+    from lightning_gr.cli.environment import RefusedError, callbacks_from
 
-    return callbacks_from(text)
+    try:
+        return callbacks_from(text)
+    except ValueError as error:
+        raise RefusedError(str(error)) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``lightning-gr`` and return the exit code."""
     command = next(iter(sys.argv[1:] if argv is None else argv), None)
     # LightningCLI parses the flags of the training commands
-    args = argparse.Namespace(command=command) if command in TRAINING else _parser().parse_args(argv)
-    from lightning_gr.cli.main import run
+    args = argparse.Namespace(command=command) if command in TRAINING else make_parser().parse_args(argv)
+    try:
+        from lightning_gr.cli.main import run
 
-    return run(args, argv)
+        return run(args, argv)
+    except KeyboardInterrupt:  # also while torch is imported, which takes seconds
+        print("lightning-gr: interrupted", file=sys.stderr)
+        return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of all commands; LightningCLI has the flags of those that train."""
     parser = argparse.ArgumentParser(
         prog="lightning-gr", description="Flat minima for PyTorch Lightning: gradient regularization, SAM and flooding."
     )
@@ -66,7 +81,7 @@ def _version() -> str:
 def _add_completion(commands: Any) -> None:
     completion = commands.add_parser(
         "completion",
-        help="print a shell script that completes the flags of fit, validate, test and predict",
+        help="print a shell script that completes commands and their flags",
         description="Print a shell completion script. Write it to a file (lightning-gr completion bash > FILE) and"
         " source that file.",
     )
@@ -77,7 +92,7 @@ def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="train a small classifier with each method and compare them",
-        description="Train a small classifier on scikit-learn's digits (500 images, 20%% of the labels random), without"
+        description="Train a small classifier on scikit-learn's digits (500 images, 20% of the labels random), without"
         " and with each method, and compare test accuracy, gradient norm and cost. Takes about two minutes on two"
         " cores.",
     )
@@ -86,6 +101,7 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument(
         "--methods",
         nargs="+",
+        type=method_name,
         choices=DEMO_NAMES,
         default=list(DEMO_NAMES),
         metavar="NAME",

@@ -8,7 +8,8 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
-PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+TUTORIAL = "- [tutorial.py](../docs/tutorial.md): the tutorial, which is also a notebook."
 CLUSTER = "- [cluster](cluster): a job for torchrun and SLURM that survives preemption."
 KINDS = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".sbatch": "bash", ".env": "bash"}
 
@@ -17,8 +18,11 @@ def sources():
     """Yield the generated pages: the path in the repository, the path of the page, and its text."""
     for source, page in PAGES.items():
         yield source, page, (ROOT / source).read_text(encoding="utf-8")
-    programs = sorted((ROOT / "examples").glob("*.py"))
-    yield "examples", "examples/index.md", "\n".join(["# Examples\n", *map(entry, programs), CLUSTER])
+    quickstart, tutorial = (ROOT / "examples" / name for name in ("quickstart.py", "tutorial.py"))
+    programs = sorted(set((ROOT / "examples").glob("*.py")) - {quickstart, tutorial})
+    lines = ["# Examples\n", entry(quickstart), TUTORIAL, *map(entry, programs), CLUSTER]
+    yield "examples", "examples/index.md", "\n".join(lines)
+    programs.append(quickstart)
     for path in programs:
         yield f"examples/{path.name}", f"examples/{path.stem}.md", example(path)
     for readme in sorted((ROOT / "examples").glob("*/README.md")):
@@ -37,6 +41,11 @@ def entry(path):
 def example(path):
     """The page of an example: its docstring and its code."""
     return f"# {path.name}\n\n{docstring(path)}\n\n{fenced(path)}"
+
+
+def title(file):
+    """The title of a page up to a colon, which replaces the name of its file in links."""
+    return re.search(r"^# ([^:\n]*)", file.content_string, flags=re.MULTILINE)[1]
 
 
 def docstring(path):
@@ -62,10 +71,12 @@ def on_page_markdown(markdown, page, config, files):
 
     def replace(match):
         text, target, anchor = match.groups(default="")
-        path = posixpath.normpath(posixpath.join(folder, target))
+        path = posixpath.normpath(posixpath.join(folder, target)).removesuffix("/README.md")
         linked = page_of.get(path) or (path[len("docs/") :] if path.startswith("docs/") else None)
         if linked is None or files.get_file_from_path(linked) is None:
             return text.strip("![]")
+        if re.fullmatch(r"\[[\w./]+\.md\]", text):
+            text = f"[{title(files.get_file_from_path(linked))}]"
         return f"{text}({posixpath.relpath(linked, posixpath.dirname(page.file.src_uri) or '.')}{anchor})"
 
     return LINK.sub(replace, markdown)

@@ -74,6 +74,8 @@ def main():
         accuracy = trainer.test(model, DataLoader(test, 1297), verbose=False)[0]["accuracy"]
         counted = int(model.net[1].num_batches_tracked)
         print(f"{name:9} test accuracy {accuracy:.3f}   steps {trainer.global_step}   batches counted {counted}")
+    print("The last two columns agree: second passes leave BatchNorm's statistics alone. Of 1,297 test images,")
+    print("about a point is noise. `lightning-gr demo` compares methods over several seeds.")
 
 
 if __name__ == "__main__":

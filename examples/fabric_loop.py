@@ -1,4 +1,4 @@
-"""The loop of plain_loop.py with Lightning Fabric: `python examples/fabric_loop.py [--epochs 20]`.
+"""The loop of plain_loop.py with Lightning Fabric: `python examples/fabric_loop.py [--epochs 40]`.
 
 Both passes use the wrapped model and `fabric.backward`, so Fabric's precision and device settings apply to both.
 """
@@ -7,7 +7,7 @@ import argparse
 
 import torch
 from lightning_fabric import Fabric
-from plain_loop import network, train
+from plain_loop import MEANING, network, train
 
 from lightning_gr import GRRule
 
@@ -24,11 +24,12 @@ def run(rule, epochs, **options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--precision", default="32-true", help="Fabric's precision, for example bf16-mixed")
     args = parser.parse_args()
     for name, rule in {"plain": GRRule(gamma=0.0), "regularized": GRRule(gamma=0.5, epsilon=0.1)}.items():
         print(f"{name}: test accuracy {run(rule, args.epochs, precision=args.precision)[1]:.3f}")
+    print(MEANING)
 
 
 if __name__ == "__main__":

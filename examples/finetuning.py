@@ -84,6 +84,7 @@ def main():
         accuracies = [finetuned_accuracy(pretrained.backbone, *data, seed, args.epochs, make()) for seed in range(5)]
         mean, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
         print(f"{name:15} accuracy on 5 to 9 from 50 images: {mean:.3f} ± {spread:.3f}")
+    print("± is the standard deviation over five choices of the 50 images. Smaller differences say nothing.")
 
 
 if __name__ == "__main__":

@@ -114,6 +114,7 @@ def main():
     print(f"rank {trainer.global_rank}: absolute weights sum up to {total:.12f}")
     if trainer.is_global_zero:
         print(f"before: {quality(before)}\nafter: {quality(after)}")
+        print("A smaller distance and more distinct digits are better. The penalty keeps the discriminator smooth.")
         if args.picture:
             draw(args.picture, before, after)
 

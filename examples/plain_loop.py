@@ -1,4 +1,7 @@
-"""Gradient regularization in a plain PyTorch loop: `python examples/plain_loop.py [--epochs 20]`."""
+"""Gradient regularization in a plain PyTorch loop: `python examples/plain_loop.py [--epochs 40]`.
+
+100 of the 500 training labels are wrong. Plain training memorizes them, which costs accuracy on the clean test images.
+"""
 
 import argparse
 
@@ -8,12 +11,15 @@ from torch import nn
 
 from lightning_gr import GRRule, regularized_backward
 
+MEANING = "A fifth of the training labels are wrong, and the regularized loop memorizes fewer of them."
+
 
 def digits():
-    """Training and test images and labels."""
+    """500 training images, 100 of them with random labels, and 1,297 test images, each with their labels."""
     pixels, labels = load_digits(return_X_y=True)
     images, labels = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(labels)
-    return images[:1200], labels[:1200], images[1200:], labels[1200:]
+    labels[:100] = torch.randint(10, (100,), generator=torch.Generator().manual_seed(0))
+    return images[:500], labels[:500], images[500:], labels[500:]
 
 
 def network():
@@ -41,12 +47,13 @@ def train(model, optimizer, rule, epochs, backward=torch.Tensor.backward):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=40)
     epochs = parser.parse_args().epochs
     for name, rule in {"plain": GRRule(gamma=0.0), "regularized": GRRule(gamma=0.5, epsilon=0.1)}.items():
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         print(f"{name}: test accuracy {train(model, optimizer, rule, epochs):.3f}")
+    print(MEANING)
 
 
 if __name__ == "__main__":

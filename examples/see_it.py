@@ -69,6 +69,7 @@ def main(epochs, folder):
     }
     plot_slices(slices, folder / "slices.png")
     print(f"Figures: {folder / 'runs.png'} and {folder / 'slices.png'}")
+    print("Plain training has the lowest training loss, since it memorizes wrong labels, and the largest eigenvalue.")
 
 
 if __name__ == "__main__":

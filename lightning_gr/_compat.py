@@ -5,6 +5,7 @@ Each private API is wrapped in one function, which states what it relies on and 
 
 import inspect
 import operator
+import signal
 import sys
 import threading
 from collections import defaultdict
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gr._namespaces import import_namespaces
+from lightning_gr._repr import as_typed
 
 __all__ = [
     "REFUSED_STRATEGIES",
@@ -39,6 +41,7 @@ __all__ = [
     "namespace_of",
     "overrides_hook",
     "pre_backward",
+    "signal_handler",
     "skips_backward",
     "static_graph",
     "stepped_twin",
@@ -64,13 +67,22 @@ REFUSED_STRATEGIES = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrate
 _NAMESPACES: list[Any] = import_namespaces()
 if TYPE_CHECKING:
     from lightning_fabric.utilities.exceptions import MisconfigurationException
-    from pytorch_lightning import Callback as CallbackBase
     from pytorch_lightning import Trainer
+
+    # Unknown to type checkers, which then accept our callbacks, and what users derive from them, in programs of either
+    # namespace. A base class of both would not do: each hook of a subclass would violate the other one's signature.
+    CallbackBase: Any
+    AnyTrainer = Any
+    AnyModule = Any
 else:
     CallbackBase = type(
         "CallbackBase",
         tuple(namespace.Callback for namespace in _NAMESPACES),
-        {"__doc__": "A callback that works in the Trainer of each installed namespace.", "__module__": __name__},
+        {
+            "__doc__": "A callback that works in the Trainer of each installed namespace.",
+            "__module__": __name__,
+            "__repr__": as_typed,
+        },
     )
     MisconfigurationException = type(
         "MisconfigurationException",
@@ -107,6 +119,18 @@ def is_python_thread() -> bool:
     own = threading.get_ident()
     kind = getattr(threading, "_DummyThread", ())
     return any(each.ident == own and not isinstance(each, kind) for each in threading.enumerate())
+
+
+def signal_handler(number: int) -> Any:
+    """The handler of a signal; a number for those that Python does not handle.
+
+    Relies on ``_signal``, the part of ``signal`` written in C: without its search for an enum, it takes a fortieth of
+    the time, which adds up over 60 signals.
+    """
+    return _getsignal(number)
+
+
+_getsignal: Callable[[int], Any] = getattr(sys.modules.get("_signal"), "getsignal", signal.getsignal)
 
 
 def skips_backward(trainer: "Trainer") -> bool:

@@ -8,6 +8,10 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
+# A job in the background (`pytest &`) ignores SIGINT, and so would the processes that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # tiny tensors: threads only get into each other's way
 torch.set_num_threads(1)
 
@@ -35,9 +39,15 @@ def _starts_no_process(request, monkeypatch):
     monkeypatch.setattr(os, "fork", refuse)
 
 
-@pytest.fixture
-def _ctrl_c():
-    """Ctrl-C raises KeyboardInterrupt, also in a job in the background, which ignores it; Lightning turns it off."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+@pytest.fixture(autouse=True)
+def _ctrl_c_stays():
+    """Put back the handler of SIGINT, which a Trainer that has seen Ctrl-C leaves turned off."""
+    before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def _ctrl_c(_ctrl_c_stays):
+    """Ctrl-C raises KeyboardInterrupt, whatever the handler was."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

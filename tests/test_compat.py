@@ -1,7 +1,9 @@
 """What each function of the compatibility layer relies on."""
 
+import _signal
 import _thread
 import inspect
+import signal
 import threading
 
 import pytest
@@ -24,6 +26,7 @@ from lightning_gr._compat import (
     loggers_and_methods,
     namespace_of,
     overrides_hook,
+    signal_handler,
     storage_uses,
     torchs_own_methods,
     trainer_parts,
@@ -247,3 +250,9 @@ def test_hooks_of_ddp_are_kept_with_their_states():
 
 def test_a_single_device_is_not_fsdp1():
     assert not _compat.is_fsdp1(make_trainer())
+
+
+def test_handlers_of_signals_are_those_of_the_public_function():
+    """`_signal.getsignal`, without the search for an enum."""
+    assert [signal_handler(n) for n in signal.valid_signals()] == [signal.getsignal(n) for n in signal.valid_signals()]
+    assert signal_handler.__globals__["_getsignal"] is _signal.getsignal

@@ -10,11 +10,12 @@ tasks). All runs use the Trainer and the callbacks. `nesterov` is the control: S
 import logging
 import time
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from common import arguments, console, main, mean_and_error, new_table, plus_minus, run_missing, say
+from common import arguments, console, main, mean_and_error, new_figure, new_table, plus_minus, run_missing, save, say
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
@@ -23,8 +24,7 @@ from lightning_gr import SAM, GradientRegularization, MomentumSAM
 
 SELECTION_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
 BATCH, LEARNING_RATE = 64, 0.05
-NONE = {"gamma": None, "epsilon": None, "rho": None}
-FIXED = "MSAM, ρ=2"
+MARKERS, PALETTE = "xos^D", ("#000000", "#0072B2", "#CC79A7", "#E69F00", "#D55E00")
 
 
 class Task(NamedTuple):
@@ -45,13 +45,42 @@ TASKS = {
     "mnist-noise-cnn": Task("mnist", 1000, 0.2, "cnn", 30),
     "mnist-cnn": Task("mnist", 500, 0.0, "cnn", 30),
 }
-GRID = {
-    "plain": [{}],
-    "nesterov": [{}],
-    "F-GR": [{"gamma": g, "epsilon": e} for g, e in ((0.1, 0.1), (0.1, 0.5), (0.3, 0.3), (1.0, 0.3), (1.0, 0.5))],
-    "SAM": [{"rho": rho} for rho in (0.1, 0.2, 0.5, 1.0)],
-    "MSAM": [{"rho": rho} for rho in (0.5, 1.0, 2.0, 3.0)],
-}
+
+
+class Study(NamedTuple):
+    """Methods to compare, with the candidates for their constants, and one more row with constants that are given.
+
+    A ``signs`` entry names a constant in tables; those that a method lacks are None.
+    """
+
+    name: str
+    callbacks: Callable[..., list[pl.Callback]]
+    grid: dict[str, list[dict[str, float]]]
+    signs: dict[str, str]
+    fixed: dict[str, dict[str, float]]
+
+
+def callbacks(method, gamma=None, epsilon=None, rho=None):
+    if method == "F-GR":
+        return [GradientRegularization(gamma, epsilon, metrics=())]
+    if method == "SAM":
+        return [SAM(rho, metrics=())]
+    return [MomentumSAM(rho, metrics=())] if method.startswith("MSAM") else []
+
+
+STUDY = Study(
+    name="one_pass",
+    callbacks=callbacks,
+    grid={
+        "plain": [{}],
+        "nesterov": [{}],
+        "F-GR": [{"gamma": g, "epsilon": e} for g, e in ((0.1, 0.1), (0.1, 0.5), (0.3, 0.3), (1.0, 0.3), (1.0, 0.5))],
+        "SAM": [{"rho": rho} for rho in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)],
+        "MSAM": [{"rho": rho} for rho in (0.5, 1.0, 2.0, 3.0)],
+    },
+    signs={"gamma": "γ", "epsilon": "ε", "rho": "ρ"},
+    fixed={"MSAM, ρ=2": {"rho": 2.0}},
+)
 
 
 def images(name):
@@ -86,7 +115,7 @@ def network(task):
         layers = [nn.Unflatten(1, (1, 28, 28))]
         for inputs, outputs in ((1, 16), (16, 32)):
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
-        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 7 * 7, 10))
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
     width = 64 if task.data == "digits" else 784
     return nn.Sequential(nn.Linear(width, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
 
@@ -107,16 +136,9 @@ class Classifier(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)]
 
 
-def callbacks(method, gamma=None, epsilon=None, rho=None):
-    if method == "F-GR":
-        return [GradientRegularization(gamma, epsilon, metrics=())]
-    if method == "SAM":
-        return [SAM(rho, metrics=())]
-    return [MomentumSAM(rho, metrics=())] if method in ("MSAM", FIXED) else []
-
-
-def measure(task, method, seed, epochs, validation, **constants):
+def measure(study, task, method, seed, epochs, validation, **constants):
     """Train once and evaluate the final weights."""
+    chosen = {name: value for name, value in constants.items() if value is not None}
     settings = TASKS[task]
     train, held_out, test = split(settings, seed)
     torch.manual_seed(seed)
@@ -124,9 +146,8 @@ def measure(task, method, seed, epochs, validation, **constants):
     order = RandomSampler(data, generator=torch.Generator().manual_seed(seed))
     loader = DataLoader(data, sampler=BatchSampler(order, BATCH, False), batch_size=None)
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(
-        max_epochs=epochs, callbacks=callbacks(method, **constants), accelerator="cpu", logger=False, **quiet
-    )
+    made = study.callbacks(method, **chosen)
+    trainer = pl.Trainer(max_epochs=epochs, callbacks=made, accelerator="cpu", logger=False, **quiet)
     began = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -139,72 +160,101 @@ def measure(task, method, seed, epochs, validation, **constants):
     return {"accuracy": 100 * accuracy, "seconds": seconds}
 
 
-def select(args, task, epochs):
+def select(args, study, task, epochs):
     """The validation accuracy of each candidate."""
+    nothing = dict.fromkeys(study.signs)
     runs = [
-        {"task": task, "method": method, **NONE, **constants, "epochs": epochs, "seed": seed}
+        {"task": task, "method": method, **nothing, **constants, "epochs": epochs, "seed": seed}
         for seed in SELECTION_SEEDS[: 1 if args.fast else None]
-        for method, candidates in GRID.items()
+        for method, candidates in study.grid.items()
         if len(candidates) > 1
         for constants in candidates[: 1 if args.fast else None]
     ]
-    return run_missing(args, "one_pass_selection", runs, lambda **run: measure(**run, validation=True))
+    return run_missing(args, f"{study.name}_selection", runs, lambda **run: measure(study, **run, validation=True))
 
 
-def best(rows, method):
-    """The constants with the highest mean validation accuracy."""
-    if len(GRID[method]) == 1:
-        return dict(NONE)
-    means = {}
+def best(study, rows, method):
+    """The constants with the highest mean validation accuracy; None if there are no results yet."""
+    if len(study.grid[method]) == 1:
+        return dict.fromkeys(study.signs)
+    found = {}
     for row in rows:
         if row["method"] == method:
-            means.setdefault(tuple(row[name] for name in NONE), []).append(row["accuracy"])
-    return (
-        dict(zip(NONE, max(means, key=lambda key: sum(means[key]) / len(means[key])), strict=True)) if means else None
-    )
+            found.setdefault(tuple(row[name] for name in study.signs), []).append(row["accuracy"])
+    means = {constants: sum(values) / len(values) for constants, values in found.items()}
+    return dict(zip(study.signs, max(means, key=means.get), strict=True)) if means else None
 
 
-def report(args, task, epochs, selection):
-    """The test accuracy with the selected constants, and with ρ = 2."""
-    chosen = {method: best(selection, method) for method in GRID}
-    chosen[FIXED] = {**NONE, "rho": 2.0}
+def report(args, study, task, epochs, selection):
+    """The test accuracy with the selected constants, and with those that are given."""
+    chosen = {method: best(study, selection, method) for method in study.grid}
+    chosen |= {method: {**dict.fromkeys(study.signs), **constants} for method, constants in study.fixed.items()}
     runs = [
         {"task": task, "method": method, **constants, "epochs": epochs, "seed": seed}
         for seed in SEEDS[: 1 if args.fast else None]
         for method, constants in chosen.items()
         if constants is not None
     ]
-    return run_missing(args, "one_pass", runs, lambda **run: measure(**run, validation=False))
+    return run_missing(args, study.name, runs, lambda **run: measure(study, **run, validation=False))
 
 
-def show(task, rows):
-    made = new_table(task, ["method", "chosen"], ["test accuracy %", "− plain", "time"], "± is the standard error")
-    plain = {row["seed"]: row for row in rows if row["method"] == "plain"}
-    for method in [*GRID, FIXED]:
+def show(study, task, rows):
+    """Print the table of one task."""
+    made = new_table(task, ["method", "chosen"], ["test accuracy %", "− plain"], "± is the standard error")
+    for method in [*study.grid, *study.fixed]:
         group = [row for row in rows if row["method"] == method]
         if not group:
             continue
-        signs = zip(("γ", "ε", "ρ"), NONE, strict=True)
-        constants = " ".join(f"{sign}={group[0][name]:g}" for sign, name in signs if group[0][name] is not None)
-        gains = [row["accuracy"] - plain[row["seed"]]["accuracy"] for row in group]
-        cost, _ = mean_and_error([row["seconds"] / plain[row["seed"]]["seconds"] for row in group])
+        signs = study.signs.items()
+        constants = " ".join(f"{sign}={group[0][name]:g}" for name, sign in signs if group[0][name] is not None)
         accuracy = plus_minus([row["accuracy"] for row in group])
-        made.add_row(method, constants, accuracy, "" if method == "plain" else plus_minus(gains), f"{cost:.2f}×")
+        made.add_row(method, constants, accuracy, "" if method == "plain" else plus_minus(gains(rows, method)))
     console.print(made)
 
 
-def run():
-    args = arguments(__doc__.splitlines()[0], tasks={"nargs": "+", "choices": list(TASKS), "default": list(TASKS)})
+def draw(args, study, rows):
+    """Draw the gain of each method over plain training in each task, in the same seeds."""
+    figure, axes = new_figure(1, 1, 7, 1.2 + 0.55 * len(rows))
+    methods = [method for method in [*study.grid, *study.fixed] if method != "plain"]
+    for number, method in enumerate(methods):
+        found = [(at, gains(group, method)) for at, group in enumerate(rows.values())]
+        places = [at + 0.6 * (number / len(methods) - 0.4) for at, values in found if values]
+        means, errors = zip(*(mean_and_error(values) for _, values in found if values), strict=True)
+        axes[0, 0].errorbar(means, places, xerr=errors, fmt=MARKERS[number], color=PALETTE[number], label=method)
+    axes[0, 0].axvline(0.0, color="black", linewidth=0.8)
+    axes[0, 0].set(yticks=range(len(rows)), yticklabels=list(rows), xlabel="test accuracy − that of plain training (%)")
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save(figure, args.figures, study.name)
+
+
+def gains(rows, method):
+    """How much more accurate a method is than plain training with the same seed."""
+    plain = {row["seed"]: row["accuracy"] for row in rows if row["method"] == "plain"}
+    return [row["accuracy"] - plain[row["seed"]] for row in rows if row["method"] == method]
+
+
+def compare(args, study, tasks):
+    """Measure what is missing, show a table for each task, and draw all of them."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for task in args.tasks:
+    rows = {}
+    for task in tasks:
         epochs = 1 if args.fast else TASKS[task].epochs
-        rows = report(args, task, epochs, select(args, task, epochs))
-        if rows:
-            show(task, rows)
+        found = report(args, study, task, epochs, select(args, study, task, epochs))
+        if found:
+            rows[task] = found
+            show(study, task, found)
         else:
             say(f"{task}: no results yet")
+    if rows:
+        draw(args, study, rows)
+
+
+def experiment():
+    args = arguments(__doc__.splitlines()[0], tasks={"nargs": "+", "choices": list(TASKS), "default": list(TASKS)})
+    compare(args, STUDY, args.tasks)
 
 
 if __name__ == "__main__":
-    main(run)
+    main(experiment)

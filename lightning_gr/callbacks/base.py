@@ -43,12 +43,13 @@ from lightning_gr.report.measurement import (
 from lightning_gr.report.step_report import StepReport
 
 if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule, Trainer
+    from lightning_gr._compat import AnyModule as LightningModule
+    from lightning_gr._compat import AnyTrainer as Trainer
 
 __all__ = ["TwoPass"]
 
 
-class TwoPass(CallbackBase):
+class TwoPass(CallbackBase):  # type: ignore[misc]
     """Train with any rule: the callback behind the built-in methods, for rules of :mod:`lightning_gr.rules` or yours.
 
     Args:
@@ -113,7 +114,7 @@ class TwoPass(CallbackBase):
         self._metrics = check_metrics(
             metrics, (*METRICS, BY_LAYER), default_metrics(self._row()), undefined_metrics(self._row())
         )
-        self._prefix, self._prog_bar = prefix, prog_bar
+        self.metrics, self._prefix, self._prog_bar = metrics, prefix, prog_bar
         self._asked_for = OF_SECOND_GRADIENT.intersection([metrics] if isinstance(metrics, str) else metrics)
         self._steps = StepCounter()
         self.report = self._new_report()
@@ -133,7 +134,7 @@ class TwoPass(CallbackBase):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the settings, with a new report and no runs."""
-        vars(self).update(state)
+        self.__dict__.update(state)
         self.report, self._runs, self._warned = self._new_report(), weakref.WeakKeyDictionary(), set()
 
     def should_regularize(self, step: int) -> bool:
@@ -182,7 +183,7 @@ class TwoPass(CallbackBase):
         checks.check_hooks(_parameters(trainer), self.is_local(trainer))
         if run.recorder is not None:
             run.recorder.remove()
-        floods = [callback.flood_gradient_ for callback in trainer.callbacks if isinstance(callback, Flooding)]  # type: ignore[attr-defined]
+        floods = [callback.flood_gradient_ for callback in trainer.callbacks if isinstance(callback, Flooding)]
         then = partial(self._after_backward, trainer, pl_module)
         run.recorder = Recorder(trainer, pl_module, run.storage, floods[0] if floods else None, then)
         run.window = None
@@ -296,7 +297,7 @@ class TwoPass(CallbackBase):
         position = recorder.batch_idx if by_micro_batch else None
         observer = self.report.of_window(position, scale, self.is_local(trainer), bool(run.stashed))
         chosen = {id(param) for param in params}
-        with trainer.profiler.profile("[lightning_gr] second pass"):  # type: ignore[attr-defined]
+        with trainer.profiler.profile("[lightning_gr] second pass"):
             run.regularized |= add_second_pass_(
                 run.update,
                 params,
@@ -411,8 +412,10 @@ class TwoPass(CallbackBase):
         self._stop(trainer)
 
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
-        """Stop recording and counting, and drop the run."""
+        """Stop recording and counting, and drop the run; after Ctrl-C, print the table of what was done."""
         self._stop(trainer)
+        if isinstance(exception, KeyboardInterrupt):
+            show_end(self.report, self.rule.name, trainer, verbose=self.verbose)
         self._leave(trainer)
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
@@ -420,8 +423,7 @@ class TwoPass(CallbackBase):
         if stage == "fit":
             self._stop(trainer)
             self.report.warn_if_all_missed(type(self).__name__, self._warned)
-            if self.report.steps:
-                show_end(self.report, self.rule.name, trainer, verbose=self.verbose)
+            show_end(self.report, self.rule.name, trainer, verbose=self.verbose)
             self._leave(trainer)
 
     def _leave(self, trainer: "Trainer") -> None:

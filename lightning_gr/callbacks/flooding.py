@@ -14,17 +14,19 @@ from lightning_gr.callbacks.windows import is_window_end
 from lightning_gr.core.flooding import flood_gradient_
 from lightning_gr.core.sharding import SideGroup
 from lightning_gr.replay.isolation import in_second_pass
-from lightning_gr.report.display import Summary, show, show_start, shows
+from lightning_gr.report.console import show
+from lightning_gr.report.display import Summary, show_start, shows
 from lightning_gr.report.measurement import check_metrics
 from lightning_gr.report.step_log import StepLog
 
 if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule, Trainer
+    from lightning_gr._compat import AnyModule as LightningModule
+    from lightning_gr._compat import AnyTrainer as Trainer
 
 __all__ = ["FloodCounter", "Flooding"]
 
 
-class Flooding(CallbackBase):
+class Flooding(CallbackBase):  # type: ignore[misc]
     """Flooding keeps the training loss at a level by training on |L − b| + b (Ishida et al. 2020).
 
     Only the sign of the gradient changes, and only if L < b, so flooding costs nothing. The logged loss is still L.
@@ -70,7 +72,7 @@ class Flooding(CallbackBase):
         check_bool("sync", sync)
         check_bool("verbose", verbose)
         self.level = float(level)
-        self.sync, self.verbose = sync, verbose
+        self.sync, self.verbose, self.metrics = sync, verbose, metrics
         self._took_part = False  # whether this micro-batch had a loss
         self._group: SideGroup | None = None
         self._outer: list[FloodCounter] = []
@@ -83,7 +85,7 @@ class Flooding(CallbackBase):
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Print the panel, unless a two-pass callback prints one."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks
         # the panel of a two-pass callback includes a line for flooding
         if not any(has_base_named(callback, "TwoPass") for callback in callbacks):
             show_start(self.summary(), trainer)
@@ -141,15 +143,20 @@ class Flooding(CallbackBase):
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Print the number of flooded losses."""
         if stage == "fit":
-            total = self.counter.total
-            if self.verbose and shows(trainer) and total is not None:
-                stop_progress_bars(trainer)
-                show(f"flooded: {int(total):,} of {self.counter.count:,} losses below the level")
+            self._show_end(trainer)
             self._leave()
 
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
-        """Return to an outer run."""
+        """Return to an outer run; after Ctrl-C, print the number of flooded losses."""
+        if isinstance(exception, KeyboardInterrupt):
+            self._show_end(trainer)
         self._leave()
+
+    def _show_end(self, trainer: "Trainer") -> None:
+        total = self.counter.total
+        if self.verbose and shows(trainer) and total is not None:
+            stop_progress_bars(trainer)
+            show(f"flooded: {int(total):,} of {self.counter.count:,} losses below the level")
 
     def _leave(self) -> None:
         self._group = None

@@ -1,22 +1,16 @@
 """A mixin for manual optimization: GANs, multiple optimizers, custom loops."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from lightning_gr.callbacks.manual import LevelChoice, LossFn, ManualRun, RuleChoice
 
-if TYPE_CHECKING:
-    # for type checkers only: at run time the mixin has no base, so that it works in both namespaces
-    from pytorch_lightning import LightningModule as _Base
-else:
-    _Base = object
-
 __all__ = ["GradientRegularizationMixin"]
 
 
-class GradientRegularizationMixin(_Base):
+class GradientRegularizationMixin:
     """Gradient regularization, SAM and flooding in manual optimization.
 
     List it before LightningModule in the bases. The Trainer's callbacks set the method
@@ -84,7 +78,7 @@ class GradientRegularizationMixin(_Base):
         loss = self.regularized_backward(loss_fn, optimizer, rule=rule, level=level)
         if gradient_clip_val is not None:
             with run.unscaled(optimizer):
-                self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+                run.module.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         optimizer.step()
         return loss
 

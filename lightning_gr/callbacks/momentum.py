@@ -12,7 +12,8 @@ from lightning_gr.callbacks.base import TwoPass
 from lightning_gr.core.rules import MomentumSAMRule
 
 if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule, Trainer
+    from lightning_gr._compat import AnyModule as LightningModule
+    from lightning_gr._compat import AnyTrainer as Trainer
 
 __all__ = ["MomentumSAM"]
 
@@ -117,4 +118,4 @@ class MomentumSAM(TwoPass):
         """Stop recording, and re-estimate BatchNorm's statistics if requested."""
         super().on_train_end(trainer, pl_module)
         if self.update_batchnorm and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in pl_module.modules()):
-            torch.optim.swa_utils.update_bn(trainer.train_dataloader, pl_module, pl_module.device)  # type: ignore[arg-type]
+            torch.optim.swa_utils.update_bn(trainer.train_dataloader, pl_module, pl_module.device)

@@ -29,12 +29,13 @@ from lightning_gr.sharpness.estimates import HessianEigenvalue, HessianTrace, es
 from lightning_gr.sharpness.hessian import HESSIAN_METHODS, HessianMethod, HessianProducts
 
 if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule, Trainer
+    from lightning_gr._compat import AnyModule as LightningModule
+    from lightning_gr._compat import AnyTrainer as Trainer
 
 __all__ = ["GradientNormMonitor", "SharpnessMonitor"]
 
 
-class GradientNormMonitor(CallbackBase):
+class GradientNormMonitor(CallbackBase):  # type: ignore[misc]
     """Logs the norm of the gradient passed to the optimizer, before the Trainer clips it, without changing training.
 
     It works with automatic and manual optimization and any strategy. With 16-mixed, the gradient is unscaled; with DDP,
@@ -105,7 +106,7 @@ class GradientNormMonitor(CallbackBase):
             self._values = {}
 
 
-class SharpnessMonitor(CallbackBase):
+class SharpnessMonitor(CallbackBase):  # type: ignore[misc]
     """Logs the largest eigenvalue and the trace of the training loss's Hessian, every few epochs on a fixed batch.
 
     ``hessian/eigenvalue`` is λ from Lanczos iteration until ‖H u − λ u‖ ≤ ``tolerance`` · λ. ``hessian/trace`` is

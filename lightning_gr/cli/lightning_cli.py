@@ -3,28 +3,30 @@
 import argparse
 import importlib
 import inspect
-import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lightning_gr._compat import MisconfigurationException, namespace_of
+from lightning_gr._compat import MisconfigurationException, has_base_named, namespace_of
 from lightning_gr.callbacks.by_name import CALLBACKS_BY_NAME
+from lightning_gr.report.console import complain, make_outputs_printable, printable
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Trainer
-    from pytorch_lightning.cli import LightningArgumentParser
-    from pytorch_lightning.cli import LightningCLI as _Base
+    from lightning_gr._compat import AnyTrainer as Trainer
+
+    LightningArgumentParser = Any
+    _Base: Any  # which type checkers accept in programs of either namespace
 else:
     _Base = object
 
-__all__ = ["GradientRegularizationCLI", "run"]
+__all__ = ["GradientRegularizationCLI", "lower_methods", "run"]
 
 
-class GradientRegularizationCLI(_Base):
+class GradientRegularizationCLI(_Base):  # type: ignore[misc]
     """A LightningCLI with flags (and YAML keys) ``gr``, ``sam``, ``msam`` and ``flooding`` that configure a method.
 
     ``--gr.gamma=0.1`` trains with :class:`~lightning_gr.GradientRegularization`, ``--sam.rho=0.05`` with
@@ -55,7 +57,8 @@ class GradientRegularizationCLI(_Base):
     def __new__(cls, *args: Any, **kwargs: Any) -> "GradientRegularizationCLI":
         """Append the LightningCLI of the right namespace to the bases, unless the class already inherits from one."""
         if any(base.__name__ == "LightningCLI" for base in cls.__mro__):
-            return super().__new__(cls)
+            made: GradientRegularizationCLI = super().__new__(cls)
+            return made
         passed = [value for value in (*args, *kwargs.values()) if isinstance(value, type)]
         namespace = namespace_of(*passed, *_named_classes(kwargs.get("args")))
         lightning_cli = importlib.import_module(f"{namespace}.cli").LightningCLI
@@ -117,48 +120,42 @@ class GradientRegularizationCLI(_Base):
 def run(argv: Sequence[str] | None) -> int:
     """Run ``lightning-gr fit``, ``validate``, ``test`` or ``predict`` and return the exit code.
 
-    This package's own errors at the start of training are reported on one line, like errors in the flags.
+    What this package or Lightning itself refuses at the start of training, such as missing data, is reported on one
+    line, like errors in the flags.
     """
-    _make_printable()
+    make_outputs_printable()
+    if argv is None:
+        sys.argv[1:] = lower_methods(sys.argv[1:])
     try:
         GradientRegularizationCLI(
-            args=argv if argv is None else list(argv),
+            args=argv if argv is None else lower_methods(argv),
             parser_kwargs={"prog": "lightning-gr"},
             # without a logger all runs share a folder, and running `test` after `fit` must not fail
             save_config_kwargs={"overwrite": True},
         )
     except Exception as error:
-        if not _is_ours(error):
+        if not _is_one_line(error) or os.environ.get("JSONARGPARSE_DEBUG"):
             raise
-        sys.stderr.write(f"lightning-gr: error: {error}\n")
+        hint = ": give --data, or define it in the module" if "_dataloader` must be implemented" in str(error) else ""
+        complain(f"lightning-gr: error: {' '.join(str(error).split())}{hint}")
         return 2
     return 0
 
 
-def print_completion(shell: str) -> None:
-    """Print a shell script that completes the flags of ``fit``, ``validate``, ``test`` and ``predict``, and exit."""
-    import jsonargparse
-
-    try:
-        jsonargparse.set_parsing_settings(add_print_completion_argument=True)
-        flag = f"--print_completion=shtab-{shell}"
-    except TypeError:  # older versions have no such setting
-        flag = f"--print_shtab={shell}"
-    sys.argv[1:] = [flag]
-    GradientRegularizationCLI(parser_kwargs={"prog": "lightning-gr"})
+def lower_methods(flags: Sequence[str]) -> list[str]:
+    """Return ``flags`` with the names of methods in lower case: ``--SAM.rho=0.1`` is ``--sam.rho=0.1``."""
+    names = "|".join(CALLBACKS_BY_NAME)
+    return [re.sub(rf"^--({names})(?=[.=]|$)", lambda m: m[0].lower(), flag, flags=re.I) for flag in flags]
 
 
-def _make_printable() -> None:
-    """Escape Greek letters in help texts and configurations if standard output cannot encode them."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.encoding.lower().startswith("utf"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _is_ours(error: Exception) -> bool:
+def _is_one_line(error: Exception) -> bool:
+    """Whether an error is this package's, or Lightning's about how it is used, rather than the program's own."""
     innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
-    return innermost.f_globals["__name__"].startswith("lightning_gr.") and isinstance(
-        error, (ValueError, MisconfigurationException)
-    )
+    module = innermost.f_globals["__name__"]
+    if module.startswith("lightning_gr."):
+        return isinstance(error, (ValueError, MisconfigurationException))
+    theirs = module.startswith(("pytorch_lightning.", "lightning.pytorch."))
+    return theirs and has_base_named(error, "MisconfigurationException")
 
 
 _BY_PATH = {
@@ -169,7 +166,14 @@ _BY_PATH = {
 
 
 class _OneLineErrors:
-    """A parser mixin for short errors: without eighty lines of usage, and with one reason instead of one per type."""
+    """A parser mixin for short errors: without eighty lines of usage, and with one reason instead of one per type.
+
+    Its help, which has Greek letters, is spelled as the output can encode it.
+    """
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """The help, printable on the current standard output."""
+        return printable(super().format_help(*args, **kwargs))  # type: ignore[misc]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with the message, unless the parser is set not to exit."""
@@ -181,24 +185,26 @@ class _OneLineErrors:
         raise AssertionError("exit returned")
 
 
-# lines that the parser prints before the actual reason
-_PREAMBLE = ("Does not validate", "Subtypes:", "Errors:", "- Problem with given class_path")
+# lines that the parser prints besides the actual reason
+_ASIDES = ("Does not validate", "Subtypes:", "Errors:", "Problem with given class_path", "Expected a path but")
 
 
 def _readable(message: str) -> str:
-    """Shorten an error about one of our flags to one line that begins with the flag; keep other messages unchanged.
+    """Shorten an error about a flag to one line that begins with the flag.
 
-    The parser gives a reason for each type that a value could have. The first one concerns the method.
+    The parser gives a reason for each type that a value could have. The first one concerns the intended type.
     """
     keys: list[str] = []
     for line in map(str.strip, message.splitlines()):
         if line.startswith('Parser key "'):
             key, _, line = line.removeprefix('Parser key "').partition('":')
             keys.append(key)
-        if line and not line.startswith(_PREAMBLE):
-            ours = keys and (keys[0] in CALLBACKS_BY_NAME or "given class_path 'lightning_gr." in message)
-            return f"--{'.'.join(keys)}: {line.strip().removeprefix('- ')}" if ours else message
-    return message
+        reason = line.strip().removeprefix("- ")
+        if keys and reason and not reason.startswith(_ASIDES):
+            _, _, given = message.rpartition("Given value: ")
+            value = "" if given.startswith("NestedArg(") or given.strip() in reason else f", but got {given.strip()}"
+            return f"--{'.'.join(keys)}: {reason}{value}"
+    return " ".join(message.split())
 
 
 def _named_classes(args: Any) -> Iterator[type]:

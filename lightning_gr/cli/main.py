@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lightning_gr.report.display import show
+from lightning_gr.report.console import complain, show, write
 from lightning_gr_startup import TRAINING, main
 
 __all__ = ["main", "run"]
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"lightning-gr: error: {message}", file=sys.stderr)
+    complain(f"lightning-gr: error: {message}")
     return 2
 
 
@@ -47,9 +47,9 @@ def _train(argv: Sequence[str] | None) -> int:
 def _completion(args: argparse.Namespace) -> int:
     if missing := _missing("jsonargparse", "docstring_parser", "shtab"):
         return _fail(f"completion needs {' and '.join(missing)}: pip install 'lightning_gr[cli]'")
-    from lightning_gr.cli.lightning_cli import print_completion
+    from lightning_gr.cli.completion import completion_script
 
-    print_completion(args.shell)
+    write(completion_script(args.shell))
     return 0
 
 

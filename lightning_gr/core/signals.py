@@ -10,6 +10,8 @@ from queue import SimpleQueue
 from types import BuiltinMethodType, FrameType
 from typing import Any
 
+from lightning_gr._compat import signal_handler
+
 __all__ = ["Deferral", "deferred_signals", "without_interrupts"]
 
 # Ctrl-C and timers should interrupt a pass. They save no checkpoint, and the exception they raise restores the weights.
@@ -78,7 +80,7 @@ class Deferral:
 
     def _replace(self, numbers: Iterable[int]) -> None:
         for number in numbers:
-            handler = signal.getsignal(number)
+            handler = signal_handler(number)
             # a nested second pass keeps the replacement made by the outer one
             if callable(handler) and not _is_held(handler):
                 self._handlers[number] = handler
@@ -87,7 +89,7 @@ class Deferral:
     def _put_back(self, numbers: Iterable[int]) -> None:
         for number in numbers:
             # keep a handler that user code installed in the meantime
-            if number in self._handlers and signal.getsignal(number) == self._hold:
+            if number in self._handlers and signal_handler(number) == self._hold:
                 signal.signal(number, self._handlers[number])
 
     def _deliver(self) -> None:

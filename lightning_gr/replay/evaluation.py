@@ -148,8 +148,7 @@ class Evaluation(Generic[Output]):
             guard = without_interrupts()
             stack.callback(guard.end)
             guard.begin()
-            known = [start for start in self._start if isinstance(start, Kept)]
-            after = [each.keep(known) for each in self._footprints]
+            after = [each.keep(self._start) for each in self._footprints]
             numbers = RandomState(self.surroundings.devices)
             stack.callback(self._verify, self._looked or footprint.marks(), storages)
             for each, snapshot in zip(self._footprints, after, strict=True):

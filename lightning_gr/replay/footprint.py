@@ -9,6 +9,7 @@ trace. State that is only read is never copied.
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -38,8 +39,14 @@ class _Part:
         self.others = [place for place, chosen in zip(places, protected, strict=True) if not chosen]
         self.writers = [place.owner for place in places if isinstance(place, WriterPlace)]
         self.sets = [place for place in self.protected if type(place) is SetPlace and place.can_be_replaced]
-        self.keeper = Keeper(self.protected)
-        self.marker = Marker([place for place in self.others if place.has_mark])
+
+    @cached_property
+    def keeper(self) -> Keeper:
+        return Keeper(self.protected)
+
+    @cached_property
+    def marker(self) -> Marker:
+        return Marker([place for place in self.others if place.has_mark])
 
 
 _NOTHING = _Part([], lambda place: False)
@@ -128,9 +135,7 @@ class Footprint:
         self._tables = [each._modules for each in modules if isinstance(each._modules, dict)]
         self._tree = self._look_at_modules()
         found = Walk(self._hidden, self._closed(), managed=self._managed()).enter(roots.items())
-        self._tensors = [place.owner for place in found.places if isinstance(place, TensorPlace)]
-        found.places.append(FlagsPlace(self._tensors, "requires_grad"))
-        self._all, self._fresh = _Part(found.places, self.protects), _NOTHING
+        self._hold(found.places)
         # without the roots, so that a cache keyed by them does not keep them alive
         self._seen = found.seen
         for root in roots.values():
@@ -138,6 +143,11 @@ class Footprint:
         # the second evaluation searches everything again
         self._references = (References(found.places), References([])) if self._count > 1 else None
         self._touched = {}
+
+    def _hold(self, places: list[Place]) -> None:
+        self._tensors = [place.owner for place in places if isinstance(place, TensorPlace)]
+        places.append(FlagsPlace(self._tensors, "requires_grad"))
+        self._all, self._fresh = _Part(places, self.protects), _NOTHING
 
     def _look_at_changes(self) -> None:
         """Search what was added to attributes and containers since the last full search."""
@@ -187,7 +197,7 @@ class Footprint:
             self._known |= new
             self._sort()
 
-    def keep(self, before: Iterable[Kept] = ()) -> Kept:
+    def keep(self, before: Iterable[Kept | Snapshot] = ()) -> Kept | Snapshot:
         """Save what is protected; see :class:`~lightning_gr.replay.snapshot.Kept`."""
         return Kept([part.keeper for part in self._parts], before)
 

@@ -70,7 +70,7 @@ class _Group:
 class _Known:
     """The objects that one place referred to at the last comparison."""
 
-    __slots__ = ("_held", "_ids", "has_results")
+    __slots__ = ("_held", "_ids", "_in_order", "has_results")
 
     def __init__(self, values: Iterable[Any]) -> None:
         self._note(list(values))
@@ -79,13 +79,16 @@ class _Known:
         # a result of a graph is not kept alive, so another object may get its identity: it always counts as new
         results = {id(value) for value in values if isinstance(value, Tensor) and not is_content(value)}
         self.has_results = bool(results)
-        self._ids = {id(value) for value in values} - results
+        self._in_order = list(map(id, values))
+        self._ids = set(self._in_order) - results
         # the places of tensors keep them alive
         self._held = [value for value in values if not isinstance(value, Tensor)]
 
     def leads_on(self, values: Iterable[Any]) -> bool:
         """Whether there is a new object other than a number or the like; also records what there is now."""
         now = list(values)
+        if not self.has_results and list(map(id, now)) == self._in_order:
+            return False
         new = [value for value in now if id(value) not in self._ids]
         if new or len(now) != len(self._held):
             self._note(now)

@@ -114,7 +114,7 @@ class Kept:
         before: What they saved earlier, whose copies may be shared.
     """
 
-    def __init__(self, keepers: Iterable[Keeper], before: Iterable["Kept"] = ()) -> None:
+    def __init__(self, keepers: Iterable[Keeper], before: Iterable["Kept | Snapshot"] = ()) -> None:
         known = _by_keeper(before)
         self._saved = [(keeper, keeper.save(known.get(id(keeper)))) for keeper in keepers]
 
@@ -127,7 +127,7 @@ class Kept:
         """The places of one kind, among those saved one by one, that have another value now."""
         return [place for _, (*_, others) in self._saved for place in others.changed(kind)]
 
-    def restore(self, moved: frozenset[int] = frozenset(), now: Iterable["Kept"] = ()) -> None:
+    def restore(self, moved: frozenset[int] = frozenset(), now: Iterable["Kept | Snapshot"] = ()) -> None:
         """Restore the values, except for tensors in the storages ``moved``.
 
         Args:
@@ -139,8 +139,8 @@ class Kept:
             keeper.restore(saved, moved, known.get(id(keeper)))
 
 
-def _by_keeper(kept: Iterable[Kept]) -> dict[int, tuple[Any, ...]]:
-    return {id(keeper): saved for each in kept for keeper, saved in each._saved}
+def _by_keeper(kept: Iterable[Kept | Snapshot]) -> dict[int, tuple[Any, ...]]:
+    return {id(keeper): saved for each in kept if isinstance(each, Kept) for keeper, saved in each._saved}
 
 
 class _Saved(NamedTuple):

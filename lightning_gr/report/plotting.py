@@ -139,7 +139,8 @@ PANELS = (
     Panel("Loss", "loss", lambda key: "loss" in _last(key)),
     Panel("Gradient norm", "‖∇L‖ (loss per unit of θ)", lambda key: _last(key).startswith("grad_norm"), True),
     Panel("Sharpness", "L(θ + s d) − L(θ) (loss)", lambda key: _last(key) == "sharpness"),
-    Panel("Curvature", "eigenvalue of H (loss per unit of θ²)", lambda key: _last(key) in ("eigenvalue", "curvature")),
+    Panel("Curvature along ∇L", "∇Lᵀ H ∇L / ‖∇L‖² (loss per unit of θ²)", lambda key: _last(key) == "curvature"),
+    Panel("Largest eigenvalue", "eigenvalue of H (loss per unit of θ²)", lambda key: _last(key) == "eigenvalue"),
     Panel("Trace of the Hessian", "tr H (loss per unit of θ²)", lambda key: _last(key) == "trace"),
     Panel("Accuracy", "accuracy (fraction)", lambda key: "acc" in _last(key)),
 )

@@ -2,6 +2,9 @@
 
 import importlib
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import pytorch_lightning as pl
@@ -29,6 +32,12 @@ def trained(*callbacks):
         ("gr normalize=true  exclude=*.bias|net.0.*", lambda: [GradientRegularization(normalize=True, exclude=SOME)]),
         ("sam,rho=0.1,start_step=1", lambda: [SAM(0.1, start_step=1)]),
         ("flooding,level=1.1 ; gamma=0.3", lambda: [Flooding(1.1), GradientRegularization(0.3)]),
+        ("SAM,rho=0.1", lambda: [SAM(0.1)]),
+        ("Asam,rho=0.1", lambda: [SAM(0.1, adaptive=True)]),
+        ("F-GR,gamma=0.3", lambda: [GradientRegularization(0.3)]),
+        ("b-gr", lambda: [GradientRegularization(scheme="backward")]),
+        ("Penalty,gamma=0.1", lambda: [GradientRegularization(0.1, normalize=True)]),
+        ("FLOODING,level=1.1", lambda: [Flooding(1.1)]),
         ("off", list),
         (" ", list),
     ],
@@ -55,7 +64,7 @@ def test_both_namespaces_find_it_and_say_so_once(namespace, monkeypatch, caplog)
         trainer.fit(boring())
         trainer.validate(boring(), verbose=False)
     assert [type(callback) for callback in trainer.callbacks].count(SAM) == 1
-    assert caplog.text.count("LIGHTNING_GR is set: training with SAM: SAMRule(rho=0.1, adaptive=False, eta=0.0)") == 1
+    assert caplog.text.count("LIGHTNING_GR is set: training with SAM(rho=0.1), g = ") == 1
 
 
 def test_a_second_fit_has_it_once(monkeypatch):
@@ -93,7 +102,11 @@ def test_the_script_s_own_method_stays(value, own, stays, monkeypatch):
         ("scheme=sideways", "Expected argument `scheme` to be one of 'forward', 'backward'"),
         ("rho=0.1", "Expected LIGHTNING_GR to set only gamma, epsilon, .* for 'gr' but got 'rho=0.1', for example"),
         ("sam,0.1", "for 'sam' but got '0.1'"),
-        ("adam", "Expected LIGHTNING_GR to name one of gr, sam, msam, flooding but got 'adam', for example"),
+        (
+            "adam",
+            "Expected LIGHTNING_GR to name one of gr, sam, msam, flooding, f-gr, .*asam but got 'adam', for",
+        ),
+        ("b-gr,scheme=forward", "to set only gamma, epsilon, normalize, .* for 'b-gr' but got 'scheme=forward'"),
         ("sam; gamma=0.1", "at most one method besides flooding but got 'sam; gamma=0.1', for example"),
         ("flooding,level=1;flooding,level=2", "at most one flood level but got"),
         ("flooding", "In LIGHTNING_GR: .*missing 1 required positional argument: 'level'"),
@@ -116,3 +129,38 @@ def test_callbacks_can_be_pickled_for_spawned_processes():
 
     [callback] = callbacks_from("gamma=0.1")
     assert pickle.loads(pickle.dumps(callback)).callback.rule == callback.callback.rule
+
+
+@pytest.mark.parametrize("value", ["gamma=0.1,exclude=nothing", "sam,exclude=net.0.*|nothing"])
+def test_what_the_callback_refuses_names_the_variable(value, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_GR", value)
+    with pytest.raises(SystemExit, match=r"^LIGHTNING_GR requests \w+\(.*\), but: Expected each pattern in `exclude`"):
+        trained()
+
+
+def test_a_trainer_that_cannot_be_regularized(monkeypatch):
+    monkeypatch.setenv("LIGHTNING_GR", "sam")
+    module = TinyModule()
+    module.automatic_optimization = False
+    with pytest.raises(SystemExit, match=r"^LIGHTNING_GR requests SAM\(rho=0.05\), but: "):
+        fit(module)
+
+
+PROGRAM = """
+import pytorch_lightning as pl
+pl.Trainer(accelerator="cpu", logger=False)
+"""
+
+
+@pytest.mark.launch
+def test_a_program_ends_with_one_line(tmp_path):
+    environment = os.environ | {"LIGHTNING_GR": "sam,rho=-1"}
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=200,
+        check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(
+        "In LIGHTNING_GR: Expected argument `rho` to be a non-negative float but got -1.0, for example"
+    )

@@ -5,7 +5,6 @@ Nearly all runs are in this process, since starting one that imports torch takes
 
 import importlib
 import io
-import subprocess
 import sys
 
 import pytest
@@ -16,6 +15,7 @@ from jsonargparse import Namespace
 from lightning_gr import SAM, Flooding, GradientRegularization, GradientRegularizationCLI, GRRule, SAMRule
 from lightning_gr.callbacks.base import TwoPass
 from lightning_gr.cli import main as cli
+from lightning_gr.cli.lightning_cli import lower_methods
 
 NAMESPACES = ["pytorch_lightning", "lightning.pytorch"]
 QUIET = [
@@ -170,6 +170,8 @@ def test_flag_groups_choose_the_method(namespace):
         (["--gr.gamma=0.1", "--sam.rho=0.1"], "at most one method besides flooding but got --gr and --sam: keep"),
         (["--trainer.callbacks+=SAM", "--trainer.callbacks.rho=-1"], "Expected argument `rho` to be a non-negative"),
         (["--trainer.callbacks+=SAM", "--trainer.callbacks.rho=x"], "--trainer.callbacks.rho: Expected a <class 'floa"),
+        (["--trainer.callbacks+=Samm"], "--trainer.callbacks: Expected a dot import path string: Samm"),
+        (["--trainer.max_epochs=many"], "--trainer.max_epochs: Expected a <class 'int'>"),
         (["--flooding={}"], "--flooding: "),
         (["--gr=5"], "--gr: "),
         (["--nothing=1"], "nothing"),
@@ -276,14 +278,63 @@ def test_every_subcommand_runs(model, capsys):
     assert "--gr.gamma GAMMA      The penalty strength γ ≥ 0." in capsys.readouterr().out
 
 
-def test_help_in_an_encoding_without_greek(monkeypatch):
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("flags", [["fit", "--gr.help"], ["fit", "--help"], ["fit", "--trainer.callbacks.help=SAM"]])
+@pytest.mark.parametrize("own_program", [True, False])
+def test_help_in_an_encoding_without_greek(flags, encoding, own_program, monkeypatch):
+    """Also in a program that uses our class."""
     raw = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
     with pytest.raises(SystemExit) as ended:
-        cli.main(["fit", "--gr.help"])
+        GradientRegularizationCLI(args=flags) if own_program else cli.main(flags)
     sys.stdout.flush()
     assert ended.value.code == 0
-    assert b"The penalty strength \\u03b3" in raw.getvalue()
+    said = raw.getvalue().decode(encoding)
+    assert ("The radius rho >= 0" if "SAM" in flags[1] else "(gamma/2)||grad L(theta)||") in said
+    assert "\\u" not in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--model={}l", "--model: module '{}' has no attribute 'Modell', but got {}.Modell"),
+        ("--model=no_module.Model", "--model: No module named 'no_module', but got no_module.Model"),
+        ("--model=Modell", "--model: Expected a dot import path string: Modell"),
+        ("--model=torch.nn.Linear", "--model: Import path does not correspond to a subclass of LightningModule"),
+        ("--model={} --data={}Data", "--data: module '{}' has no attribute 'ModelData'"),
+        ("--model={} --model.rat=1", "--model: Option 'rat' is not accepted"),
+        ("--model={} --model.rate=fast", "--model.rate: Expected a <class 'float'>. Got value: fast"),
+    ],
+)
+def test_a_misspelled_class_or_argument_is_one_line(flags, said, model, capsys):
+    command = ["fit", *flags.replace("{}", model).split(), *TRAINING]
+    assert said.replace("{}", model.partition(".")[0]) in ends(lambda: cli.main(command), capsys)
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_missing_data_is_one_line(command, model, capsys, tmp_path):
+    """A module without loaders; it is Lightning that refuses it, in either namespace."""
+    name = model.partition(".")[0]
+    with (tmp_path / f"{name}.py").open("a") as file:
+        file.write("\nclass Bare(Model):\n    train_dataloader = BoringModel.__mro__[1].train_dataloader\n")
+        file.write("    test_dataloader = BoringModel.__mro__[1].test_dataloader\n")
+    capsys.readouterr()
+    assert cli.main([command, f"--model={name}.Bare", *QUIET, "--trainer.fast_dev_run=true"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith("lightning-gr: error: ")
+    assert line.endswith(": give --data, or define it in the module")
+
+
+def test_names_of_methods_in_any_case(model, capsys):
+    said = ends(lambda: cli.main(["fit", f"--model={model}", *TRAINING, "--SAM.rho=-1"]), capsys)
+    assert said.endswith("--sam: Expected argument `rho` to be a non-negative float but got -1.0")
+    assert lower_methods(["--Gr={}", "--MSAM.rho", "2", "--trainer.SAM=1", "--Samples=1"]) == [
+        "--gr={}",
+        "--msam.rho",
+        "2",
+        "--trainer.SAM=1",
+        "--Samples=1",
+    ]
 
 
 def test_what_training_refuses_is_one_line(model, capsys):
@@ -302,12 +353,3 @@ def test_a_missing_extra_is_named(name, capsys, monkeypatch):
     command = ["completion", "bash"] if name == "shtab" else ["fit", "--model=any"]
     assert cli.main(command) == 2
     assert f"needs {name}: pip install 'lightning_gr[cli]'" in capsys.readouterr().err
-
-
-@pytest.mark.launch
-def test_completion_knows_our_flags():
-    """In a new process, because it searches all classes, and the other tests define many."""
-    command = [sys.executable, "-m", "lightning_gr", "completion", "bash"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
-    assert "--gr.gamma" in ended.stdout
-    assert "--sam.rho" in ended.stdout

@@ -1,6 +1,7 @@
 """The command line: help, version and wrong use."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 
 import lightning_gr_startup
 from lightning_gr import __version__
+from lightning_gr.callbacks.by_name import CALLBACKS_BY_NAME, METHODS_BY_NAME
 from lightning_gr.cli import main as cli
 from lightning_gr.cli.demo.task import DEMO_METHODS
 
@@ -53,3 +55,45 @@ def test_module_runs_as_a_command():
 
 def test_methods_of_the_flag_are_those_of_the_demonstration():
     assert list(DEMO_METHODS) == list(lightning_gr_startup.DEMO_NAMES)
+
+
+def test_help_texts_have_no_leftovers_of_formatting():
+    parser = lightning_gr_startup.make_parser()
+    (commands,) = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+    for each in (parser, *commands.values()):
+        assert not re.search(r"%%|%\(|\{\w*\}", each.format_help().replace("{bash,zsh,tcsh}", "")), each.prog
+    assert "20% of the labels" in " ".join(commands["demo"].format_help().split())
+
+
+@pytest.mark.parametrize("name", DEMO_METHODS)
+def test_methods_are_named_in_any_case(name):
+    for spelled in (name.lower(), name.upper()):
+        assert lightning_gr_startup.make_parser().parse_args(["demo", "--methods", spelled]).methods == [name]
+    assert lightning_gr_startup.make_parser().parse_args(["demo", "--methods", "gr"]).methods == ["F-GR"]
+
+
+def test_all_commands_know_the_same_names():
+    assert [lightning_gr_startup.method_name(name.lower()) for name in METHODS_BY_NAME] == list(METHODS_BY_NAME)
+    assert set(lightning_gr_startup.DEMO_NAMES) - {"plain"} <= set(METHODS_BY_NAME)
+    assert {key for key, _ in METHODS_BY_NAME.values()} == set(CALLBACKS_BY_NAME)
+
+
+IMPORTING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background does not have
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupts())
+from lightning_gr_startup import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("flags", [["demo"], ["fit"], ["plot", "run"]])
+def test_ctrl_c_while_torch_is_imported(flags):
+    command = [sys.executable, "-c", IMPORTING, *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "lightning-gr: interrupted\n")

@@ -474,3 +474,18 @@ def test_numpys_generator_of_another_kind_is_put_back():
     finally:
         np.random.set_bit_generator(before)
     assert type(np.random.mtrand._rand._bit_generator) is np.random.MT19937
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("drawn", [0, 1, 2])
+@pytest.mark.parametrize("drawn_again", [0, 1, 2])
+def test_numpys_generator_is_as_after_the_first_pass_whatever_the_second_one_draws(kept, drawn, drawn_again):
+    """Normal numbers come in pairs, of which the second one is kept where the generator's key does not show it."""
+    gauss_state(kept)
+    start = RandomState()
+    np.random.randn(drawn)
+    wanted, after = repr(np.random.get_state()), RandomState()
+    start.restore()
+    np.random.randn(drawn_again)
+    after.restore()
+    assert repr(np.random.get_state()) == wanted

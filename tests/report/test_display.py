@@ -1,11 +1,6 @@
 """The panel at the start and the table at the end: what they say, in 80 columns, and never inside a live bar."""
 
-import io
-import os
 import re
-import sys
-from contextlib import suppress
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +9,7 @@ from modules import METHODS, TinyModule, make_loader, make_trainer, mlp
 from rich.console import Console
 
 from lightning_gr import SAM, Flooding, GradientRegularization
-from lightning_gr.report.display import Summary, make_console, make_panel, printable, show, shows
+from lightning_gr.report.display import Summary, make_panel, shows
 
 BARS = {"rich": pl.callbacks.RichProgressBar, "tqdm": pl.callbacks.TQDMProgressBar}
 
@@ -117,6 +112,28 @@ def test_a_schedule_of_ones_own_is_said_to_be_one(shown):
     assert "regularized: 3 of 6 steps" in out
 
 
+@pytest.mark.usefixtures("_ctrl_c")
+@pytest.mark.parametrize("bar", BARS)
+@pytest.mark.parametrize(("stop", "shown_once"), [(KeyboardInterrupt, True), (ValueError, False)])
+def test_the_table_comes_after_ctrl_c_too(bar, stop, shown_once, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
+    class Stops(TinyModule):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if self.trainer.global_step == 5:
+                raise stop
+
+    callbacks = [GradientRegularization(0.1, 0.05), Flooding(100.0), BARS[bar]()]
+    trainer = make_trainer(*callbacks, enable_progress_bar=True, max_epochs=3, log_every_n_steps=1)
+    with pytest.raises(SystemExit if stop is KeyboardInterrupt else stop):
+        trainer.fit(Stops(), make_loader())
+    out = capsys.readouterr().out
+    for line in ("logged steps", "regularized: 5 of 5 steps", "flooded: 5 of 5 losses below the level"):
+        assert out.count(line) == shown_once
+    if shown_once:
+        assert out.index("logged steps") > out.rindex("Epoch")
+
+
 @pytest.mark.parametrize("bar", BARS)
 def test_flooding_alone(shown, bar):
     out = shown(Flooding(100.0), BARS[bar]())
@@ -126,98 +143,3 @@ def test_flooding_alone(shown, bar):
     out = shown(Flooding(100.0, verbose=False), BARS[bar]())
     assert "flooded:" not in out
     assert "|L" not in out
-
-
-# --- outputs that cannot take it
-
-
-def redirected(monkeypatch, encoding, columns=80):
-    """A standard output of another encoding, and a function that tells what was written to it."""
-    monkeypatch.setenv("COLUMNS", str(columns))
-    raw = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
-
-    def written():
-        sys.stdout.flush()
-        return raw.getvalue().decode(encoding)
-
-    return written
-
-
-def train_a_little(*callbacks):
-    # a summary that goes to the log; that of rich, and bars, print by themselves
-    summary = pl.callbacks.ModelSummary()
-    trainer = make_trainer(*callbacks, summary, enable_model_summary=True, log_every_n_steps=1)
-    trainer.fit(TinyModule(), make_loader())
-    assert trainer.global_step == 3
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-@pytest.mark.parametrize("columns", [40, 80])
-def test_each_encoding_and_width(encoding, columns, monkeypatch):
-    written = redirected(monkeypatch, encoding, columns)
-    train_a_little(GradientRegularization(0.1, 0.05), Flooding(100.0))
-    out = written()
-    assert "?" not in out
-    assert max(map(len, out.splitlines())) <= columns
-    framed = {len(line) for line in out.splitlines() if line.startswith(("|", "+", "│", "╭", "╰"))}
-    assert len(framed) <= 2  # a panel and a table, the columns of each in line
-    for letter, name in (("γ = 0.1", "gamma = 0.1"), ("∇L(θ)", "grad L(theta)"), ("╭", "+-")):
-        assert (letter if encoding == "utf-8" else name) in re.sub(r"\s+", " ", out)
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-@pytest.mark.parametrize("name", METHODS)
-def test_every_letter_of_every_method_has_a_spelling(name, encoding, monkeypatch):
-    written = redirected(monkeypatch, encoding)
-    rule = METHODS[name].rule
-    lines = {"gradient": rule.equation, "constants": " ".join(rule.constants)}
-    show(make_panel(Summary(rule.name, lines)))
-    assert "?" not in written()
-
-
-def test_what_nothing_spells_is_replaced(monkeypatch):
-    written = redirected(monkeypatch, "ascii")
-    show("weights γ of 模")
-    assert written() == "weights gamma of ?\n"
-    assert printable("ascii only") == "ascii only"
-
-
-def closed():
-    stream = io.StringIO()
-    stream.close()
-    return stream
-
-
-def full():
-    if not Path("/dev/full").exists():
-        pytest.skip("there is no /dev/full here")
-    return io.TextIOWrapper(io.FileIO("/dev/full", "w"), encoding="utf-8", write_through=True)
-
-
-def broken():
-    reader, writer = os.pipe()
-    os.close(reader)
-    return io.TextIOWrapper(io.FileIO(writer, "w"), encoding="utf-8", write_through=True)
-
-
-@pytest.mark.parametrize("output", [closed, full, broken])
-def test_an_output_that_fails_is_a_warning(output, monkeypatch):
-    stream = output()
-    monkeypatch.setattr(sys, "stdout", stream)
-    with pytest.warns(UserWarning, match="lightning_gr could not print to standard output: "):
-        train_a_little(GradientRegularization(0.1, 0.05))
-    with suppress(OSError):  # it tries once more
-        stream.close()
-
-
-def test_a_program_without_an_output_trains(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)
-    train_a_little(GradientRegularization(0.1, 0.05))
-
-
-def test_the_console_prints_behind_a_live_bar_s_proxy(monkeypatch):
-    behind = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", SimpleNamespace(rich_proxied_file=behind, encoding="utf-8"))
-    make_console().print("text")
-    assert behind.getvalue() == "text\n"

@@ -11,7 +11,7 @@ from modules import TinyModule, fit
 
 from lightning_gr import SAM, GradientRegularization, SharpnessMonitor
 from lightning_gr.cli import main as cli
-from lightning_gr.report.plotting import COLORS, draw_runs, read_run
+from lightning_gr.report.plotting import COLORS, Run, draw_runs, read_run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # of TensorBoard's own dependencies
@@ -55,7 +55,14 @@ def test_what_is_drawn(folder):
     runs = [read_run(folder / name / "csv") for name in ("F-GR", "SAM")]
     figure = draw_runs(runs)
     pictures = {axes.get_title(): axes for axes in figure.axes if axes.get_visible()}
-    assert list(pictures) == ["Loss", "Gradient norm", "Sharpness", "Curvature", "Trace of the Hessian", "Accuracy"]
+    assert list(pictures) == [
+        "Loss",
+        "Gradient norm",
+        "Sharpness",
+        "Largest eigenvalue",
+        "Trace of the Hessian",
+        "Accuracy",
+    ]
     for axes in pictures.values():
         assert axes.get_xlabel() == "step"
         assert axes.get_ylabel()
@@ -83,6 +90,24 @@ def test_command(folder, flags, start, tmp_path, monkeypatch, capsys):
     assert cli.main(["plot", *runs, *flags]) == 0
     assert (tmp_path / flags[1]).read_bytes().startswith(start)
     assert capsys.readouterr().out == f"Figure: {flags[1]}\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "title", "unit"),
+    [
+        ("gr/curvature", "Curvature along ∇L", "∇Lᵀ H ∇L / ‖∇L‖² (loss per unit of θ²)"),
+        ("hessian/eigenvalue", "Largest eigenvalue", "eigenvalue of H (loss per unit of θ²)"),
+        ("hessian/trace", "Trace of the Hessian", "tr H (loss per unit of θ²)"),
+        ("gr/sharpness", "Sharpness", "L(θ + s d) − L(θ) (loss)"),
+        ("gr/loss_perturbed", "Loss", "loss"),
+        ("optimizer_0/grad_norm", "Gradient norm", "‖∇L‖ (loss per unit of θ)"),
+    ],
+)
+def test_each_quantity_has_a_panel_of_its_own_with_its_unit(key, title, unit):
+    others = {"loss": ([0.0], [1.0]), "gr/curvature": ([0.0], [2.0]), "hessian/eigenvalue": ([0.0], [3.0])}
+    figure = draw_runs([Run("run", {**others, key: ([0.0, 1.0], [0.5, 0.25])})])
+    (axes,) = [axes for axes in figure.axes if any(list(line.get_ydata()) == [0.5, 0.25] for line in axes.lines)]
+    assert (axes.get_title(), axes.get_ylabel()) == (title, unit)
 
 
 def test_runs_are_named_by_what_is_different(folder, tmp_path):

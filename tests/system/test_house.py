@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-from importlinter.cli import lint_imports
 
 import lightning_gr
 
@@ -28,7 +27,8 @@ def test_each_test_file_of_a_layer_has_a_module(layer):
 
 
 def test_imports_only_go_down_the_layers(monkeypatch, capsys):
-    """Checked by `lint-imports` with the contracts in pyproject.toml."""
+    """Checked by `lint-imports` (extra `dev`) with the contracts in pyproject.toml."""
+    lint_imports = pytest.importorskip("importlinter.cli").lint_imports
     monkeypatch.chdir(ROOT)
     assert lint_imports(no_cache=True) == 0, capsys.readouterr().out
 

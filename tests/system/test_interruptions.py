@@ -1,10 +1,14 @@
 """Whatever breaks off a second pass: the weights are the clean ones, in the module and in a checkpoint saved then."""
 
+import signal
+import subprocess
+import sys
 from contextlib import suppress
 
 import pytest
 import torch
 from interrupter import Interrupter, second_pass_of
+from launching import ROOT
 from modules import (
     METHODS,
     MOVING,
@@ -117,3 +121,26 @@ def test_ctrl_c_while_restoring(monkeypatch, after):
         make_trainer(METHODS["SAM"].callback()).fit(module, make_loader())
     assert len(calls) == 4
     assert_same(weights(module.net), module.clean)
+
+
+def test_ctrl_c_is_not_ignored():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+IN_BACKGROUND = """
+import signal, subprocess, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `pytest &` starts, and so do the processes that it starts
+command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *sys.argv[1:]]
+sys.exit(subprocess.run(command).returncode)
+"""
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+def test_ctrl_c_in_a_job_in_the_background():
+    signals = f"{ROOT}/tests/core/test_signals.py"
+    tests = [f"{__file__}::test_ctrl_c_is_not_ignored", f"{signals}::test_ctrl_c_is_not_held_back"]
+    command = [sys.executable, "-c", IN_BACKGROUND, *tests]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
+    assert ended.returncode == 0, ended.stdout[-2000:]
+    assert "passed" in ended.stdout

@@ -15,6 +15,7 @@ from lightning_gr.cli.demo import task as demo
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "examples" / "paper"
+PROGRAMS = ["diagonal", "flooding", "cost", "generalisation", "sharpness", "ablations", "one_pass", "relatives"]
 COMMITTED = sorted((PAPER / "results").glob("*.csv"))
 
 
@@ -103,6 +104,21 @@ def test_ablations(tmp_path):
     run("ablations", tmp_path)
     assert_drawn(tmp_path, "ablations")
     assert {row["m"] for row in rows(tmp_path / "ascent_sync.csv")} == {"1", "8"}
+
+
+@pytest.mark.launch
+def test_one_pass_and_relatives(tmp_path):
+    run("one_pass", tmp_path, "--tasks", "digits-noise", "mnist-cnn")
+    tests = rows(tmp_path / "one_pass.csv")
+    assert len(tests) == 2 * 6
+    assert {row["rho"] for row in tests if row["method"] == "MSAM, ρ=2"} == {"2"}
+    run("relatives", tmp_path)
+    assert {row["method"] for row in rows(tmp_path / "relatives.csv")} == {
+        "plain", "SAM", "GSAM", "Friendly SAM", "LookSAM",
+    }  # fmt: skip
+    accuracies = numbers(tmp_path / "relatives.csv", "accuracy")
+    assert len(set(accuracies)) > 3  # another method, another result
+    assert all(0 < accuracy <= 100 for accuracy in accuracies)
 
 
 @pytest.mark.launch
@@ -261,7 +277,7 @@ def test_mnist1d_is_made_and_leaves_numpy_s_random_numbers(paper):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["diagonal", "flooding", "cost", "generalisation", "sharpness", "ablations"])
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_page_shows_the_committed_numbers(paper, program, tmp_path, capsys, monkeypatch):
     """The figure and the table are made of the committed files, and the page has each line of the table."""
     monkeypatch.setattr(sys, "argv", [f"{program}.py", "--draw-only", "--figures", str(tmp_path)])

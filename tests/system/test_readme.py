@@ -1,4 +1,4 @@
-"""The README's Python examples run, in order, in one namespace."""
+"""The Python examples of README and pages run: those of the README as they stand, those of a page in one namespace."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
 
 
 class Model(pl.LightningModule):
@@ -25,7 +26,7 @@ class Model(pl.LightningModule):
         return self.loss(*batch)
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
 def quiet_trainer(**options):
@@ -39,21 +40,50 @@ def quiet_trainer(**options):
     )
 
 
-@pytest.mark.parametrize(("page", "count"), [("README.md", 4), ("docs/methods.md", 2)])
-def test_examples_run(page, count):
-    text = (README.parent / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) >= count
-    data, steps = TensorDataset(torch.randn(16, 4), torch.randint(2, (16,))), []
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.fixture
+def steps():
+    """One entry for each step of an optimizer."""
+    taken = []
+    with register_optimizer_step_post_hook(lambda *_: taken.append(1)):
+        yield taken
+
+
+@pytest.mark.filterwarnings("default")  # those of a Trainer with all defaults
+def test_readme_runs_as_it_stands(steps, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("README.md")
+    exec(compile(block, "README.md", "exec"), {})
+    assert len(steps) == 3 * 64
+    assert "regularized: 192 of 192 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("page", "count"),
+    [("docs/usage.md", 4), ("docs/methods.md", 2), ("docs/metrics.md", 1), ("docs/releases/0.1.0.md", 1)],
+)
+def test_examples_of_a_page_run(page, count, steps):
+    data = TensorDataset(torch.randn(16, 4), torch.randint(2, (16,)))
     namespace = {"Trainer": quiet_trainer, "Model": Model, "model": Model(), "train_loader": DataLoader(data, 8)}
     namespace["torch"] = torch
-    with register_optimizer_step_post_hook(lambda *_: steps.append(1)):
-        for block in blocks:
-            steps.clear()
-            exec(compile(block, page, "exec"), namespace)
-            assert steps
+    assert len(blocks(page)) == count
+    for block in blocks(page):
+        steps.clear()
+        exec(compile(block, page, "exec"), namespace)
+        assert steps
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)h][^)]*)\)", README.read_text(encoding="utf-8")))
-def test_readme_files_exist(link):
-    assert (README.parent / link).exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_linked_files_exist(page):
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_pages_start_with_their_answer(page):
+    title, answer = page.read_text(encoding="utf-8").split("\n\n")[:2]
+    assert title.startswith("# ")
+    assert answer.startswith(("**In short.**", "```"))  # in words, or the command

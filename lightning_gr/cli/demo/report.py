@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lightning_gr.callbacks.flooding import Flooding
 from lightning_gr.cli.demo.task import DEMO_METHODS, EpochRecord
-from lightning_gr.report.display import printable
+from lightning_gr.report.console import printable
 
 __all__ = ["draw", "make_table", "verdicts"]
 
@@ -47,7 +47,7 @@ def _last(records: Sequence[EpochRecord], method: str) -> list[EpochRecord]:
 def make_table(records: Sequence[EpochRecord], costs: Mapping[str, float], title: str) -> Table:
     """Build a table with one row per method: means over seeds at the end of training."""
     several = len({record.seed for record in records}) > 1
-    caption = "± is the standard deviation over seeds" if several else "one seed, so the spread is unknown"
+    caption = "± is the standard deviation over seeds" if several else "one seed, so there is no spread"
     table = Table(title=printable(title), caption=printable(caption))
     table.add_column("method", overflow="fold")
     table.add_column("constants", overflow="fold")
@@ -79,20 +79,23 @@ def verdicts(records: Sequence[EpochRecord]) -> list[str]:
     for method in dict.fromkeys(record.method for record in records if plain and record.method != "plain"):
         accuracy = [record.accuracy for record in _last(records, method)]
         gain = statistics.mean(accuracy) - statistics.mean(plain)
-        spread = max(_spread(accuracy), _spread(plain))
-        if gain <= spread:
-            lines.append(_verdict(method, gain, spread if min(len(accuracy), len(plain)) > 1 else None))
+        several = min(len(accuracy), len(plain)) > 1
+        spread = max(_spread(accuracy), _spread(plain)) if several else None
+        if gain <= (spread or 0.0):
+            lines.append(_verdict(method, gain, spread))
     return lines
 
 
 def _verdict(method: str, gain: float, spread: float | None) -> str:
     """Describe a method whose gain is at most the spread over seeds; ``spread`` is None for a single seed."""
-    points = f"{100 * gain:+.1f} points"
+    points = round(100 * gain, 1)
+    verdict = "is worse than plain training" if points < 0 else "does not help"
     if spread is None:
-        return f"{method} does not help here: {points}, with one seed, so the spread over seeds is unknown."
-    if gain < -spread:
-        return f"{method} is worse than plain training here: {points}, beyond the spread over seeds."
-    return f"{method} does not help here: {points}, within the spread over seeds."
+        caveat = "one seed, so there is no spread over seeds"
+    else:
+        compared = "within" if abs(gain) <= spread else "beyond"
+        caveat = f"{compared} the spread over seeds (±{100 * spread:.1f})"
+    return f"{method} {verdict} here: {points + 0.0:+.1f} points, {caveat}."
 
 
 def draw(records: Sequence[EpochRecord], path: Path) -> None:

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_gr.cli.demo.report import draw, make_table, verdicts
 from lightning_gr.cli.demo.task import DEMO_METHODS, EpochRecord, Interrupted, measure_costs, train, write_csv
-from lightning_gr.report.display import make_console, printable
+from lightning_gr.report.console import complain, make_console, printable
 
 __all__ = ["run_demo"]
 
@@ -27,11 +27,15 @@ def run_demo(methods: Sequence[str], seeds: int, epochs: int, output: Path) -> i
             costs = measure_costs(methods)
     except (Interrupted, KeyboardInterrupt, SystemExit):
         interrupted = True
+    written = not records or _write(records, output)
     if records:
-        _show(records, costs, output, console, TITLE.format(epochs=epochs, seeds=seeds))
+        _show(records, costs, console, TITLE.format(epochs=epochs, seeds=seeds))
+    if records and written:
+        files = printable(f"Figure: {output / 'demo.png'}\nValues: {output / 'demo.csv'}")
+        console.print(files, markup=False, soft_wrap=True)
     if interrupted:
         console.print("Interrupted: only finished runs are included.")
-    return 130 if interrupted else 0
+    return 130 if interrupted else 0 if written else 2
 
 
 def _train_all(methods: Sequence[str], seeds: int, epochs: int, records: list[EpochRecord], console: Console) -> None:
@@ -44,12 +48,19 @@ def _train_all(methods: Sequence[str], seeds: int, epochs: int, records: list[Ep
                 records += train(method, DEMO_METHODS[method](), seed, epochs, tick=lambda: progress.advance(task))
 
 
-def _show(records: list[EpochRecord], costs: dict[str, float], output: Path, console: Console, title: str) -> None:
-    """Write the files and print the table. The files come first, so that they exist even if printing fails."""
-    write_csv(records, output / "demo.csv")
-    draw(records, output / "demo.png")
+def _write(records: list[EpochRecord], output: Path) -> bool:
+    """Write the files, before anything is printed; return whether that succeeded."""
+    try:
+        write_csv(records, output / "demo.csv")
+        draw(records, output / "demo.png")
+    except OSError as error:
+        complain(f"lightning-gr: error: cannot write to the folder {output}: {error.strerror or error}")
+        return False
+    return True
+
+
+def _show(records: list[EpochRecord], costs: dict[str, float], console: Console, title: str) -> None:
+    """Print the table and the verdicts."""
     console.print(make_table(records, costs, title))
     for line in verdicts(records):
         console.print(printable(line))
-    files = printable(f"Figure: {output / 'demo.png'}\nValues: {output / 'demo.csv'}")
-    console.print(files, markup=False, soft_wrap=True)

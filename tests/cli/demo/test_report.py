@@ -16,22 +16,29 @@ def records_of(**accuracies):
 
 
 def test_a_method_that_does_not_help_is_named():
-    helped, not_clear, worse = (0.90, 0.91), (0.81, 0.82), (0.7, 0.7)
-    lines = verdicts(records_of(plain=(0.80, 0.82), SAM=helped, F_GR=not_clear, B_GR=worse))
+    helped, not_clear, worse, slightly, spread_out = (0.90, 0.91), (0.81, 0.82), (0.7, 0.7), (0.8, 0.81), (0.9, 0.15)
+    lines = verdicts(
+        records_of(plain=(0.80, 0.82), SAM=helped, F_GR=not_clear, B_GR=worse, MSAM=slightly, flooding=spread_out)
+    )
     assert lines == [
-        "F-GR does not help here: +0.5 points, within the spread over seeds.",
-        "B-GR is worse than plain training here: -11.0 points, beyond the spread over seeds.",
+        "F-GR does not help here: +0.5 points, within the spread over seeds (±1.4).",
+        "B-GR is worse than plain training here: -11.0 points, beyond the spread over seeds (±1.4).",
+        "MSAM is worse than plain training here: -0.5 points, within the spread over seeds (±1.4).",
+        "flooding is worse than plain training here: -28.5 points, within the spread over seeds (±53.0).",
     ]
 
 
 def test_one_seed_has_no_spread(capsys):
-    records = records_of(plain=(0.8,), SAM=(0.9,), F_GR=(0.7,))
-    (line,) = verdicts(records)
-    assert line.startswith("F-GR does not help here: -10.0 points, with one seed")
+    records = records_of(plain=(0.8,), SAM=(0.9,), F_GR=(0.7,), B_GR=(0.8,), MSAM=(0.79999,))
+    assert verdicts(records) == [
+        "F-GR is worse than plain training here: -10.0 points, one seed, so there is no spread over seeds.",
+        "B-GR does not help here: +0.0 points, one seed, so there is no spread over seeds.",
+        "MSAM does not help here: +0.0 points, one seed, so there is no spread over seeds.",
+    ]
     Console(width=80).print(make_table(records, {}, "title"))
     out = capsys.readouterr().out
     assert "±" not in out
-    assert "one seed, so the spread is unknown" in out
+    assert "one seed, so there is no spread" in out
 
 
 @pytest.mark.parametrize("width", [40, 80])

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import os
+import subprocess
 import sys
 
 import pytest
@@ -35,6 +37,35 @@ def test_files_are_written_where_nothing_can_be_printed(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="could not print"):
         code = cli.main(["demo", "--seeds=1", "--epochs=1", "--methods", "plain", "--output", str(tmp_path)])
     assert code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"demo.csv", "demo.png"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["demo.csv", "demo.png"])
+def test_results_are_printed_where_no_file_can_be_written(name, tmp_path, capsys):
+    (tmp_path / name).mkdir()
+    assert cli.main(["demo", "--seeds=1", "--epochs=1", "--methods", "plain", "--output", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "test accuracy" in printed.out
+    assert "Figure" not in printed.out
+    (line,) = [line for line in printed.err.splitlines() if "error" in line]
+    assert line.startswith("lightning-gr: error: cannot write to the folder ")
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_demo_in_any_encoding(encoding, tmp_path):
+    command = [sys.executable, "-m", "lightning_gr", "demo", "--seeds=1", "--epochs=1", "--methods", "plain", "F-GR"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "80"}
+    ended = subprocess.run(
+        [*command, "--output", str(tmp_path)], env=environment, capture_output=True, timeout=200, check=False
+    )
+    out = ended.stdout.decode(encoding)
+    assert ended.returncode == 0, ended.stderr
+    assert ("γ=1 ε=0.5" if encoding == "utf-8" else "gamma=1") in out
+    assert "?" not in out
+    assert max(map(len, out.splitlines())) <= 80 + len(str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"demo.csv", "demo.png"}
 
 
