@@ -19,6 +19,7 @@ TRAINING = {
     "validate": "evaluate it on the validation set",
     "test": "evaluate it on the test set",
     "predict": "compute its predictions",
+    "tune": "find out which methods help on it, and with which constants",
 }
 DEMO_NAMES = ("plain", "F-GR", "B-GR", "SAM", "MSAM", "flooding")
 _NAMES = ("plain", "F-GR", "B-GR", "penalty", "SAM", "ASAM", "MSAM", "flooding")

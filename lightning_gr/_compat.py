@@ -384,3 +384,8 @@ def gradients_are_scaled(optimizer: object) -> bool:
 def is_fsdp1(trainer: "Trainer") -> bool:
     """Whether the strategy shards parameters with FSDP1 (``strategy="fsdp"``)."""
     return has_base_named(trainer.strategy, "FSDPStrategy")
+
+
+def spawns_ranks(trainer: "Trainer") -> bool:
+    """Whether the Trainer starts its ranks within each `fit`, and ends them with it (spawn and fork, notebooks)."""
+    return type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"

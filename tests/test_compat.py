@@ -27,6 +27,7 @@ from lightning_gr._compat import (
     namespace_of,
     overrides_hook,
     signal_handler,
+    spawns_ranks,
     storage_uses,
     torchs_own_methods,
     trainer_parts,
@@ -256,3 +257,11 @@ def test_handlers_of_signals_are_those_of_the_public_function():
     """`_signal.getsignal`, without the search for an enum."""
     assert [signal_handler(n) for n in signal.valid_signals()] == [signal.getsignal(n) for n in signal.valid_signals()]
     assert signal_handler.__globals__["_getsignal"] is _signal.getsignal
+
+
+@pytest.mark.parametrize(("strategy", "spawns"), [("ddp_spawn", True), ("ddp_fork", True), ("auto", False)])
+def test_strategies_that_start_their_ranks_within_fit(strategy, spawns):
+    """`_MultiProcessingLauncher` of Lightning."""
+    devices = 1 if strategy == "auto" else 2
+    trainer = pl.Trainer(strategy=strategy, devices=devices, accelerator="cpu", logger=False)
+    assert spawns_ranks(trainer) is spawns

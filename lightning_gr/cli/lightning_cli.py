@@ -92,9 +92,7 @@ class GradientRegularizationCLI(_Base):  # type: ignore[misc]
 
     def _check_methods(self) -> None:
         settings = self._settings(self.config)
-        methods = [f"--{key}" for key in CALLBACKS_BY_NAME if key != "flooding" and settings.get(key)]
-        if len(methods) > 1:
-            self.parser.error(f"Expected at most one method besides flooding but got {' and '.join(methods)}: keep one")
+        self._check_exclusive(settings)
         callbacks = settings.get("trainer.callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         for key, config in [
@@ -107,6 +105,11 @@ class GradientRegularizationCLI(_Base):  # type: ignore[misc]
                     kind(**config.init_args)
                 except ValueError as error:
                     self.parser.error(f"--{key}: {error}")
+
+    def _check_exclusive(self, settings: Any) -> None:
+        methods = [f"--{key}" for key in CALLBACKS_BY_NAME if key != "flooding" and settings.get(key)]
+        if len(methods) > 1:
+            self.parser.error(f"Expected at most one method besides flooding but got {' and '.join(methods)}: keep one")
 
     def instantiate_trainer(self, **kwargs: Any) -> "Trainer":
         """Prepend the requested methods to the Trainer's callbacks."""

@@ -19,6 +19,8 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         args: The command and its parsed arguments.
         argv: The command line, which LightningCLI parses itself. None means ``sys.argv``.
     """
+    if args.command == "tune":
+        return _tune(argv)
     if args.command in TRAINING:
         return _train(argv)
     return {"completion": _completion, "demo": _demo, "plot": _plot}[args.command](args)
@@ -36,12 +38,25 @@ def _missing(*names: str) -> list[str]:
 def _train(argv: Sequence[str] | None) -> int:
     if missing := _missing("jsonargparse", "docstring_parser"):
         return _fail(f"training from the command line needs {' and '.join(missing)}: pip install 'lightning_gr[cli]'")
-    # as with `python -m`, so that --model can name a class in a file in this folder
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    _find_files_here()
     from lightning_gr.cli.lightning_cli import run as run_lightning_cli
 
     return run_lightning_cli(argv)
+
+
+def _tune(argv: Sequence[str] | None) -> int:
+    if missing := _missing("optuna", "matplotlib", "jsonargparse", "docstring_parser"):
+        return _fail(f"tuning needs {' and '.join(missing)}: pip install 'lightning_gr[tune]'")
+    _find_files_here()
+    from lightning_gr.cli.tune import run_tune
+
+    return run_tune(argv)
+
+
+def _find_files_here() -> None:
+    """As with `python -m`, so that --model can name a class in a file in this folder."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 def _completion(args: argparse.Namespace) -> int:
