@@ -358,8 +358,6 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
         how = {"local": self.is_local(trainer), "separate": self._by_micro_batch(trainer), "verbose": self.verbose}
         return self._runs[trainer].summary(trainer, pl_module, self.rule, self._row(), schedule=schedule, **how)
 
-    # --- used by the mixin
-
     @property
     def state(self) -> State:
         """The vectors that the rule keeps from step to step."""
