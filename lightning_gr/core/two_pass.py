@@ -124,8 +124,8 @@ def add_second_pass_(
     replay = _Apart(replay, targets, [*without, *excluded] if apart else without, apart)
     with unchanged_gradients(() if apart else excluded):
         if update.curvature:
-            stashed.restore(reduced)
-            _add_exact_(update, targets, grads, replay, loss_scale, norm, () if apart else excluded)
+            others = () if apart else excluded
+            _add_exact_(update, targets, reduced, grads, replay, stashed, loss_scale, norm, others)
         del grads  # frees their memory before the second pass if the method does not keep them
         if update.combine is not None or update.clip is not None:
             try:
@@ -235,8 +235,10 @@ def _loss_expected() -> Iterator[None]:
 def _add_exact_(
     update: Update,
     params: Sequence[Tensor],
+    reduced: Sequence[Tensor],
     grads: list[Tensor],
     replay: Replay,
+    stashed: StashedGradients,
     loss_scale: Tensor | None,
     norm: Tensor | None,
     others: Sequence[Tensor],
@@ -246,22 +248,23 @@ def _add_exact_(
     DDP waits for the gradient of each parameter that the loss depends on, also of ``others``, and fails if it gets one
     of a parameter that the loss does not depend on. ⟨∇L, d⟩ may depend on fewer, so these enter it times 0.
     """
-    reduced = [param for param in others if param.requires_grad] if is_initialized() else []
+    waited = [param for param in others if param.requires_grad] if is_initialized() else []
     direction = [grad.detach().clone() for grad in grads]
     factor = direction_factor(update, direction, loss_scale, norm)
     if factor is not None:
         scale_(direction, factor)
 
     def inner_product(loss: Tensor) -> Tensor:
-        everything = [*params, *reduced]
+        everything = [*params, *waited]
         if not everything:
             return 0.0 * loss
         with without_hooks(everything):  # hooks only see the gradient of the penalty
             again = torch.autograd.grad(loss, everything, create_graph=True, allow_unused=True)
-        ds = [*direction, *[None] * len(reduced)]
+        ds = [*direction, *[None] * len(waited)]
         terms = [_term(g, p, d) for g, p, d in zip(again, everything, ds, strict=True) if g is not None]
         return update.curvature * torch.stack([term.to(loss.device) for term in terms]).sum() if terms else 0.0 * loss
 
+    stashed.restore(reduced)  # not before: the direction is that of this gradient alone
     with _loss_expected():
         replay(inner_product)
 

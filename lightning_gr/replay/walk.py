@@ -79,7 +79,7 @@ class Walk:
         closed: Objects that are not entered.
         seen: More of them, by their identities.
         managed: Attributes of other modules that belong to a strategy, by the identity of the module; ``"*"`` is all of
-            them but for the layers within.
+            them except the layers within.
     """
 
     def __init__(

@@ -290,5 +290,5 @@ def test_page_shows_the_committed_numbers(paper, program, tmp_path, capsys, monk
 
 
 def test_results_say_where_they_come_from():
-    assert len(COMMITTED) == 15
+    assert len(COMMITTED) == 19
     assert all(file.with_suffix(".json").exists() for file in COMMITTED)

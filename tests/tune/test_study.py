@@ -18,10 +18,22 @@ def storage(tmp_path):
 
 
 @pytest.fixture
-def owner(tmp_path):
-    one = Owner(tmp_path / "processes")
-    yield one
-    one.close()
+def new_owner(tmp_path):
+    """Makes owners, which are closed in the end."""
+    made = []
+
+    def make(folder=None):
+        made.append(Owner((folder or tmp_path) / "processes"))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def owner(new_owner):
+    return new_owner()
 
 
 @pytest.fixture(autouse=True)
@@ -61,10 +73,10 @@ def test_the_first_constants_are_given_and_all_lie_within_the_bounds(storage, ow
 
 
 @pytest.mark.parametrize("stop_at", [0, 2, 4])
-def test_an_interrupted_search_chooses_the_same_constants(tmp_path, stop_at):
+def test_an_interrupted_search_chooses_the_same_constants(tmp_path, new_owner, stop_at):
     def constants(folder, interrupted):
         folder.mkdir()
-        first, second = Owner(folder / "p"), Owner(folder / "p")
+        first, second = new_owner(folder), new_owner(folder)
         queue = Queue(open_storage(None, folder), "a", first)
         found = run(queue, stop_at)
         if interrupted:
@@ -77,8 +89,8 @@ def test_an_interrupted_search_chooses_the_same_constants(tmp_path, stop_at):
     assert constants(tmp_path / "whole", False) == constants(tmp_path / "stopped", True)
 
 
-def test_a_repeated_job_keeps_its_constants_and_its_number(storage, owner, tmp_path):
-    other = Owner(tmp_path / "processes")
+def test_a_repeated_job_keeps_its_constants_and_its_number(storage, owner, new_owner):
+    other = new_owner()
     lost = Queue(storage, "a", other).claim(4)
     chosen = lost.queue.suggest(lost, BOUNDS, ())
     other.close()
@@ -87,16 +99,16 @@ def test_a_repeated_job_keeps_its_constants_and_its_number(storage, owner, tmp_p
     assert again.queue.suggest(again, BOUNDS, [{"rho": 0.7}]) == chosen
 
 
-def test_a_living_process_keeps_its_job(storage, owner, tmp_path):
-    other = Owner(tmp_path / "processes")
+def test_a_living_process_keeps_its_job(storage, owner, new_owner):
+    other = new_owner()
     assert Queue(storage, "a", other).claim(1) is not None
     queue = Queue(storage, "a", owner)
     assert queue.claim(1) is None
     assert queue.done() == {}
 
 
-def test_without_a_lock_in_reach_the_time_stamp_decides(storage, owner, tmp_path, monkeypatch):
-    other = Owner(tmp_path / "processes")
+def test_without_a_lock_in_reach_the_time_stamp_decides(storage, owner, new_owner, monkeypatch):
+    other = new_owner()
     Queue(storage, "a", other).claim(1)
     monkeypatch.setattr(Owner, "is_dead", lambda self, name: None)
     queue = Queue(storage, "a", owner)
@@ -122,12 +134,12 @@ def test_a_released_job_is_free_at_once(storage, owner):
     assert queue.claim(1).index == 0
 
 
-def test_a_job_that_always_ends_its_process_counts_as_failed(storage, tmp_path):
+def test_a_job_that_always_ends_its_process_counts_as_failed(storage, new_owner):
     for _ in range(module.MOST_ATTEMPTS):
-        owner = Owner(tmp_path / "processes")
+        owner = new_owner()
         assert Queue(storage, "a", owner).claim(1) is not None
         owner.close()
-    owner = Owner(tmp_path / "processes")
+    owner = new_owner()
     queue = Queue(storage, "a", owner)
     assert queue.claim(1) is None
     assert "ended without a result" in queue.done()[0].user_attrs["error"]
