@@ -25,10 +25,11 @@ class Interrupter:
         self.left = count
 
     def __enter__(self):
+        self.before = sys.gettrace()  # of a measurement of coverage
         sys.settrace(self.trace)
 
     def __exit__(self, *exc):
-        sys.settrace(None)
+        sys.settrace(self.before)
 
     def trace(self, frame, event, arg):
         if not frame.f_globals.get("__name__", "").startswith("lightning_gr"):
