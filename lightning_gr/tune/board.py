@@ -195,28 +195,31 @@ class Board:
             return True
         return share >= _SPARED and bool(self.job.trial.should_prune())
 
+    def _current(self) -> Job:
+        if self.job is None:
+            raise RuntimeError("no job is being worked on: call `next` first")
+        return self.job
+
     def finish_range(self, found: Range) -> None:
         """Keep a range test."""
-        assert self.job is not None
-        self.job.finish(found.sweep.edge, range=found.as_dict())
+        self._current().finish(found.sweep.edge, range=found.as_dict())
         self.job = None
 
     def fail(self, error: str) -> None:
         """Keep the current job as failed."""
-        assert self.job is not None
-        self.job.fail(error)
+        self._current().fail(error)
         self.job = None
 
     def finish(self, outcome: Outcome, task: Task) -> None:
         """Keep the outcome of a training."""
-        assert self.job is not None
+        job = self._current()
         facts = {**outcome.as_dict(), "seed": task.seed, "constants": task.constants}
         error = facts.pop("error")
         if error is not None:
-            self.job.fail(error, **facts)
+            job.fail(error, **facts)
         else:
             value = None if outcome.pruned or not math.isfinite(outcome.value) else outcome.value
-            self.job.finish(value, **facts)
+            job.finish(value, **facts)
         self.job = None
 
     def progress(self) -> tuple[float, float]:

@@ -166,7 +166,8 @@ def _remove(folder: Path) -> None:
 
 
 def _board(board: Board | None) -> Board:
-    assert board is not None  # rank 0 has one, and only rank 0 is asked
+    if board is None:
+        raise RuntimeError("only rank 0 has a board: ask through `shared`")
     return board
 
 
