@@ -18,8 +18,9 @@ def completion_script(shell: str) -> str:
     """Return the script for ``shell``: bash, zsh or tcsh."""
     parser = make_parser()
     commands = _commands(parser)
-    for name, training in _commands(_parser_of(GradientRegularizationCLI)).items():
-        _add_flags(commands[name], training)
+    training = _commands(_parser_of(GradientRegularizationCLI))
+    for name, flags in {**training, **_tune()}.items():
+        _add_flags(commands[name], flags)
     for each in commands.values():
         for action in each._actions:
             if action.type is Path:
@@ -31,6 +32,15 @@ def completion_script(shell: str) -> str:
 def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     """The parsers of the commands, found as shtab itself finds them."""
     return next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+
+
+def _tune() -> dict[str, argparse.ArgumentParser]:
+    """The parser of ``tune``, which needs Optuna to run; without it, its name alone is completed."""
+    try:
+        from lightning_gr.cli.tune import TuneCLI
+    except ModuleNotFoundError:
+        return {}
+    return {"tune": _parser_of(TuneCLI, run=False)}
 
 
 class _Parsed(Exception):  # noqa: N818, not an error

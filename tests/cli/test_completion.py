@@ -69,6 +69,7 @@ def test_flags_of_training(scripts, tmp_path):
     found = set(offered(scripts["bash"], tmp_path, "fit", "--"))
     assert {"--config", "--model", "--data", "--trainer.max_epochs", "--ckpt_path", "--print_config"} <= found
     assert not [flag for flag in found if flag.startswith(("--print_shtab", "--print_completion"))]
+    assert {"--monitor", "--trials", "--storage", "--model"} <= set(offered(scripts["bash"], tmp_path, "tune", "--"))
     # no flags of classes that may not be the ones that are used
     assert {flag for flag in found if flag.startswith(("--model.", "--data."))} == {"--model.help", "--data.help"}
     assert set(offered(scripts["bash"], tmp_path, "fit", "--sam.adaptive", "")) == {"true", "false"}
