@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning_gr.callbacks.by_name import CALLBACKS_BY_NAME
 from lightning_gr.callbacks.flooding import Flooding
+from lightning_gr_startup import method_name
 
 __all__ = ["DEFAULT_METHODS", "METHODS", "PLAIN", "Constants", "Method", "TuneError", "check_methods", "rounded"]
 
@@ -70,11 +71,17 @@ DEFAULT_METHODS = (PLAIN, "F-GR", "SAM", "MomentumSAM", "flooding")
 def check_methods(names: Any) -> list[Method]:
     """Return the methods to search, without plain training, which has nothing to choose and is always compared.
 
+    Names are those of the other commands, in any case: ``sam``, ``MSAM`` and ``Momentum-SAM`` are known as well.
+
     Raises:
         TuneError: If a name is unknown, or there is no method besides plain training.
     """
     known = [PLAIN, *METHODS]
-    chosen = list(dict.fromkeys(names)) if isinstance(names, (list, tuple)) else [names]
+    spelled = {method_name(name): name for name in known}
+    given = names if isinstance(names, (list, tuple)) else [names]
+    chosen = list(
+        dict.fromkeys(spelled.get(method_name(name), name) if isinstance(name, str) else name for name in given)
+    )
     unknown = [name for name in chosen if name not in known]
     if unknown:
         raise TuneError(f"unknown method {unknown[0]!r}: choose from {', '.join(known)}")
