@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_gr.callbacks.by_name import CALLBACKS_BY_NAME
+from lightning_gr.callbacks.by_name import CALLBACKS_BY_NAME, METHODS_BY_NAME
 from lightning_gr.callbacks.flooding import Flooding
 from lightning_gr_startup import method_name
 
@@ -53,17 +53,10 @@ class Method:
         return CALLBACKS_BY_NAME[self.key] is not Flooding
 
 
+_CONSTANTS = {"gr": ("epsilon", "gamma"), "sam": ("rho",), "msam": ("rho",), "flooding": ("level",)}
 METHODS = {
-    method.name: method
-    for method in (
-        Method("F-GR", "gr", ("epsilon", "gamma"), {"scheme": "forward"}),
-        Method("B-GR", "gr", ("epsilon", "gamma"), {"scheme": "backward"}),
-        Method("penalty", "gr", ("epsilon", "gamma"), {"normalize": True}),
-        Method("SAM", "sam", ("rho",), {"adaptive": False}),
-        Method("ASAM", "sam", ("rho",), {"adaptive": True}),
-        Method("MomentumSAM", "msam", ("rho",)),
-        Method("flooding", "flooding", ("level",)),
-    )
+    name: Method(name, key, _CONSTANTS[key], fixed)
+    for name, (key, fixed) in ((name.replace("MSAM", "MomentumSAM"), how) for name, how in METHODS_BY_NAME.items())
 }
 DEFAULT_METHODS = (PLAIN, "F-GR", "SAM", "MomentumSAM", "flooding")
 
