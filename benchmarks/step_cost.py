@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from measuring import count, count_pass, quiet, time_steps
+from measuring import STEPS, WARM_UP, count, count_pass, quiet, time_steps
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -22,9 +22,6 @@ from workloads import WORKLOADS
 
 LOOK = {"box": SIMPLE, "title_justify": "left", "title_style": "bold", "padding": (0, 1), "pad_edge": False}
 NARROW = {**LOOK, "padding": (0, 1, 0, 0)}
-# The first, second, fourth, eighth, ... second pass learns what the step writes, which takes longer and is measured by
-# benchmarks/isolation.py. Timed are the steps after the eighth and before the sixteenth.
-WARM_UP, STEPS = 9, 6
 FEW = {"100 M": 2}  # steps per round, where they take long
 COUNTED = ("MLP, 32", "1,000 tensors")
 QUICK = ("MLP, 32",)
