@@ -104,7 +104,7 @@ class Collectives(TorchDispatchMode):
             # the largest argument is the full tensor that is gathered or scattered, not one rank's shard
             nbytes, numel = max(map(_size, args))
             kind = KINDS.get(func._opname, func._opname)
-            self.calls.append(("scalar" if kind == "all-reduce" and numel == 1 else kind, in_second_pass(), nbytes))
+            self.calls.append(("scalar" if kind == "all-reduce" and numel <= 2 else kind, in_second_pass(), nbytes))
         return func(*args, **(kwargs or {}))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_gr._compat import (
     MisconfigurationException,
     gradient_scaler,
+    is_fsdp1,
     pre_backward,
     static_graph,
     unsynced,
@@ -20,8 +21,9 @@ from lightning_gr._compat import (
 from lightning_gr._validate import check_level
 from lightning_gr.callbacks.after_backward import AfterBackward
 from lightning_gr.callbacks.base import TwoPass
-from lightning_gr.callbacks.checks import check_momentum_by_now, check_written
+from lightning_gr.callbacks.checks import check_fsdp1, check_momentum_by_now, check_written
 from lightning_gr.callbacks.flooding import Flooding
+from lightning_gr.callbacks.ranks import kept_comm_states, sharding
 from lightning_gr.callbacks.recorder import displaced, loss_scale, surroundings_of
 from lightning_gr.core.ahead import Ahead
 from lightning_gr.core.flooding import flood_gradient_
@@ -80,6 +82,7 @@ class ManualRun:
             return
         self.module, self.trainer = module, trainer
         self._surroundings = surroundings_of(trainer, module)
+        self._shard_group = check_fsdp1(trainer)
         self._after_backward = AfterBackward(trainer, module, self._surroundings.trained)
         # DDP records a static graph in its first backward pass, but only if gradients are reduced in it
         self._knows_graph = not static_graph(trainer.strategy.model)
@@ -134,6 +137,17 @@ class ManualRun:
         params: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Run both passes for ``params``, or for all of the optimizer's parameters."""
+        with sharding(self.trainer, self._shard_group):
+            return self._backward_of(loss_fn, optimizer, rule, level, params)
+
+    def _backward_of(
+        self,
+        loss_fn: LossFn,
+        optimizer: Any,
+        rule: RuleChoice,
+        level: LevelChoice,
+        params: Sequence[Tensor] | None,
+    ) -> Tensor:
         params = _parameters(optimizer) if params is None else params
         update = self._update(optimizer, rule)
         callback, chosen = self._two_pass, {id(param) for param in params}
@@ -146,6 +160,14 @@ class ManualRun:
         ahead = None if update is None else self._ahead(optimizer, targets, update, storage)
         passes = self._passes(loss_fn, level, storage, update is not None and self._is_local(), ahead)
         measures = ahead is not None and callback is not None and callback.report.measures_clean_loss
+        synced = update is not None and update.has_second_pass and not self._is_local()
+        comm_states = kept_comm_states(self.trainer) if synced else None
+
+        def replay(transform: Transform, last: bool = True) -> None:
+            if comm_states is not None:
+                comm_states.restore()
+            passes.replay(transform, last)
+
         loss = passes.first(only=(update is None or not update.has_second_pass) and not measures)
         self._knows_graph = True
         regularized = bool(ahead)
@@ -159,11 +181,11 @@ class ManualRun:
             regularized = add_second_pass_(
                 update,
                 targets,
-                passes.replay if observer is None else observer.watch(passes.replay),
+                replay if observer is None else observer.watch(replay),
                 storage,
                 stashed=stashed,
                 excluded=[p for p in self.module.parameters() if id(p) not in chosen or id(p) in excluded],
-                apart=self._writes_gradients(passes),
+                apart=self._writes_gradients(passes) or is_fsdp1(self.trainer),
                 loss_scale=scale,
                 check_finite=not self._is_local(),
                 observer=observer,
@@ -193,7 +215,7 @@ class ManualRun:
 
     def _update(self, optimizer: Any, rule: RuleChoice) -> Update | None:
         if rule == "trainer":
-            return None if self._two_pass is None else self._two_pass.update_of(optimizer.optimizer)
+            return None if self._two_pass is None else self._two_pass.update_of(self.trainer, optimizer.optimizer)
         if rule is None:
             return None
         if isinstance(rule, str) or not hasattr(rule, "update"):
