@@ -29,6 +29,7 @@ __all__ = [
     "gradient_scaler",
     "gradients_are_scaled",
     "has_base_named",
+    "has_comm_hooks",
     "has_forward_hooks",
     "hook_tables",
     "is_error_node",
@@ -199,9 +200,15 @@ def static_graph(model: object) -> bool:
     return bool(getattr(model, "static_graph", False))
 
 
+def has_comm_hooks(model: object) -> bool:
+    """Whether DDP reduces gradients by a communication hook. Relies on the list that DDP keeps of its hooks."""
+    return bool(getattr(model, "_comm_hooks", ()))
+
+
 def comm_hook_states(model: object) -> list[object]:
-    """The objects registered with DDP's communication hooks. Relies on the list that DDP keeps of its hooks."""
-    return [state for _, state in getattr(model, "_comm_hooks", ()) if state is not None]
+    """The objects registered with DDP's communication hooks, except for process groups, which keep nothing."""
+    states = [state for _, state in getattr(model, "_comm_hooks", ()) if state is not None]
+    return [state for state in states if not has_base_named(state, "ProcessGroup")]
 
 
 def gradient_scaler(trainer: "Trainer") -> Any:

@@ -9,16 +9,18 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_gr._compat import CallbackBase, is_fsdp1, skips_backward
+from lightning_gr._compat import CallbackBase, skips_backward
 from lightning_gr._validate import GradientClip, check_bool, check_choice, check_exclude, check_gradient_clip
 from lightning_gr.callbacks import checks
 from lightning_gr.callbacks.flooding import Flooding
 from lightning_gr.callbacks.ranks import (
     Decisions,
+    check_comm_hooks,
     check_same_settings,
     kept_comm_states,
     may_differ,
     passes_of,
+    reduction,
     sharding,
 )
 from lightning_gr.callbacks.recorder import Recorder, gradient_scale, loss_scale
@@ -173,8 +175,8 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
         self.report = self._new_report()
         self._state.begin(trainer, pl_module)
         run.shard_group = checks.check_fsdp1(trainer)
-        how = self.schedule, self.exclude, self.ascent_sync, self.accumulation
-        check_same_settings(trainer, self.rule, self._row(), *how)
+        check_same_settings(trainer, self.rule, self._row(), self)
+        check_comm_hooks(trainer, self._row(), self.is_local(trainer))
         if trainer.world_size > 1 and may_differ(self, TwoPass):
             run.decisions = Decisions(trainer, type(self).__name__)
         if not pl_module.automatic_optimization:
@@ -247,7 +249,7 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
             if run.ahead is None and (self._by_micro_batch(trainer) or recorder.is_at_start):
                 run.stashed.stash(_parameters(trainer))
             if is_window_end(trainer, recorder.batch_idx) and passes_of(run.update) and not self.is_local(trainer):
-                run.comm_states = kept_comm_states(trainer)
+                run.comm_states = kept_comm_states(trainer, run.update)
             recorder.watch_backward(_parameters(trainer))
 
     def _after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -294,8 +296,8 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
             return
         checks.check_hooks(params, self.is_local(trainer))
         checks.check_written(recorder.writes_gradients, self.is_local(trainer))
-        position = recorder.batch_idx if by_micro_batch else None
-        observer = self.report.of_window(position, scale, self.is_local(trainer), bool(run.stashed))
+        local, position = self.is_local(trainer), recorder.batch_idx if by_micro_batch else None
+        observer = self.report.of_window(position, scale, local, bool(run.stashed))
         chosen = {id(param) for param in params}
         with trainer.profiler.profile("[lightning_gr] second pass"):
             run.regularized |= add_second_pass_(
@@ -305,12 +307,10 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
                 run.storage,
                 stashed=run.stashed,
                 excluded=[param for param in recorder.params if id(param) not in chosen],
-                # FSDP1 would take what is in `.grad` for a gradient of the whole unit
-                apart=recorder.writes_gradients or is_fsdp1(trainer),
                 loss_scale=scale,
-                check_finite=not self.is_local(trainer),
                 observer=observer,
                 state=self._state.vectors,
+                **reduction(trainer, local, recorder.writes_gradients),
             )
         run.stashed.restore()
         if recorder.gave_up:

@@ -103,7 +103,7 @@ class Flooding(CallbackBase):  # type: ignore[misc]
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Start counting flooded losses."""
         self._took_part = False
-        check_same_arguments(trainer, "Flooding", self.level, self.sync)
+        check_same_arguments(trainer, "Flooding", level=self.level, sync=self.sync)
         if self.sync and trainer.world_size > 1:
             self._group = SideGroup(trainer.strategy.root_device, "flooding")
         self._outer.append(self.counter)  # of an outer Trainer that is training at the same time, if any

@@ -11,7 +11,6 @@ from torch import Tensor
 from lightning_gr._compat import (
     MisconfigurationException,
     gradient_scaler,
-    is_fsdp1,
     pre_backward,
     static_graph,
     unsynced,
@@ -23,7 +22,7 @@ from lightning_gr.callbacks.after_backward import AfterBackward
 from lightning_gr.callbacks.base import TwoPass
 from lightning_gr.callbacks.checks import check_fsdp1, check_momentum_by_now, check_written
 from lightning_gr.callbacks.flooding import Flooding
-from lightning_gr.callbacks.ranks import kept_comm_states, sharding
+from lightning_gr.callbacks.ranks import kept_comm_states, reduction, sharding
 from lightning_gr.callbacks.recorder import displaced, loss_scale, surroundings_of
 from lightning_gr.core.ahead import Ahead
 from lightning_gr.core.flooding import flood_gradient_
@@ -160,8 +159,9 @@ class ManualRun:
         ahead = None if update is None else self._ahead(optimizer, targets, update, storage)
         passes = self._passes(loss_fn, level, storage, update is not None and self._is_local(), ahead)
         measures = ahead is not None and callback is not None and callback.report.measures_clean_loss
-        synced = update is not None and update.has_second_pass and not self._is_local()
-        comm_states = kept_comm_states(self.trainer) if synced else None
+        comm_states = None
+        if update is not None and update.has_second_pass and not self._is_local():
+            comm_states = kept_comm_states(self.trainer, update)
 
         def replay(transform: Transform, last: bool = True) -> None:
             if comm_states is not None:
@@ -185,11 +185,10 @@ class ManualRun:
                 storage,
                 stashed=stashed,
                 excluded=[p for p in self.module.parameters() if id(p) not in chosen or id(p) in excluded],
-                apart=self._writes_gradients(passes) or is_fsdp1(self.trainer),
                 loss_scale=scale,
-                check_finite=not self._is_local(),
                 observer=observer,
                 state=self._state,
+                **reduction(self.trainer, self._is_local(), self._writes_gradients(passes)),
             )
         if callback is not None:
             callback.note_manual(optimizer.optimizer, regularized, due=update is not None)

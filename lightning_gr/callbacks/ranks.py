@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_gr._compat import MisconfigurationException, comm_hook_states, is_fsdp1
+from lightning_gr._compat import (
+    MisconfigurationException,
+    comm_hook_states,
+    has_base_named,
+    has_comm_hooks,
+    is_fsdp1,
+)
 from lightning_gr._fsdp1 import forget_gathered
 from lightning_gr.core.comm_states import CommStates
 from lightning_gr.core.rules import Rule, Update
@@ -18,11 +24,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Decisions",
+    "check_comm_hooks",
     "check_same_arguments",
     "check_same_settings",
     "kept_comm_states",
     "may_differ",
     "passes_of",
+    "reduction",
     "sharding",
 ]
 
@@ -93,36 +101,87 @@ class Decisions:
             )
 
 
-def check_same_settings(trainer: "Trainer", rule: Rule, update: Update, *others: object) -> None:
+def check_same_settings(trainer: "Trainer", rule: Rule, update: Update, callback: object) -> None:
     """Check that all ranks have the same method and the same settings of it; see :func:`check_same_arguments`."""
     numbers = update.direction, update.keep, update.probes, update.curvature, update.eta, update.ahead, update.clip
-    check_same_arguments(trainer, rule.name, *sorted(rule.constants.items()), *others, *numbers)
+    settings = {name: getattr(callback, name) for name in ("schedule", "exclude", "ascent_sync", "accumulation")}
+    method = (rule.name, *sorted(rule.constants.items()))
+    check_same_arguments(trainer, rule.name, method=method, update=numbers, **settings)
 
 
-def check_same_arguments(trainer: "Trainer", name: str, *arguments: object) -> None:
+def check_same_arguments(trainer: "Trainer", name: str, **arguments: object) -> None:
     """Check that all ranks have the same settings, once at the start of training.
 
     Args:
         trainer: The Trainer.
         name: Of the method.
-        *arguments: The settings, with a ``repr`` that says all.
+        **arguments: The settings, each with a ``repr`` that says all.
 
     Raises:
         MisconfigurationException: On all ranks, if they do not.
     """
     if trainer.world_size == 1 or not is_initialized():
         return
-    number = zlib.crc32(repr((name, arguments)).encode())
-    both = torch.tensor([number, -number], device=trainer.strategy.root_device)
+    numbers = torch.tensor(
+        [zlib.crc32(repr(value).encode()) for value in arguments.values()], device=trainer.strategy.root_device
+    )
+    both = torch.stack([numbers, -numbers])
     torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
     high, low = both.tolist()
-    if high != -low:
+    differing = [key for key, a, b in zip(arguments, high, low, strict=True) if a != -b]
+    if differing:
+        own = f"{differing[0]} = {arguments[differing[0]]}"
         raise MisconfigurationException(
-            f"The settings of {name} differ between ranks (rank {trainer.global_rank}: {arguments}): give the callback"
-            " the same arguments on all of them"
+            f"The settings of {name} differ between ranks (on rank {trainer.global_rank}, {own}): give the callback the"
+            " same arguments on all of them"
         )
 
 
-def kept_comm_states(trainer: "Trainer") -> CommStates:
+def check_comm_hooks(trainer: "Trainer", update: Update, local: bool) -> None:
+    """Reject methods that DDP's communication hook would bias if it adds to a gradient what it left out before.
+
+    Raises:
+        MisconfigurationException: If the method adds up gradients that are reduced separately, or divides by the norm
+            of their difference, which is mostly what the hook left out.
+    """
+    states = [state for state in comm_hook_states(trainer.strategy.model) if not has_base_named(state, _COUNTS_ONLY)]
+    if not states or local or (update.is_linear and not update.curvature):
+        return
+    way_out = (
+        "`scheme='central'`, or `ascent_sync=False`"
+        if update.curvature
+        else "`SAM`, or a hook without a state, such as `bf16_compress_hook`"
+    )
+    raise MisconfigurationException(
+        f"The method combines gradients that are reduced separately, and {type(states[0]).__name__}, the state of DDP's"
+        f" communication hook, may add to each what was left out before: use {way_out}"
+    )
+
+
+_COUNTS_ONLY = "PostLocalSGDState"
+
+
+def kept_comm_states(trainer: "Trainer", update: Update) -> CommStates:
     """What DDP's communication hooks keep, to be given back before gradients are reduced once more."""
+    check_comm_hooks(trainer, update, False)
     return CommStates(comm_hook_states(trainer.strategy.model))
+
+
+def reduction(trainer: "Trainer", local: bool, writes: bool) -> dict[str, bool]:
+    """The options of :func:`~lightning_gr.core.two_pass.add_second_pass_` that depend on how gradients are reduced.
+
+    Args:
+        trainer: The Trainer.
+        local: Whether each rank ascends along its own gradient.
+        writes: Whether code of the user's writes to gradients.
+    """
+    model = trainer.strategy.model
+    hooked = has_comm_hooks(model)
+    return {
+        # FSDP1 would take what is in `.grad` for a gradient of the whole unit. A hook that keeps what it leaves out
+        # would find in `.grad` what it has added to the first gradient, and add it again
+        "apart": writes or is_fsdp1(trainer) or (not local and bool(comm_hook_states(model))),
+        "weighted": hooked,
+        # a hook may leave different gradients on ranks, as local SGD does
+        "check_finite": not local and not hooked,
+    }

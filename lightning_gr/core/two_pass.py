@@ -1,7 +1,7 @@
 """The two-pass algorithm: ``.grad`` holds the first gradient, and the second pass adds to it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_gr.core.apart import add_apart_, clip_, turn_
 from lightning_gr.core.gradients import StashedGradients, check_graphless, gradients_apart, unchanged_gradients
-from lightning_gr.core.hooks import without_hooks
+from lightning_gr.core.hooks import times, without_hooks
 from lightning_gr.core.perturb import Perturbation, direction_factor
 from lightning_gr.core.rules import Update
 from lightning_gr.core.sharding import is_initialized, local_parts, plain_are_shards, settle_gradients
@@ -63,6 +63,7 @@ def add_second_pass_(
     stashed: StashedGradients | None = None,
     excluded: Sequence[Tensor] = (),
     apart: bool = False,
+    weighted: bool = False,
     loss_scale: Tensor | None = None,
     check_finite: bool = True,
     observer: Observer | None = None,
@@ -80,6 +81,8 @@ def add_second_pass_(
         excluded: Parameters that get gradients but keep those of the first pass.
         apart: Whether the replay also writes to what is in ``.grad``, as by clipping it, so that it must find there its
             own gradient only. That takes the memory of one gradient more.
+        weighted: Whether gradients must have their weights when they are reduced, rather than afterwards, as for a
+            communication hook that rounds them or keeps what it leaves out. It has no effect with ``apart``.
         loss_scale: The scale of a gradient scaler, which all gradients carry, as a tensor.
         check_finite: Whether all ranks have the same first gradient, so that this process may decide on its own to skip
             it if it has NaN or infinity, or if there is none. Values are only checked on the CPU, where that is free;
@@ -134,7 +137,9 @@ def add_second_pass_(
                 return False
             finally:
                 stashed.restore(targets)
-        elif update.probes and not _add_probes_(update, targets, reduced, replay, storage, stashed, loss_scale, norm):
+        elif update.probes and not _add_probes_(
+            update, targets, reduced, replay, storage, stashed, loss_scale, norm, weighted and not apart
+        ):
             _recompute_(targets, replay, stashed)
             return False
     if observer is not None:
@@ -162,30 +167,34 @@ def _add_probes_(
     stashed: StashedGradients,
     loss_scale: Tensor | None,
     norm: Tensor | None,
+    weighted: bool,
 ) -> bool:
     """Compute ``.grad`` = keep · ∇L(θ) + Σ weight · ∇L(θ + distance · d); return whether each probe had a loss.
 
     Losses are back-propagated without their weights. Instead, ``.grad`` is divided by the weight before and multiplied
     by it afterwards, so that hooks, such as one that clips gradients, see the gradient of the unweighted loss. The
-    gradients of ``reduced`` that only other ranks had are multiplied as well.
+    gradients of ``reduced`` that only other ranks had are multiplied as well. If ``weighted``, each gradient is
+    multiplied between the hooks and the reduction, which takes one multiplication per parameter.
     """
     perturbation = Perturbation(params, storage)
     with deferred_signals():
         try:
             with perturbation:
                 first, *others = [probe for probe in update.probes if probe.weight != 0.0]
-                weight = first.weight
+                weight = 1.0 if weighted else first.weight
                 factor = perturbation.displace(update, first.distance, loss_scale, norm)
                 _keep_(params, update.keep / weight, factor)
                 for probe in (first, *others):
                     if probe is not first:
                         perturbation.move_to(probe.distance)
+                    if probe is not first and not weighted:
                         _keep_(params, weight / probe.weight)
                         weight = probe.weight
                     last = probe is (first, *others)[-1]
                     if last:
                         stashed.restore(reduced, 1.0 / weight)
-                    replay(_identity, last)
+                    with times(probe.weight, reduced) if weighted else nullcontext():
+                        replay(_identity, last)
         except NoLossError:
             return False
         finally:

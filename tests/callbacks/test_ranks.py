@@ -3,11 +3,23 @@
 import pytest
 import torch
 from modules import make_trainer
+from torch import nn
 
 from lightning_gr import SAM, TwoPass
-from lightning_gr.callbacks.ranks import check_same_arguments, check_same_settings, may_differ, passes_of, sharding
+from lightning_gr._compat import MisconfigurationException
+from lightning_gr.callbacks.ranks import (
+    check_comm_hooks,
+    check_same_arguments,
+    check_same_settings,
+    kept_comm_states,
+    may_differ,
+    passes_of,
+    reduction,
+    sharding,
+)
 from lightning_gr.core.rules import GRRule, MomentumSAMRule, Probe, SAMRule, Update
 from lightning_gr.core.sharding import plain_are_shards
+from lightning_gr.rules import GSAMRule
 
 
 @pytest.mark.parametrize(
@@ -41,8 +53,55 @@ def test_only_code_of_the_users_may_decide_differently(callback, differs):
 
 def test_one_process_agrees_with_itself():
     trainer = make_trainer()
-    check_same_arguments(trainer, "SAM", 0.1)
-    check_same_settings(trainer, SAMRule(0.1), SAMRule(0.1).update(), "schedule")
+    check_same_arguments(trainer, "SAM", level=0.1)
+    check_same_settings(trainer, SAMRule(0.1), SAMRule(0.1).update(), SAM(0.1))
+
+
+class Feedback:
+    pass
+
+
+class PostLocalSGDState:
+    pass
+
+
+def hooked(*states):
+    trainer = make_trainer()
+    trainer.strategy.model = nn.Linear(1, 1)
+    trainer.strategy.model._comm_hooks = [(print, state) for state in states]
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (GRRule(scheme="exact"), r"Feedback, the state of .* use `scheme='central'`, or `ascent_sync=False`"),
+        (GSAMRule(), r"use `SAM`, or a hook without a state, such as `bf16_compress_hook`"),
+    ],
+)
+def test_what_a_hook_that_feeds_back_would_bias_is_refused(rule, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        check_comm_hooks(hooked(Feedback()), rule.update(), local=False)
+    with pytest.raises(MisconfigurationException, match=message):
+        kept_comm_states(hooked(Feedback()), rule.update())
+    check_comm_hooks(hooked(None, PostLocalSGDState()), rule.update(), local=False)
+    check_comm_hooks(hooked(Feedback()), rule.update(), local=True)
+    check_comm_hooks(hooked(Feedback()), SAMRule(0.1).update(), local=False)
+
+
+@pytest.mark.parametrize(
+    ("states", "local", "writes", "expected"),
+    [
+        ((), False, False, {"apart": False, "weighted": False, "check_finite": True}),
+        ((), True, False, {"apart": False, "weighted": False, "check_finite": False}),
+        ((), False, True, {"apart": True, "weighted": False, "check_finite": True}),
+        ((None,), False, False, {"apart": False, "weighted": True, "check_finite": False}),
+        ((Feedback(),), False, False, {"apart": True, "weighted": True, "check_finite": False}),
+        ((Feedback(),), True, False, {"apart": False, "weighted": True, "check_finite": False}),
+    ],
+)
+def test_how_gradients_are_reduced(states, local, writes, expected):
+    assert reduction(hooked(*states), local, writes) == expected
 
 
 def test_plain_tensors_are_whole_unless_a_group_shares_them():

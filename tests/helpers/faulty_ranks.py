@@ -253,16 +253,28 @@ class Feedback:
 
 
 class Hooked(Module):
-    def __init__(self, case, kind):
+    """Counts what its hook keeps count of after each optimizer step."""
+
+    def __init__(self, case, kind, nan=()):
         super().__init__(case)
-        self.kind = kind
+        self.kind, self.nan, self.counts = kind, nan, []
+
+    def training_step(self, batch, batch_idx):
+        loss = Module.training_step(self, batch, batch_idx)
+        return loss * torch.nan if (self.global_rank, batch_idx) in self.nan else loss
+
+    def on_before_optimizer_step(self, optimizer):
+        state = self.trainer.state_of_hook
+        self.counts.append(state.seen[0] if self.kind == "own" else state.iter)
+        for param in self.parameters():
+            param.grad.nan_to_num_(0.0, 0.0, 0.0)
 
     def on_train_start(self):
         if self.kind == "power":
             state = power_sgd.PowerSGDState(None, 1, start_powerSGD_iter=2, min_compression_rate=0.1)
             hook = power_sgd.powerSGD_hook
         elif self.kind == "local":
-            state, hook = local_sgd.PostLocalSGDState(None, GROUPS[0], 4), local_sgd.post_localSGD_hook
+            state, hook = local_sgd.PostLocalSGDState(None, GROUPS[0], LOCAL_STEPS), local_sgd.post_localSGD_hook
         else:
             state = Feedback()
             hook = Feedback.__call__
@@ -271,43 +283,39 @@ class Hooked(Module):
 
 
 class HookedManual(GradientRegularizationMixin, Hooked):
-    def __init__(self, case, kind):
-        super().__init__(case, kind)
+    def __init__(self, case, kind, nan=()):
+        super().__init__(case, kind, nan)
         self.automatic_optimization = False
 
     def training_step(self, batch, batch_idx):
-        self.regularized_step(self.optimizers(), lambda: Module.training_step(self, batch, batch_idx))
+        self.regularized_step(self.optimizers(), lambda: Hooked.training_step(self, batch, batch_idx))
 
 
-HOOKS = {
-    f"{kind}, {name}": (kind, name)
-    for kind in ("power", "local", "own")
-    for name in (
-        "plain",
-        "SAM",
-        "forward GR",
-        "central GR",
-        "local",
-        "clipped",
-        "manual",
-        "accumulation",
-        "Look",
-        "NaN",
-    )
+HOOKED = {
+    "plain": Case(None),
+    **{name: Case(name) for name in ("SAM", "forward GR", "central GR")},
+    "local": Case("central GR", {**LOCAL, "interval": 2, "warmup_steps": 4}),
+    "clipped": Case("central GR", {"gradient_clip": 0.5}),
+    "exclude": Case("central GR", {"exclude": ["*.weight"]}),
+    "manual": Case("SAM", manual=True),
+    "accumulation": Case("SAM", window=2),
+    "Momentum-SAM": Case("Momentum-SAM"),
+    "NaN": Case("SAM", ddp=UNUSED),
+    "NaN, manual": Case("SAM", ddp=UNUSED, manual=True),
 }
+HOOKS = {f"{kind}, {name}": (kind, name) for kind in ("power", "local", "own") for name in HOOKED}
+LOCAL_STEPS = 4  # after which local SGD starts
 
 
 def hooked(kind, name):
-    """What the state of a hook is after training, on this rank."""
-    method = {"plain": None, "local": "SAM", "clipped": "central GR", "manual": "SAM", "accumulation": "SAM"}
-    method |= {"Look": "LookSAM"}
-    options = {"local": LOCAL, "clipped": {"gradient_clip": 0.5}}.get(name, {})
-    case = Case(method.get(name, name), options, window=2 if name == "accumulation" else 1, manual=name == "manual")
-    module = (HookedManual if name == "manual" else Hooked)(case, kind)
-    found = fit(case, module)
-    state = module.trainer.state_of_hook
-    count = state.seen[0] if kind == "own" else state.iter
-    return {"weights": found, "count": count}
+    """The weights on this rank, and what a hook counted."""
+    case = HOOKED[name]
+    if kind == "power":  # its reductions in callbacks get in the way of that of what is unused, in torch alone as well
+        case = case._replace(ddp={})
+    # on one rank only, when the other one may have another gradient
+    nan = {(0, 6)} if name.startswith("NaN") else ()
+    module = (HookedManual if case.manual else Hooked)(case, kind, nan)
+    return {"weights": fit(case, module), "counts": module.counts}
 
 
 # --- ranks that decide differently
