@@ -32,6 +32,7 @@ __all__ = [
     "check_flooding",
     "check_fsdp1",
     "check_hooks",
+    "check_manual",
     "check_momentum",
     "check_momentum_by_now",
     "check_overrides",
@@ -85,13 +86,13 @@ def _mentions(code: CodeType, name: str) -> bool:
 def check_flooding(trainer: "Trainer", pl_module: "LightningModule", kind: type) -> None:
     """Reject a second flood level, and manual optimization without the mixin."""
     _check_alone(trainer, kind, "one flood level")
-    _check_optimization(pl_module)
+    _check_optimization(trainer, pl_module)
 
 
 def check_two_pass(trainer: "Trainer", pl_module: "LightningModule", kind: type) -> None:
     """Reject setups in which a second pass is impossible or untested."""
     _check_alone(trainer, kind, "one method besides flooding")
-    _check_optimization(pl_module)
+    _check_optimization(trainer, pl_module)
     if not has_base_named(trainer.strategy, *SUPPORTED_STRATEGIES) or has_base_named(
         trainer.strategy, *REFUSED_STRATEGIES
     ):
@@ -243,7 +244,18 @@ def _check_alone(trainer: "Trainer", kind: type, what: str) -> None:
         )
 
 
-def _check_optimization(pl_module: "LightningModule") -> None:
+def check_manual(trainer: "Trainer") -> None:
+    """Reject FSDP1 with manual optimization, which plain Lightning cannot train either."""
+    if is_fsdp1(trainer):
+        raise MisconfigurationException(
+            "FSDP1 cannot run a backward pass within `training_step`, also without this package: use automatic"
+            " optimization, or `ModelParallelStrategy`"
+        )
+
+
+def _check_optimization(trainer: "Trainer", pl_module: "LightningModule") -> None:
+    if not pl_module.automatic_optimization:
+        check_manual(trainer)
     if not pl_module.automatic_optimization and not has_base_named(pl_module, "GradientRegularizationMixin"):
         name = type(pl_module).__name__
         raise MisconfigurationException(

@@ -20,9 +20,9 @@ from lightning_gr._compat import (
 from lightning_gr._validate import check_level
 from lightning_gr.callbacks.after_backward import AfterBackward
 from lightning_gr.callbacks.base import TwoPass
-from lightning_gr.callbacks.checks import check_fsdp1, check_momentum_by_now, check_written
+from lightning_gr.callbacks.checks import check_manual, check_momentum_by_now, check_written
 from lightning_gr.callbacks.flooding import Flooding
-from lightning_gr.callbacks.ranks import kept_comm_states, reduction, sharding
+from lightning_gr.callbacks.ranks import kept_comm_states, reduction
 from lightning_gr.callbacks.recorder import displaced, loss_scale, surroundings_of
 from lightning_gr.core.ahead import Ahead
 from lightning_gr.core.flooding import flood_gradient_
@@ -79,9 +79,9 @@ class ManualRun:
     def _prepare(self, module: Any, trainer: "Trainer") -> None:
         if vars(self).get("trainer") is trainer:
             return
+        check_manual(trainer)
         self.module, self.trainer = module, trainer
         self._surroundings = surroundings_of(trainer, module)
-        self._shard_group = check_fsdp1(trainer)
         self._after_backward = AfterBackward(trainer, module, self._surroundings.trained)
         # DDP records a static graph in its first backward pass, but only if gradients are reduced in it
         self._knows_graph = not static_graph(trainer.strategy.model)
@@ -136,17 +136,6 @@ class ManualRun:
         params: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Run both passes for ``params``, or for all of the optimizer's parameters."""
-        with sharding(self.trainer, self._shard_group):
-            return self._backward_of(loss_fn, optimizer, rule, level, params)
-
-    def _backward_of(
-        self,
-        loss_fn: LossFn,
-        optimizer: Any,
-        rule: RuleChoice,
-        level: LevelChoice,
-        params: Sequence[Tensor] | None,
-    ) -> Tensor:
         params = _parameters(optimizer) if params is None else params
         update = self._update(optimizer, rule)
         callback, chosen = self._two_pass, {id(param) for param in params}

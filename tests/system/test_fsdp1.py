@@ -1,6 +1,5 @@
 """FSDP1 on two CPU ranks, HYBRID_SHARD on four: the single-process result, clean checkpoints, resume, no gathering."""
 
-import fsdp1
 import pytest
 import torch
 from fsdp1 import CASES, HYBRID, ROUGH, Case, Module, spread, trainer
@@ -45,7 +44,7 @@ def alone(case):
     case = case._replace(layout="single", trainer={n: v for n, v in case.trainer.items() if n != "precision"})
     if case.trainer.get("gradient_clip_algorithm") == "value":
         case = case._replace(trainer=case.trainer)
-    module = fsdp1.module_of(case)
+    module = Module(case)
     start = {n: p.detach().clone() for n, p in module.named_parameters()}
     trainer(case).fit(module)
     return start, module
