@@ -65,10 +65,13 @@ def forget_gathered(model: nn.Module | None) -> None:
 
     The outermost unit, and all with ``SHARD_GRAD_OP``, keep them from the forward to the backward pass. Not to be
     called after an exception within a pass: FSDP1 then refuses to save the model, so no displaced weights are saved.
-    Relies on ``FlatParamHandle.reshard``.
+    Relies on ``FlatParamHandle.reshard``, on ``needs_unshard`` (after a forward pass alone, the outermost unit shows
+    its shard again while the gathered weights are still there), and on ``_full_param_padded``, which the first forward
+    pass creates.
     """
     for handle in fsdp1_handles(model):
-        if handle.uses_sharded_strategy and not handle.is_sharded(handle.flat_param):
+        started = hasattr(handle.flat_param, "_full_param_padded")
+        if started and handle.uses_sharded_strategy and not handle.needs_unshard():
             handle.reshard(True)
             handle.post_reshard()
             handle._prefetched = False

@@ -311,6 +311,7 @@ class Recorder:
                 loss = extract_loss(output)
                 if loss is not None:
                     losses.append(loss.detach() / self.trainer.accumulate_grad_batches)
+        forget_gathered(self.trainer.strategy.model)  # which FSDP1 keeps for a backward pass, with other gradients
         return losses
 
     def replay(self, transform: Transform, last: bool = True) -> None:

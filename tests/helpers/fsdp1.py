@@ -247,9 +247,9 @@ def main(folder, chosen):
             for method in (None, "forward GR", "SAM", "central GR", "Momentum-SAM"):
                 results["communication", layout, method] = communication(layout, method)
                 print("case", layout, method, results["communication", layout, method], flush=True)
-    if ranks == 2 and chosen in ("", "others"):
+    if ranks == 2 and chosen in ("", "others", "gap"):
         # torch crashes where it saves a full checkpoint from CPU ranks, without us as well
-        for kind in ("sharded",):
+        for kind in ("sharded",) if chosen != "gap" else ():
             for layout in ("wrap", "flat"):
                 print("case resumed", kind, layout, flush=True)
                 results["resumed", kind, layout] = resumed(folder, kind, layout)

@@ -110,12 +110,21 @@ def test_a_checkpoint_between_the_passes_of_momentum_sam_has_the_weights_themsel
 @pytest.mark.parametrize("layout", ["root", "wrap", "grad op"])
 @pytest.mark.parametrize("method", ["forward GR", "SAM", "central GR"])
 def test_no_gradient_is_gathered(results, layout, method):
-    """As many gathers and scatters per pass as in plain training, and one number for a norm per step."""
+    """As many gathers and scatters per pass as in plain training; one number per step for a norm, one for a metric."""
     counts, plain = (results[1][0]["communication", layout, name] for name in (method, None))
-    passes, steps = (3 if method == "central GR" else 2), 8
-    for name in ("_allgather_base_", "_reduce_scatter_base_"):
+    passes, steps = (3 if method == "central GR" else 2), 4
+    for name in ("allgather_", "_reduce_scatter_base_"):
         assert counts[name] == passes * plain[name]
-    assert counts["allreduce_"] - plain.get("allreduce_", 0) <= 2 * steps + 1
+    assert counts["allreduce_"] - plain["allreduce_"] == 2 * steps + 2  # at the start, the settings and the panel
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(("layout", "more"), [("root", 1), ("wrap", 1), ("grad op", 3)])
+def test_momentum_sam_gathers_once_more_what_stays_gathered_between_its_passes(results, layout, more):
+    """The outermost unit, and with ``SHARD_GRAD_OP`` all units."""
+    counts, plain = (results[1][0]["communication", layout, name] for name in ("Momentum-SAM", None))
+    assert counts["allgather_"] == plain["allgather_"] + 4 * more
+    assert counts["_reduce_scatter_base_"] == plain["_reduce_scatter_base_"]
 
 
 @pytest.mark.parametrize(
