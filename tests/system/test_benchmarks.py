@@ -9,7 +9,7 @@ import torch
 from launching import PYTHON, finish
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 150
+LIMIT = 300
 pytestmark = pytest.mark.timeout(LIMIT + 60)
 
 
