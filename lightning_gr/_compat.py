@@ -206,9 +206,12 @@ def has_comm_hooks(model: object) -> bool:
 
 
 def comm_hook_states(model: object) -> list[object]:
-    """The objects registered with DDP's communication hooks, except for process groups, which keep nothing."""
-    states = [state for _, state in getattr(model, "_comm_hooks", ()) if state is not None]
-    return [state for state in states if not has_base_named(state, "ProcessGroup")]
+    """The objects registered with DDP's communication hooks, except for process groups and such, which keep nothing."""
+    states = [state for _, state in getattr(model, "_comm_hooks", ())]
+    return [s for s in states if not isinstance(s, _CONSTANTS) and not has_base_named(s, "ProcessGroup")]
+
+
+_CONSTANTS = (type(None), bool, int, float, str, bytes)
 
 
 def gradient_scaler(trainer: "Trainer") -> Any:

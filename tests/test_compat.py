@@ -243,9 +243,9 @@ def test_tensors_with_hooks_of_either_kind_are_found():
 
 def test_hooks_of_ddp_are_kept_with_their_states():
     class Model:
-        _comm_hooks = [(print, None), (print, "state"), (print, dist.ProcessGroup(0, 1))]  # noqa: RUF012
+        _comm_hooks = [(print, None), (print, True), (print, []), (print, dist.ProcessGroup(0, 1))]  # noqa: RUF012
 
-    assert _compat.comm_hook_states(Model()) == ["state"]
+    assert _compat.comm_hook_states(Model()) == [[]]
     assert _compat.has_comm_hooks(Model())
     assert _compat.comm_hook_states(nn.Linear(1, 1)) == []
     assert not _compat.has_comm_hooks(nn.Linear(1, 1))

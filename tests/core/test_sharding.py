@@ -114,6 +114,17 @@ def test_plain_tensors_can_be_parts_of_longer_ones(reduced):
         assert sum_of_shards(norm) is norm
 
 
+def test_a_norm_of_offloaded_shards_is_reduced_where_the_process_group_is(monkeypatch):
+    """It may have no backend for the CPU."""
+    part, placement = torch.ones(()), SimpleNamespace(is_replicate=lambda: False)
+    mesh = SimpleNamespace(device_type="meta", get_group=lambda dim: dim)
+    seen = []
+    monkeypatch.setattr(dist, "all_reduce", lambda total, group: seen.append((total.device.type, group)))
+    with pytest.raises(NotImplementedError, match="meta"):  # from which nothing comes back
+        sum_over_ranks(part, SimpleNamespace(device_mesh=mesh, placements=[placement]))
+    assert seen == [("meta", 0)]
+
+
 @pytest.mark.usefixtures("mesh")
 def test_a_side_group_is_kept_for_its_name():
     one, again, other = (SideGroup(torch.device("cpu"), name) for name in ("a", "a", "b"))

@@ -34,6 +34,7 @@ class Case(NamedTuple):
     parts: str = "all"  # which layers the loss of a micro-batch depends on, see `parts_of`
     without: tuple = ()  # pairs of a rank and a micro-batch that is None there
     flooding: dict | None = None
+    compiled: bool = False
     manual: bool = False
 
     def callbacks(self):
@@ -211,11 +212,21 @@ FLOODED = {
     "flooding, None, micro-batches": Case("central GR", MICRO, window=3, without=((0, 4), (1, 7)), flooding=SYNC),
     "flooding, None first, micro-batches": Case("SAM", MICRO, window=3, without=((0, 6), (1, 9)), flooding=SYNC),
 }
-CASES = {**BUCKETS, **ALONE, **NONE, **EXACT, **FLOODED}
+# --- compiled layers, which DDP reduces in buckets of their own
+COMPILED = {
+    "compiled, SAM": Case("SAM", compiled=True),
+    "compiled, accumulation": Case("forward GR", ddp=VIEW, window=2, compiled=True),
+    "compiled, local": Case("central GR", LOCAL, compiled=True),
+    "compiled, Momentum-SAM": Case("Momentum-SAM", compiled=True),
+    "compiled, manual": Case("SAM", compiled=True, manual=True),
+}
+CASES = {**BUCKETS, **ALONE, **NONE, **EXACT, **FLOODED, **COMPILED}
 
 
 def fit(case, module=None, callbacks=None):
     module = (Manual if case.manual else Module)(case) if module is None else module
+    if case.compiled:
+        module.net.compile(backend="aot_eager")
     pl.Trainer(
         accelerator="cpu",
         devices=RANKS,

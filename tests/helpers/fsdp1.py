@@ -80,6 +80,7 @@ class Case(NamedTuple):
     strategy: dict = {}  # options of the strategy  # noqa: RUF012
     level: float | None = None
     adam: bool = False
+    uneven: bool = False  # a parameter is unused on all ranks but the first
 
     def callbacks(self):
         own = [] if self.method is None else [(METHODS | STATEFUL)[self.method].callback(**self.options)]
@@ -116,6 +117,7 @@ CASES = {
     "Adam, Momentum-SAM": Case("wrap", "Momentum-SAM", adam=True),
     "activation checkpointing": Case("wrap", "SAM", strategy={"activation_checkpointing": nn.Linear}),
     "activation checkpointing, flat": Case("flat", "central GR", strategy={"activation_checkpointing": nn.Linear}),
+    **{f"uneven, {name}": Case("wrap", name, uneven=True) for name in ("SAM", "central GR", "Momentum-SAM")},
     "metrics": Case("wrap", "forward GR", {"metrics": ["all", "grad_norm_by_layer"]}),
     "metrics, Momentum-SAM": Case("grad op", "Momentum-SAM", {"metrics": "all"}),
 }
@@ -134,6 +136,8 @@ class Module(pl.LightningModule):
         super().__init__()
         self.case, self.logs = case, {}
         self.net = nn.Sequential(*mlp(8), nn.LayerNorm(3, dtype=torch.float64))
+        if case.uneven:
+            self.offset = nn.Parameter(torch.full((3,), 0.1, dtype=torch.float64))
         if case.trainer.get("precision"):
             self.net = self.net.float()
 
@@ -144,7 +148,12 @@ class Module(pl.LightningModule):
         return DataLoader(Subset(data, range(rank, SAMPLES, ranks)), batch_size=BATCH // ranks)
 
     def training_step(self, batch, batch_idx):
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        output = self.net(batch[0])
+        if self.case.uneven and self.trainer.world_size == 1:
+            output = output + self.offset * (torch.arange(len(output)) % 2 == 0)[:, None]  # the samples of rank 0
+        elif self.case.uneven and self.global_rank == 0:
+            output = output + self.offset
+        return nn.functional.cross_entropy(output, batch[1])
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         self.logs = {n: float(v) for n, v in self.trainer.callback_metrics.items()}

@@ -15,7 +15,7 @@ from launching import torchrun
 from modules import METHODS, STATEFUL, assert_near, weights
 from torch.func import functional_call
 
-LIMIT = 240
+LIMIT = 400
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(LIMIT + 60)]
 
 

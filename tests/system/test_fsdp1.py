@@ -3,14 +3,14 @@
 import pytest
 import torch
 from fsdp1 import CASES, HYBRID, ROUGH, Case, Module, spread, trainer
-from launching import torchrun
+from launching import PYTHON, ROOT, finish, torchrun
 from modules import assert_near, assert_same
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from lightning_gr import SAM, GradientRegularization, TwoPass
+from lightning_gr import SAM, Flooding, GradientRegularization, TwoPass
 from lightning_gr.rules import GSAMRule
 
-LIMIT = 300
+LIMIT = 400
 pytestmark = [pytest.mark.timeout(2 * LIMIT + 60)]
 
 
@@ -127,6 +127,27 @@ def test_momentum_sam_gathers_once_more_what_stays_gathered_between_its_passes(r
     assert counts["_reduce_scatter_base_"] == plain["_reduce_scatter_base_"]
 
 
+def example(folder, launcher, *options):
+    """Run the cluster example for one epoch, and return the folder of its checkpoints."""
+    folder.mkdir()
+    script = ROOT / "examples/cluster/train.py"
+    command = ["env", "-C", folder, *PYTHON, *launcher, script, "fit", "--config", script.with_name("config.yaml")]
+    command += ["--trainer.accelerator", "cpu", "--trainer.max_epochs", 1, *options]
+    codes, output = finish(folder / "log", command, limit=LIMIT)
+    assert codes == [0], output[-3000:]
+    return folder / "runs/checkpoints"
+
+
+@pytest.mark.launch
+def test_the_cluster_example_runs_with_fsdp_by_changing_its_strategy(tmp_path):
+    """Here to one on CPU ranks, with sharded checkpoints; it ends with the weights of one process."""
+    strategy = ["--trainer.strategy", "fsdp1.OnCPU", "--trainer.strategy.state_dict_type", "sharded"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    found = joined(example(tmp_path / "two", launcher, "--trainer.devices", 2, *strategy), "last")
+    alone = example(tmp_path / "one", [], "--trainer.devices", 1, "--trainer.strategy", "auto")
+    assert_near(found, torch.load(alone / "last.ckpt", weights_only=False)["state_dict"], 1e-4)
+
+
 @pytest.mark.parametrize(
     ("callback", "options", "message"),
     [
@@ -140,3 +161,12 @@ def test_what_cannot_be_sharded_is_refused(callback, options, message):
     asked = spread(Case("wrap", None), callback, strategy_options=options)
     with pytest.raises(MisconfigurationException, match=message):
         callback.setup(asked, Module(Case("wrap", None)), "fit")
+
+
+@pytest.mark.parametrize("callback", [SAM(), Flooding(0.1)])
+def test_manual_optimization_is_refused(callback):
+    """FSDP1 fails there in plain Lightning, or does not train."""
+    module = Module(Case("wrap", None))
+    module.automatic_optimization = False
+    with pytest.raises(MisconfigurationException, match=r"cannot run a backward pass within `training_step`, also"):
+        callback.setup(spread(Case("wrap", None), callback), module, "fit")
