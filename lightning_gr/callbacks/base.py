@@ -143,7 +143,7 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
         """Whether to regularize optimizer step ``step``, counted from 0 (per optimizer in manual optimization).
 
         Override this for a custom schedule. It is called once per optimizer step and must return the same value on all
-        devices, or training ends with an error on each. To compare them takes a reduction of two numbers per step.
+        devices, or training ends with an error on each. Each step reduces two numbers to compare them, and waits.
         """
         return self.schedule.due(step)
 

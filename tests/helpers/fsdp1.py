@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_gr import Flooding
+from lightning_gr import Flooding, GradientNormMonitor
 from lightning_gr._fsdp1 import own_name
 
 BATCH, SAMPLES = 8, 16
@@ -80,10 +80,12 @@ class Case(NamedTuple):
     strategy: dict = {}  # options of the strategy  # noqa: RUF012
     level: float | None = None
     adam: bool = False
+    monitor: bool = False  # the norm of all gradients and of each layer's
     uneven: bool = False  # a parameter is unused on all ranks but the first
 
     def callbacks(self):
         own = [] if self.method is None else [(METHODS | STATEFUL)[self.method].callback(**self.options)]
+        own += [GradientNormMonitor(by_layer=True)] if self.monitor else []
         return own if self.level is None else [*own, Flooding(self.level, sync=True)]
 
 
@@ -118,6 +120,7 @@ CASES = {
     "activation checkpointing": Case("wrap", "SAM", strategy={"activation_checkpointing": nn.Linear}),
     "activation checkpointing, flat": Case("flat", "central GR", strategy={"activation_checkpointing": nn.Linear}),
     **{f"uneven, {name}": Case("wrap", name, uneven=True) for name in ("SAM", "central GR", "Momentum-SAM")},
+    **{f"monitor, {layout}": Case(layout, "SAM", monitor=True) for layout in ("root", "wrap", "grad op", "no shard")},
     "metrics": Case("wrap", "forward GR", {"metrics": ["all", "grad_norm_by_layer"]}),
     "metrics, Momentum-SAM": Case("grad op", "Momentum-SAM", {"metrics": "all"}),
 }
