@@ -5,6 +5,7 @@ may change it.
 """
 
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 __all__ = ["CommStates"]
 
 Restore = Callable[[], Any]
-_NOT_ENTERED = (nn.Module, type, str, bytes, int, float, complex)
+# parameters are displaced when this is restored, and others go on meanwhile
+_NOT_ENTERED = (nn.Module, nn.Parameter, torch.optim.Optimizer, ModuleType, type, str, bytes, int, float, complex)
+_NOT_ENTERED_PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric")  # of a Trainer, for example
 
 
 class CommStates:
@@ -48,7 +51,8 @@ class CommStates:
 
 def _keep(value: Any, seen: dict[int, object]) -> Restore:
     """Return a function that gives ``value`` its present contents and returns it."""
-    if id(value) in seen or isinstance(value, _NOT_ENTERED):
+    package = type(value).__module__.partition(".")[0]
+    if id(value) in seen or isinstance(value, _NOT_ENTERED) or package in _NOT_ENTERED_PACKAGES:
         return lambda: value
     seen[id(value)] = value
     if isinstance(value, Tensor):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from pytorch_lightning import Trainer
 from torch import nn
 
 from lightning_gr.core.comm_states import CommStates
@@ -58,3 +59,20 @@ def test_nothing_is_kept_of_numbers_and_layers():
         layer.weight.fill_(7.0)
     kept.restore()
     assert layer.weight.item() == 7.0
+
+
+def test_what_belongs_to_others_is_not_entered():
+    """A hook may refer to the module, the optimizer or the Trainer, which go on meanwhile."""
+    net, trainer = nn.Linear(1, 1), Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    state = {"net": net, "optimizer": optimizer, "trainer": trainer, "torch": torch, "weight": net.weight}
+    kept = CommStates([state])
+    optimizer.param_groups[0]["lr"], trainer.should_stop = 0.2, True
+    state["net"] = None
+    with torch.no_grad():
+        net.weight.fill_(7.0)
+    kept.restore()
+    assert state["net"] is net
+    assert net.weight.item() == 7.0
+    assert optimizer.param_groups[0]["lr"] == 0.2
+    assert trainer.should_stop
