@@ -11,7 +11,10 @@ from lightning_gr import SAM, Flooding, GradientRegularization, TwoPass
 from lightning_gr.rules import GSAMRule
 
 LIMIT = 400
-pytestmark = [pytest.mark.timeout(2 * LIMIT + 60)]
+pytestmark = [
+    pytest.mark.timeout(2 * LIMIT + 60),
+    pytest.mark.skipif(not hasattr(torch.cpu, "Event"), reason="this torch cannot shard on a CPU"),
+]
 
 
 def results_of(tmp_path_factory, ranks):
