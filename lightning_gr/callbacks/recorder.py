@@ -6,7 +6,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_gr._compat import (
     MisconfigurationException,
@@ -81,8 +81,7 @@ def surroundings_of(trainer: "Trainer", pl_module: "LightningModule") -> Surroun
         }
 
     def closed() -> Iterable[object]:
-        model = trainer.strategy.model if is_fsdp1(trainer) else None
-        flat = [tensor for handle in fsdp1_handles(model) for tensor in fsdp1_tensors(handle)]
+        flat = [tensor for handle in fsdp1_handles(_fsdp1_model(trainer)) for tensor in fsdp1_tensors(handle)]
         return [trainer, trainer.strategy, trainer.callbacks, *flat]  # type: ignore[attr-defined]
 
     def muted() -> list[tuple[Any, Any]]:
@@ -103,12 +102,17 @@ def surroundings_of(trainer: "Trainer", pl_module: "LightningModule") -> Surroun
         roots,
         hidden=lightning_attributes() | {"_lightning_gr"},
         closed=closed,
-        managed=lambda: fsdp1_managed(trainer.strategy.model) if is_fsdp1(trainer) else {},
+        managed=lambda: fsdp1_managed(_fsdp1_model(trainer)),
     )
     # a module may be spread over several devices of one process, each with a generator of its own
     devices = {root, *(param.device for param in parameters.of(pl_module))}
     accelerators = sorted((device for device in devices if device.type not in ("cpu", "meta")), key=str)
     return Surroundings(footprint, accelerators, muted, trained)
+
+
+def _fsdp1_model(trainer: "Trainer") -> nn.Module | None:
+    """The model, if it has units of FSDP1; searching another one for them takes time in each pass."""
+    return trainer.strategy.model if is_fsdp1(trainer) else None
 
 
 def _attributes(owner: object, name: str) -> dict[str, Any]:
@@ -118,7 +122,7 @@ def _attributes(owner: object, name: str) -> dict[str, Any]:
 @contextmanager
 def displaced(trainer: "Trainer", ahead: Ahead, *, again: bool = False) -> Iterator[None]:
     """Displace the weights, except in checkpoints that a training step saves; for ``again``, see :class:`Ahead`."""
-    model = trainer.strategy.model
+    model = _fsdp1_model(trainer)
 
     def save(*args: Any, **kwargs: Any) -> Any:
         with ahead.suspended():
@@ -311,7 +315,7 @@ class Recorder:
                 loss = extract_loss(output)
                 if loss is not None:
                     losses.append(loss.detach() / self.trainer.accumulate_grad_batches)
-        forget_gathered(self.trainer.strategy.model)  # which FSDP1 keeps for a backward pass, with other gradients
+        forget_gathered(_fsdp1_model(self.trainer))  # which FSDP1 keeps for a backward pass, with other gradients
         return losses
 
     def replay(self, transform: Transform, last: bool = True) -> None:
