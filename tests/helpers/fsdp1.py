@@ -81,7 +81,7 @@ class Case(NamedTuple):
     level: float | None = None
     adam: bool = False
     monitor: bool = False  # the norm of all gradients and of each layer's
-    uneven: bool = False  # a parameter is unused on all ranks but the first
+    kind: str = ""  # "uneven": a parameter is unused on all ranks but the first; "tied" or "frozen" parameters
 
     def callbacks(self):
         own = [] if self.method is None else [(METHODS | STATEFUL)[self.method].callback(**self.options)]
@@ -119,7 +119,11 @@ CASES = {
     "Adam, Momentum-SAM": Case("wrap", "Momentum-SAM", adam=True),
     "activation checkpointing": Case("wrap", "SAM", strategy={"activation_checkpointing": nn.Linear}),
     "activation checkpointing, flat": Case("flat", "central GR", strategy={"activation_checkpointing": nn.Linear}),
-    **{f"uneven, {name}": Case("wrap", name, uneven=True) for name in ("SAM", "central GR", "Momentum-SAM")},
+    **{
+        f"{kind}, {name}": Case("root" if kind == "tied" else "wrap", name, {"metrics": "all"}, kind=kind)
+        for kind in ("uneven", "tied", "frozen")
+        for name in ("SAM", "central GR", "Momentum-SAM")
+    },
     **{f"monitor, {layout}": Case(layout, "SAM", monitor=True) for layout in ("root", "wrap", "grad op", "no shard")},
     "metrics": Case("wrap", "forward GR", {"metrics": ["all", "grad_norm_by_layer"]}),
     "metrics, Momentum-SAM": Case("grad op", "Momentum-SAM", {"metrics": "all"}),
@@ -139,7 +143,12 @@ class Module(pl.LightningModule):
         super().__init__()
         self.case, self.logs = case, {}
         self.net = nn.Sequential(*mlp(8), nn.LayerNorm(3, dtype=torch.float64))
-        if case.uneven:
+        if case.kind == "tied":
+            self.net = nn.Sequential(*mlp(8, 8, 8), nn.LayerNorm(3, dtype=torch.float64))
+            self.net[4].weight = self.net[2].weight
+        if case.kind == "frozen":
+            self.net[0].bias.requires_grad_(False)
+        if case.kind == "uneven":
             self.offset = nn.Parameter(torch.full((3,), 0.1, dtype=torch.float64))
         if case.trainer.get("precision"):
             self.net = self.net.float()
@@ -152,9 +161,9 @@ class Module(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         output = self.net(batch[0])
-        if self.case.uneven and self.trainer.world_size == 1:
+        if self.case.kind == "uneven" and self.trainer.world_size == 1:
             output = output + self.offset * (torch.arange(len(output)) % 2 == 0)[:, None]  # the samples of rank 0
-        elif self.case.uneven and self.global_rank == 0:
+        elif self.case.kind == "uneven" and self.global_rank == 0:
             output = output + self.offset
         return nn.functional.cross_entropy(output, batch[1])
 
