@@ -12,7 +12,7 @@ from counting import CASES, Sent, start
 from rich.console import Console
 from rich.table import Table
 
-BULK = {"DDP": ("all-reduce",), "FSDP2": ("all-gather", "reduce-scatter")}
+BULK = {"DDP": ("all-reduce",)} | dict.fromkeys(("FSDP1", "FSDP2"), ("all-gather", "reduce-scatter"))
 HEADINGS = {
     "all-reduce": "all-\nreduces",
     "all-gather": "all-\ngathers",
@@ -23,10 +23,10 @@ HEADINGS = {
 
 
 def tables(sent: list[Sent]) -> list[Table]:
-    """Build one table for DDP and one for FSDP2."""
+    """Build one table for DDP and one each for FSDP1 and FSDP2."""
     made = []
     for name, bulk in BULK.items():
-        chosen = {(s.case, s.kind): s for s in sent if CASES[s.case].sharded == (name == "FSDP2")}
+        chosen = {(s.case, s.kind): s for s in sent if (CASES[s.case].sharded or "DDP") == name}
         kinds = list(dict.fromkeys([*bulk, *sorted({kind for _, kind in chosen}, reverse=True)]))
         table = Table(title=f"{name}: one optimizer step (first pass + second)", **step_time.LOOK)
         table.add_column("method")
@@ -35,7 +35,7 @@ def tables(sent: list[Sent]) -> list[Table]:
             table.add_column("byte/\nparam." if kind in bulk else "byte", justify="right")
         for case in dict.fromkeys(case for case, _ in chosen):
             cells = (cell for kind in kinds for cell in _cells(chosen.get((case, kind)), kind in bulk))
-            table.add_row(case.removesuffix(", FSDP2"), *cells)
+            table.add_row(case.removesuffix(f", {name}"), *cells)
         made.append(table)
     return made
 

@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
-from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from lightning_gr import SAM, Flooding, GradientRegularization, in_second_pass
+from lightning_gr import SAM, Flooding, GradientRegularization, MomentumSAM, in_second_pass
 
 try:
     from torch.distributed.fsdp import fully_shard
@@ -38,7 +40,7 @@ class Case(NamedTuple):
     options: dict[str, Any] = {}
     batches: int = 1  # per step, accumulated
     compressed: bool = False
-    sharded: bool = False
+    sharded: str = ""  # by what
 
 
 CASES = {
@@ -56,16 +58,24 @@ CASES = {
     "plain bf16": Case(compressed=True),
     "F-GR synced bf16": Case(GradientRegularization, compressed=True),
     "F-GR local bf16": Case(GradientRegularization, LOCAL, compressed=True),
-    "plain, FSDP2": Case(sharded=True),
-    "F-GR synced, FSDP2": Case(GradientRegularization, sharded=True),
-    "SAM synced, FSDP2": Case(SAM, sharded=True),
-    "plain ×4, FSDP2": Case(batches=4, sharded=True),
-    "F-GR synced ×4, FSDP2": Case(GradientRegularization, batches=4, sharded=True),
+    **{
+        f"{name}, {how}": case._replace(sharded=how)
+        for how in ("FSDP1", "FSDP2")
+        for name, case in {
+            "plain": Case(),
+            "F-GR synced": Case(GradientRegularization),
+            "SAM synced": Case(SAM),
+            "Momentum-SAM": Case(MomentumSAM),
+            "plain ×4": Case(batches=4),
+            "F-GR synced ×4": Case(GradientRegularization, batches=4),
+        }.items()
+    },
 }
 KINDS = {
     "allreduce_": "all-reduce",
     "broadcast_": "broadcast",
     "_allgather_base_": "all-gather",
+    "allgather_": "all-gather",
     "_reduce_scatter_base_": "reduce-scatter",
 }
 
@@ -104,15 +114,16 @@ class Collectives(TorchDispatchMode):
             # the largest argument is the full tensor that is gathered or scattered, not one rank's shard
             nbytes, numel = max(map(_size, args))
             kind = KINDS.get(func._opname, func._opname)
-            self.calls.append(("scalar" if kind == "all-reduce" and numel == 1 else kind, in_second_pass(), nbytes))
+            self.calls.append(("scalar" if kind == "all-reduce" and numel <= 2 else kind, in_second_pass(), nbytes))
         return func(*args, **(kwargs or {}))
 
 
 def _size(value: Any) -> tuple[int, int]:
-    """The bytes and elements of the tensors in an argument."""
-    items = value if isinstance(value, (list, tuple)) else [value]
-    tensors = [item for item in items if isinstance(item, Tensor)]
-    return sum(t.nbytes for t in tensors), sum(t.numel() for t in tensors)
+    """The bytes and elements of the tensors in an argument, which may be lists in a list."""
+    if isinstance(value, (list, tuple)):
+        nbytes, numel = zip(*map(_size, value), strict=True) if value else ((), ())
+        return sum(nbytes), sum(numel)
+    return (value.nbytes, value.numel()) if isinstance(value, Tensor) else (0, 0)
 
 
 class Net(pl.LightningModule):
@@ -125,7 +136,7 @@ class Net(pl.LightningModule):
         self.net = nn.Sequential(*layers, nn.BatchNorm1d(WIDTH))
 
     def configure_model(self) -> None:
-        if self.case.sharded:
+        if self.case.sharded == "FSDP2":
             for layer in [*self.net[:-1], self.net]:
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
@@ -144,7 +155,21 @@ class Net(pl.LightningModule):
         return (self.net(batch) - batch).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01)
+        return torch.optim.SGD(self.trainer.strategy.model.parameters(), lr=0.01, momentum=0.9)
+
+
+class FSDP1OnCPU(FSDPStrategy):
+    """FSDP1 on CPU ranks: Lightning's strategy hands the index of a GPU over."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+
+def strategy_of(case: Case) -> Strategy:
+    """The strategy, with a bucket or a unit for each layer."""
+    if case.sharded == "FSDP1":
+        return FSDP1OnCPU(auto_wrap_policy=ModuleWrapPolicy({nn.Linear}))
+    return ModelParallelStrategy(RANKS, 1) if case.sharded else DDPStrategy(bucket_cap_mb=1)
 
 
 def halved(state: Any, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
@@ -158,12 +183,11 @@ def measure(name: str, steps: int) -> list[Sent]:
     case = CASES[name]
     module = Net(case, steps, mode := Collectives())
     parameters = sum(p.numel() for p in module.parameters())
-    strategy = ModelParallelStrategy(RANKS, 1) if case.sharded else DDPStrategy(bucket_cap_mb=1)
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=RANKS,
-        strategy=strategy,
+        strategy=strategy_of(case),
         plugins=[LightningEnvironment()],
         callbacks=None if case.method is None else case.method(**case.options),
         max_epochs=1,

@@ -24,13 +24,16 @@ __all__ = [
     "SUPPORTED_STRATEGIES",
     "CallbackBase",
     "MisconfigurationException",
+    "comm_hook_states",
     "forget_logged",
     "gradient_scaler",
     "gradients_are_scaled",
     "has_base_named",
+    "has_comm_hooks",
     "has_forward_hooks",
     "hook_tables",
     "is_error_node",
+    "is_fsdp1",
     "is_python_thread",
     "is_writer",
     "lightning_attributes",
@@ -57,7 +60,7 @@ __all__ = [
     "writing_methods",
 ]
 
-SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
+SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy", "FSDPStrategy")
 # these inherit from supported strategies
 REFUSED_STRATEGIES = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrategy")
 
@@ -197,6 +200,20 @@ def static_graph(model: object) -> bool:
     return bool(getattr(model, "static_graph", False))
 
 
+def has_comm_hooks(model: object) -> bool:
+    """Whether DDP reduces gradients by a communication hook. Relies on the list that DDP keeps of its hooks."""
+    return bool(getattr(model, "_comm_hooks", ()))
+
+
+def comm_hook_states(model: object) -> list[object]:
+    """The objects registered with DDP's communication hooks, except for process groups and such, which keep nothing."""
+    states = [state for _, state in getattr(model, "_comm_hooks", ())]
+    return [s for s in states if not isinstance(s, _CONSTANTS) and not has_base_named(s, "ProcessGroup")]
+
+
+_CONSTANTS = (type(None), bool, int, float, str, bytes)
+
+
 def gradient_scaler(trainer: "Trainer") -> Any:
     """The gradient scaler of the precision plugin, or None."""
     return getattr(trainer.precision_plugin, "scaler", None)
@@ -270,8 +287,14 @@ def pre_backward(trainer: "Trainer", loss: Tensor) -> None:
 
 
 def unsynced(trainer: "Trainer") -> AbstractContextManager[Any]:
-    """A context manager in which gradients are not reduced over devices. It must cover forward and backward pass."""
+    """A context manager in which gradients are not reduced over devices. It must cover forward and backward pass.
+
+    With FSDP1, they are reduced in each backward pass of ours: its ``no_sync`` leaves gradients of another shape, and
+    keeps gathered weights that do not follow where the shards are moved.
+    """
     strategy: Any = trainer.strategy
+    if is_fsdp1(trainer):
+        return nullcontext()
     return strategy.block_backward_sync() if has_base_named(strategy, "ParallelStrategy") else nullcontext()
 
 
@@ -366,6 +389,11 @@ def stepped_twin(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tor
 def gradients_are_scaled(optimizer: object) -> bool:
     """Whether an optimizer unscales gradients itself, as torch's fused optimizers do."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def is_fsdp1(trainer: "Trainer") -> bool:
+    """Whether the strategy shards parameters with FSDP1 (``strategy="fsdp"``)."""
+    return has_base_named(trainer.strategy, "FSDPStrategy")
 
 
 def spawns_ranks(trainer: "Trainer") -> bool:

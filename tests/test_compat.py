@@ -2,16 +2,19 @@
 
 import _signal
 import _thread
+import inspect
 import signal
 import threading
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from modules import TinyModule, fit
+import torch.distributed as dist
+from modules import TinyModule, fit, make_trainer
 from pytorch_lightning.loggers.logger import DummyLogger
 from torch import nn
 
+from lightning_gr import _compat
 from lightning_gr._compat import (
     forget_logged,
     gradients_are_scaled,
@@ -236,6 +239,21 @@ def test_tensors_with_hooks_of_either_kind_are_found():
     tensors[4].register_hook(print).remove()
     assert list(map(id, with_hooks(tensors))) == [id(tensors[1]), id(tensors[3])]
     assert [any(hook_tables(tensor)) for tensor in tensors] == [False, True, False, True, False]
+
+
+def test_hooks_of_ddp_are_kept_with_their_states():
+    class Model:
+        _comm_hooks = [(print, None), (print, True), (print, []), (print, dist.ProcessGroup(0, 1))]  # noqa: RUF012
+
+    assert _compat.comm_hook_states(Model()) == [[]]
+    assert _compat.has_comm_hooks(Model())
+    assert _compat.comm_hook_states(nn.Linear(1, 1)) == []
+    assert not _compat.has_comm_hooks(nn.Linear(1, 1))
+    assert "self._comm_hooks.append((hook, state))" in inspect.getsource(nn.parallel.DistributedDataParallel)
+
+
+def test_a_single_device_is_not_fsdp1():
+    assert not _compat.is_fsdp1(make_trainer())
 
 
 def test_handlers_of_signals_are_those_of_the_public_function():

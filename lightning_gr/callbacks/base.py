@@ -9,14 +9,25 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_gr._compat import CallbackBase, MisconfigurationException, skips_backward
+from lightning_gr._compat import CallbackBase, skips_backward
 from lightning_gr._validate import GradientClip, check_bool, check_choice, check_exclude, check_gradient_clip
 from lightning_gr.callbacks import checks
 from lightning_gr.callbacks.flooding import Flooding
+from lightning_gr.callbacks.ranks import (
+    Decisions,
+    check_comm_hooks,
+    check_same_settings,
+    kept_comm_states,
+    may_differ,
+    passes_of,
+    reduction,
+    sharding,
+)
 from lightning_gr.callbacks.recorder import Recorder, gradient_scale, loss_scale
+from lightning_gr.callbacks.rule_state import RuleState
 from lightning_gr.callbacks.run import Run
 from lightning_gr.callbacks.step_counter import StepCounter
-from lightning_gr.callbacks.windows import is_window_end, is_window_start
+from lightning_gr.callbacks.windows import is_window_end
 from lightning_gr.core.rules import ACCUMULATIONS, FULL_STRENGTH, Accumulation, Context, Rule, Update
 from lightning_gr.core.schedule import Schedule
 from lightning_gr.core.selection import match_params
@@ -100,9 +111,7 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
         self.ascent_sync = ascent_sync
         self.accumulation = accumulation
         self.gradient_clip = check_gradient_clip(gradient_clip)
-        self._state = State()
-        self._module: weakref.ref[LightningModule] | None = None
-        self._restored: dict[str, Any] | None = None
+        self._state = RuleState()
         self.verbose = verbose
         self._metrics = check_metrics(
             metrics, (*METRICS, BY_LAYER), default_metrics(self._row()), undefined_metrics(self._row())
@@ -122,20 +131,19 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """Omit the state of the current run, so that a copy of this callback starts without it."""
-        omitted = ("_runs", "report", "_warned", "_state", "_module")
+        omitted = ("_runs", "report", "_warned")
         return {name: value for name, value in vars(self).items() if name not in omitted}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the settings, with a new report and no runs."""
         self.__dict__.update(state)
         self.report, self._runs, self._warned = self._new_report(), weakref.WeakKeyDictionary(), set()
-        self._state, self._module = State(), None
 
     def should_regularize(self, step: int) -> bool:
         """Whether to regularize optimizer step ``step``, counted from 0 (per optimizer in manual optimization).
 
         Override this for a custom schedule. It is called once per optimizer step and must return the same value on all
-        devices.
+        devices, or training ends with an error on each. Each step reduces two numbers to compare them, and waits.
         """
         return self.schedule.due(step)
 
@@ -160,12 +168,17 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
         """Start recording or, in manual optimization, start counting the steps of each optimizer."""
         run = self._runs.get(trainer)
         if run is None:
-            raise self._overridden("on_fit_start")
+            raise checks.overridden(self, "on_fit_start")
         if len(self._runs) > 1 and run.outer is None:
             run.outer = self.report, self._steps
             self._steps = StepCounter()
         self.report = self._new_report()
-        self._restore_state(trainer, pl_module)
+        self._state.begin(trainer, pl_module)
+        run.shard_group = checks.check_fsdp1(trainer)
+        check_same_settings(trainer, self.rule, self._row(), self)
+        check_comm_hooks(trainer, self._row(), self.is_local(trainer))
+        if trainer.world_size > 1 and may_differ(self, TwoPass):
+            run.decisions = Decisions(trainer, type(self).__name__)
         if not pl_module.automatic_optimization:
             self._steps.attach(trainer.optimizers, restart=trainer.global_step == 0, on_step=self.report.count)
             return
@@ -173,22 +186,9 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
         if run.recorder is not None:
             run.recorder.remove()
         floods = [callback.flood_gradient_ for callback in trainer.callbacks if isinstance(callback, Flooding)]
-        run.recorder = Recorder(
-            trainer,
-            pl_module,
-            run.storage,
-            floods[0] if floods else None,
-            on_backward_end=partial(self._after_backward, trainer, pl_module),
-        )
-        run.begun = False
-
-    def _restore_state(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._module = weakref.ref(pl_module)
-        if self._restored is not None:
-            self._state.load_state_dict(self._restored, pl_module.named_parameters())
-        elif trainer.global_step == 0:
-            self._state = State()
-        self._restored = None
+        then = partial(self._after_backward, trainer, pl_module)
+        run.recorder = Recorder(trainer, pl_module, run.storage, floods[0] if floods else None, then)
+        run.window = None
 
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
@@ -198,17 +198,9 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
             self.report.open(trainer, pl_module)
             return
         run, recorder = self._recording(trainer)
-        if is_window_start(trainer, batch_idx) or not run.begun:
-            run.begun, run.regularized = True, False
-            recorder.forget()
-            optimizer = trainer.optimizers[0]
-            run.update = None if skips_backward(trainer) else self._update_at(trainer.global_step, optimizer)
-            self._look_for_new_layers(run, pl_module)
-            run.look_ahead(optimizer)
-            self.report.open(trainer, pl_module)
-        elif self._by_micro_batch(trainer):
-            recorder.forget()
-        run.passed = False
+        self._begin_window(trainer, pl_module, batch_idx)
+        if is_window_end(trainer, batch_idx):
+            run.announce()
         if run.update is not None:
             recorder.expect(
                 batch_idx,
@@ -218,8 +210,21 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
                 records=run.update.has_second_pass or self.report.measures_clean_loss,
             )
 
+    def _begin_window(self, trainer: "Trainer", pl_module: "LightningModule", batch_idx: int) -> None:
+        run, recorder = self._recording(trainer)
+        if run.begins_window(trainer, batch_idx):
+            recorder.forget()
+            own = None if skips_backward(trainer) else self._update_at(trainer.global_step, trainer.optimizers[0])
+            run.update, run.comm_states = own, None
+            self._look_for_new_layers(run, pl_module)
+            run.look_ahead(trainer)
+            self.report.open(trainer, pl_module)
+        elif self._by_micro_batch(trainer):
+            recorder.forget()
+        run.passed = False
+
     def _look_for_new_layers(self, run: Run, pl_module: "LightningModule") -> None:
-        if self.exclude:
+        if self.exclude and run.shard_group is None:  # FSDP1 replaces parameters, but always by the same ones
             count = sum(1 for _ in pl_module.parameters())
             if count != run.param_count:
                 run.param_count, run.excluded = count, match_params(self.exclude, pl_module)
@@ -227,27 +232,24 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
     def _recording(self, trainer: "Trainer") -> tuple[Run, Recorder]:
         run = self._runs.get(trainer)
         if run is None or run.recorder is None:
-            raise self._overridden("on_train_start")
+            raise checks.overridden(self, "on_train_start")
         return run, run.recorder
-
-    def _overridden(self, hook: str) -> MisconfigurationException:
-        return MisconfigurationException(
-            f"`{hook}` of {type(self).__name__} did not run, so nothing would be regularized: call"
-            f" `super().{hook}(...)` in your override of `{hook}`"
-        )
 
     def on_before_backward(self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor) -> None:
         """Stash gradients of steps that were not zeroed or, with separate directions, of earlier micro-batches."""
         if not pl_module.automatic_optimization:
             return
         run, recorder = self._recording(trainer)
-        if not run.begun:
-            raise self._overridden("on_train_batch_start")
+        if run.window is None:
+            raise checks.overridden(self, "on_train_batch_start")
+        run.check_decision()
         self.report.note_loss(recorder.batch_idx, loss)
         if run.update is not None:
             recorder.check_not_bypassed()
             if run.ahead is None and (self._by_micro_batch(trainer) or recorder.is_at_start):
                 run.stashed.stash(_parameters(trainer))
+            if is_window_end(trainer, recorder.batch_idx) and passes_of(run.update) and not self.is_local(trainer):
+                run.comm_states = kept_comm_states(trainer, run.update)
             recorder.watch_backward(_parameters(trainer))
 
     def _after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -272,8 +274,13 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
 
     def _second_pass(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         run, recorder = self._recording(trainer)
+        with sharding(trainer, run.shard_group):
+            self._run_passes(trainer, pl_module, run, recorder)
+
+    def _run_passes(self, trainer: "Trainer", pl_module: "LightningModule", run: Run, recorder: Recorder) -> None:
         by_micro_batch = self._by_micro_batch(trainer)
         run.passed = True
+        run.check_decision()  # if the last training step returned no loss
         if run.update is None and (by_micro_batch or not self.report.due):
             return
         params = [param for param in _parameters(trainer) if id(param) not in run.excluded]
@@ -289,31 +296,25 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
             return
         checks.check_hooks(params, self.is_local(trainer))
         checks.check_written(recorder.writes_gradients, self.is_local(trainer))
-        observer = self.report.of_window(
-            recorder.batch_idx if by_micro_batch else None, scale, self.is_local(trainer), bool(run.stashed)
-        )
+        local, position = self.is_local(trainer), recorder.batch_idx if by_micro_batch else None
+        observer = self.report.of_window(position, scale, local, bool(run.stashed))
         chosen = {id(param) for param in params}
         with trainer.profiler.profile("[lightning_gr] second pass"):
             run.regularized |= add_second_pass_(
                 run.update,
                 params,
-                recorder.replay if observer is None else observer.watch(recorder.replay),
+                run.replay if observer is None else observer.watch(run.replay),
                 run.storage,
                 stashed=run.stashed,
-                # including parameters without an optimizer
                 excluded=[param for param in recorder.params if id(param) not in chosen],
-                apart=recorder.writes_gradients,
                 loss_scale=scale,
-                check_finite=not self.is_local(trainer),
                 observer=observer,
-                state=self._state,
+                state=self._state.vectors,
+                **reduction(trainer, local, recorder.writes_gradients),
             )
         run.stashed.restore()
         if recorder.gave_up:
-            self.warn_once(
-                "training_step returned None in a second pass, at displaced weights: that step keeps its clean gradient"
-                " and counts as not regularized. If this happens often, use a smaller `epsilon` or `rho`"
-            )
+            self.warn_once(checks.NO_LOSS)
 
     def warn_once(self, message: str) -> None:
         """Issue a warning, but only the first time for each message."""
@@ -325,42 +326,42 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the step and drop its batches."""
+        if pl_module.automatic_optimization:
+            self._end_micro_batch(trainer, pl_module, batch, batch_idx)
+        elif is_window_end(trainer, batch_idx):
+            self.report.close(trainer, pl_module)
+
+    def _end_micro_batch(self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int) -> None:
+        run, recorder = self._recording(trainer)
+        if batch is None:  # for which Lightning calls no other hook
+            self._begin_window(trainer, pl_module, batch_idx)
+        if self._by_micro_batch(trainer) and not recorder.has(batch_idx):
+            for _ in range(passes_of(run.update)):
+                recorder.take_part()
         if not is_window_end(trainer, batch_idx):
             return
         self.report.close(trainer, pl_module)
-        if not pl_module.automatic_optimization:
-            return
-        run, recorder = self._recording(trainer)
-        missed = run.update is not None and not run.passed and not recorder.is_empty
-        if missed and loss_scale(trainer, pl_module.device) is None and not self._by_micro_batch(trainer):
-            raise MisconfigurationException(
-                f"`post_backward` of {type(trainer.precision_plugin).__name__} was replaced after training started, by"
-                " something that does not call what was there before, so nothing was regularized: call that, or"
-                " replace it before `Trainer.fit`"
-            )
-        self.report.count(run.regularized, due=run.update is not None and not recorder.is_empty)
+        if batch is not None:  # or there was no optimizer step
+            due = run.update is not None and not recorder.is_empty
+            unseen = due and not run.passed and not self._by_micro_batch(trainer)
+            if unseen and loss_scale(trainer, pl_module.device) is None:
+                raise checks.bypassed(trainer.precision_plugin)
+            self.report.count(run.regularized, due)
         recorder.forget()
         run.stashed.restore()  # if there was no second pass
         run.stashed.clear()
 
     def summary(self, trainer: "Trainer", pl_module: "LightningModule") -> Summary:
         """The contents of the panel at the start of training."""
-        own_schedule = type(self).should_regularize is not TwoPass.should_regularize
-        return self._runs[trainer].summary(
-            trainer,
-            pl_module,
-            self.rule,
-            self._row(),
-            schedule="by should_regularize(step)" if own_schedule else str(self.schedule),
-            local=self.is_local(trainer),
-            separate=self._by_micro_batch(trainer),
-            verbose=self.verbose,
-        )
+        own = type(self).should_regularize is not TwoPass.should_regularize
+        schedule = "by should_regularize(step)" if own else str(self.schedule)
+        how = {"local": self.is_local(trainer), "separate": self._by_micro_batch(trainer), "verbose": self.verbose}
+        return self._runs[trainer].summary(trainer, pl_module, self.rule, self._row(), schedule=schedule, **how)
 
     @property
     def state(self) -> State:
         """The vectors that the rule keeps from step to step."""
-        return self._state
+        return self._state.vectors
 
     def note_manual(self, optimizer: torch.optim.Optimizer, regularized: bool, due: bool) -> None:
         """Record whether the gradient for an optimizer's next step is regularized, and whether it was due."""
@@ -372,9 +373,13 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
         self._look_for_new_layers(run, pl_module)
         return run.excluded
 
-    def update_of(self, optimizer: torch.optim.Optimizer) -> Update | None:
+    def update_of(self, trainer: "Trainer", optimizer: torch.optim.Optimizer) -> Update | None:
         """The update for the current step of an optimizer; None for a plain step."""
-        return self._update_at(self._steps.count_of(optimizer), optimizer)
+        run = self._runs[trainer]
+        run.update = self._update_at(self._steps.count_of(optimizer), optimizer)
+        run.announce()
+        run.check_decision()
+        return run.update
 
     def _update_at(self, step: int, optimizer: torch.optim.Optimizer) -> Update | None:
         group = next(iter(optimizer.param_groups), {})  # a module without optimizers has an empty one
@@ -386,16 +391,14 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
 
         In automatic optimization, the schedule follows the global step.
         """
-        module = None if self._module is None else self._module()
-        state = {} if module is None else self._state.state_dict(module.named_parameters())
-        entries: dict[str, Any] = {"steps": list(self._steps.made), "state": state}
+        entries: dict[str, Any] = {"steps": list(self._steps.made), "state": self._state.state_dict()}
         entries = {name: value for name, value in entries.items() if value}
         return {"format_version": 1, **entries} if entries else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the step counts of the optimizers and, when training starts, the rule's state."""
         self._steps.made = list(state_dict.get("steps", ()))
-        self._restored = state_dict.get("state")
+        self._state.load_state_dict(state_dict.get("state"))
 
     def on_load_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
         """Read the state that earlier versions wrote."""
@@ -417,11 +420,7 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
         """Print the table, or warn if nothing was regularized, and drop the run."""
         if stage == "fit":
             self._stop(trainer)
-            if self.report.missed and not self.report.regularized and not self._warned:
-                rank_zero_warn(
-                    f"{type(self).__name__} regularized no optimizer step, although {self.report.missed} were due: each"
-                    " of them had no gradient, a gradient that is not finite, or no loss at the displaced weights"
-                )
+            self.report.warn_if_all_missed(type(self).__name__, self._warned)
             show_end(self.report, self.rule.name, trainer, verbose=self.verbose)
             self._leave(trainer)
 

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from types import CodeType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from lightning_gr._compat import (
     CallbackBase,
     MisconfigurationException,
     has_base_named,
+    is_fsdp1,
 )
+from lightning_gr._fsdp1 import fsdp1_handles, fsdp1_tensors, shard_group
 from lightning_gr.core.ahead import keeps_momentum, momenta_of
 from lightning_gr.core.hooks import has_accumulation_hooks
 from lightning_gr.core.rules import Update
@@ -23,10 +25,14 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 __all__ = [
+    "NO_LOSS",
+    "bypassed",
     "check_accumulation",
     "check_apart",
     "check_flooding",
+    "check_fsdp1",
     "check_hooks",
+    "check_manual",
     "check_momentum",
     "check_momentum_by_now",
     "check_overrides",
@@ -35,7 +41,17 @@ __all__ = [
     "check_sparse",
     "check_two_pass",
     "check_written",
+    "overridden",
 ]
+
+
+NO_LOSS = (
+    "training_step returned None in a second pass, at displaced weights: that step keeps its clean gradient and counts"
+    " as not regularized. If this happens often, use a smaller `epsilon` or `rho`"
+)
+
+
+_SHARDED = ("ModelParallelStrategy", "FSDPStrategy")
 
 
 def check_overrides(kind: type, base: type) -> None:
@@ -70,20 +86,20 @@ def _mentions(code: CodeType, name: str) -> bool:
 def check_flooding(trainer: "Trainer", pl_module: "LightningModule", kind: type) -> None:
     """Reject a second flood level, and manual optimization without the mixin."""
     _check_alone(trainer, kind, "one flood level")
-    _check_optimization(pl_module)
+    _check_optimization(trainer, pl_module)
 
 
 def check_two_pass(trainer: "Trainer", pl_module: "LightningModule", kind: type) -> None:
     """Reject setups in which a second pass is impossible or untested."""
     _check_alone(trainer, kind, "one method besides flooding")
-    _check_optimization(pl_module)
+    _check_optimization(trainer, pl_module)
     if not has_base_named(trainer.strategy, *SUPPORTED_STRATEGIES) or has_base_named(
         trainer.strategy, *REFUSED_STRATEGIES
     ):
         name = type(trainer.strategy).__name__
         raise MisconfigurationException(
             f"Gradient regularization does not work with {name}: the second pass is only supported on a single device,"
-            " with DDP and with FSDP2, so use `Trainer(strategy='auto')`, `'ddp'` or `ModelParallelStrategy()`"
+            " with DDP and with FSDP, so use `Trainer(strategy='auto')`, `'ddp'`, `'fsdp'` or `ModelParallelStrategy()`"
         )
     if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
         raise MisconfigurationException(
@@ -103,7 +119,7 @@ def check_accumulation(trainer: "Trainer", accumulation: str, ascent_sync: bool)
 
 def check_sharded(trainer: "Trainer", update: Update, ascent_sync: bool) -> None:
     """Reject settings that need all parameters on each rank if they are sharded."""
-    if not has_base_named(trainer.strategy, "ModelParallelStrategy"):
+    if not has_base_named(trainer.strategy, *_SHARDED):
         return
     if update.curvature:
         raise MisconfigurationException(
@@ -112,9 +128,37 @@ def check_sharded(trainer: "Trainer", update: Update, ascent_sync: bool) -> None
         )
     if not ascent_sync and trainer.world_size > 1:
         raise MisconfigurationException(
-            "`ascent_sync=False` needs all parameters on each device, but ModelParallelStrategy shards them: keep"
-            " `ascent_sync=True`, or use `Trainer(strategy='ddp')`"
+            f"`ascent_sync=False` needs all parameters on each device, but {type(trainer.strategy).__name__} shards"
+            " them: keep `ascent_sync=True`, or use `Trainer(strategy='ddp')`"
         )
+    offload: Any = getattr(trainer.strategy, "cpu_offload", None)
+    if getattr(offload, "offload_params", False):
+        raise MisconfigurationException(
+            "A second pass cannot add to gradients that FSDP offloads to the CPU: leave `cpu_offload` out, or use"
+            " `ModelParallelStrategy` with FSDP2's `CPUOffloadPolicy`"
+        )
+
+
+def check_fsdp1(trainer: "Trainer") -> Any:
+    """Reject FSDP1 models of which some parameters are spread over ranks and some are not, or over others.
+
+    Returns:
+        The process group over which all parameters are spread; None if they are whole.
+    """
+    model = trainer.strategy.model if is_fsdp1(trainer) else None
+    groups = {id(group): group for group in map(shard_group, fsdp1_handles(model))}
+    sharded = {id(param) for handle in fsdp1_handles(model) for param in fsdp1_tensors(handle)}
+    ignored = any(p.requires_grad and id(p) not in sharded for o in trainer.optimizers for p in _parameters_of(o))
+    if len(groups) > 1 or (groups and ignored):
+        raise MisconfigurationException(
+            "Some parameters are sharded by FSDP and some are not, or not over the same ranks, so there is no common"
+            " norm: use one `sharding_strategy` for all units, and no `ignored_states` that are trained"
+        )
+    return next(iter(groups.values()), None)
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def check_apart(trainer: "Trainer", update: Update, name: str, accumulation: str, ascent_sync: bool) -> None:
@@ -132,7 +176,7 @@ def check_apart(trainer: "Trainer", update: Update, name: str, accumulation: str
             f"{what}, but `accumulation='micro_batch'` adds up those of several micro-batches: use"
             " `accumulation='window'`"
         )
-    if not update.is_linear and has_base_named(trainer.strategy, "ModelParallelStrategy"):
+    if not update.is_linear and has_base_named(trainer.strategy, *_SHARDED):
         raise MisconfigurationException(
             f"{what}, which was not shown to be right where parameters are spread over ranks: use"
             " `Trainer(strategy='ddp')`, or a rule such as `SAMRule`"
@@ -157,6 +201,22 @@ def check_written(writes_gradients: bool, local: bool) -> None:
             " `on_after_backward` or a training step that writes to gradients cannot see each by itself: use"
             " `ascent_sync=True`"
         )
+
+
+def overridden(callback: object, hook: str) -> MisconfigurationException:
+    """The error for a hook of ours that did not run."""
+    return MisconfigurationException(
+        f"`{hook}` of {type(callback).__name__} did not run, so nothing would be regularized: call"
+        f" `super().{hook}(...)` in your override of `{hook}`"
+    )
+
+
+def bypassed(plugin: object) -> MisconfigurationException:
+    """The error for a precision plugin whose hook, which starts the second pass, was replaced during training."""
+    return MisconfigurationException(
+        f"`post_backward` of {type(plugin).__name__} was replaced after training started, by something that does not"
+        " call what was there before, so nothing was regularized: call that, or replace it before `Trainer.fit`"
+    )
 
 
 def check_separable(trainer: "Trainer", metrics: frozenset[str], accumulation: str, ascent_sync: bool) -> None:
@@ -184,7 +244,18 @@ def _check_alone(trainer: "Trainer", kind: type, what: str) -> None:
         )
 
 
-def _check_optimization(pl_module: "LightningModule") -> None:
+def check_manual(trainer: "Trainer") -> None:
+    """Reject FSDP1 with manual optimization, which plain Lightning cannot train either."""
+    if is_fsdp1(trainer):
+        raise MisconfigurationException(
+            "FSDP1 cannot run a backward pass within `training_step`, also without this package: use automatic"
+            " optimization, or `ModelParallelStrategy`"
+        )
+
+
+def _check_optimization(trainer: "Trainer", pl_module: "LightningModule") -> None:
+    if not pl_module.automatic_optimization:
+        check_manual(trainer)
     if not pl_module.automatic_optimization and not has_base_named(pl_module, "GradientRegularizationMixin"):
         name = type(pl_module).__name__
         raise MisconfigurationException(

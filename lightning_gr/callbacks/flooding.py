@@ -8,10 +8,11 @@ from torch import Tensor
 from lightning_gr._compat import CallbackBase, has_base_named, stop_progress_bars, will_log
 from lightning_gr._validate import check_bool, check_level
 from lightning_gr.callbacks import checks
+from lightning_gr.callbacks.ranks import check_same_arguments
 from lightning_gr.callbacks.recorder import loss_scale
 from lightning_gr.callbacks.windows import is_window_end
 from lightning_gr.core.flooding import flood_gradient_
-from lightning_gr.core.sharding import mean_over_ranks
+from lightning_gr.core.sharding import SideGroup
 from lightning_gr.replay.isolation import in_second_pass
 from lightning_gr.report.console import show
 from lightning_gr.report.display import Summary, show_start, shows
@@ -36,7 +37,8 @@ class Flooding(CallbackBase):  # type: ignore[misc]
     Args:
         level: The flood level b ≥ 0, in the units of the training loss.
         sync: Whether to compare the mean loss over devices with the level, as for one large batch. This adds a blocking
-            all-reduce of one number to each backward pass. By default, each device decides from its own loss.
+            all-reduce of two numbers to each backward pass. A device that has no batch or no loss takes part in it
+            without counting. By default, each device decides from its own loss.
         metrics: The metrics to log, on the steps that Lightning logs: ``"default"`` or ``"all"`` log ``flooded``, the
             fraction of losses below the level since the last logged value; ``()`` logs nothing.
         prefix: The prefix of the metric's key.
@@ -71,6 +73,8 @@ class Flooding(CallbackBase):  # type: ignore[misc]
         check_bool("verbose", verbose)
         self.level = float(level)
         self.sync, self.verbose, self.metrics = sync, verbose, metrics
+        self._took_part = False  # whether this micro-batch had a loss
+        self._group: SideGroup | None = None
         self._outer: list[FloodCounter] = []
         self.counter = FloodCounter(check_metrics(metrics, ("flooded",), ("flooded",)), prefix)
 
@@ -98,18 +102,30 @@ class Flooding(CallbackBase):  # type: ignore[misc]
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Start counting flooded losses."""
+        self._took_part = False
+        check_same_arguments(trainer, "Flooding", level=self.level, sync=self.sync)
+        if self.sync and trainer.world_size > 1:
+            self._group = SideGroup(trainer.strategy.root_device, "flooding")
         self._outer.append(self.counter)  # of an outer Trainer that is training at the same time, if any
         self.counter = FloodCounter(self.counter.names, self.counter.prefix)
 
     def on_before_backward(self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor) -> None:
         """Flip the sign of the gradient if the loss, which is already divided and scaled, is below the level."""
         if pl_module.automatic_optimization:  # in manual optimization, the mixin does this
+            self._took_part = True
             self.flood_gradient_(trainer, loss, loss_scale(trainer, loss.device))
 
-    def flood_gradient_(self, trainer: "Trainer", loss: Tensor, scale: Tensor | None = None) -> None:
-        """Flood the gradient of ``loss``, which is already divided by the number of micro-batches and scaled."""
+    def flood_gradient_(self, trainer: "Trainer", loss: Tensor | None, scale: Tensor | None = None) -> None:
+        """Flood the gradient of ``loss``, which is already divided by the number of micro-batches and scaled.
+
+        None, if there is no loss here, only takes part in what the other devices do.
+        """
+        if loss is None:
+            if self._group is not None:
+                self._group.be_absent()
+            return
+        value = loss if self._group is None else self._group.mean_over_present(loss).to(loss.device)
         level = self.level / trainer.accumulate_grad_batches
-        value = mean_over_ranks(loss) if self.sync and trainer.world_size > 1 else loss
         below = flood_gradient_(loss, level if scale is None else level * scale, value)
         if not in_second_pass():
             self.counter.note(below)
@@ -117,7 +133,10 @@ class Flooding(CallbackBase):  # type: ignore[misc]
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the fraction of losses below the level."""
+        """Take part in the decision of the other devices if there was no loss here, and log the fraction below."""
+        if pl_module.automatic_optimization and not self._took_part:
+            self.flood_gradient_(trainer, None)
+        self._took_part = False
         if is_window_end(trainer, batch_idx):
             self.counter.log(trainer, pl_module)
 
@@ -140,6 +159,7 @@ class Flooding(CallbackBase):  # type: ignore[misc]
             show(f"flooded: {int(total):,} of {self.counter.count:,} losses below the level")
 
     def _leave(self) -> None:
+        self._group = None
         if len(self._outer) > 1:
             self.counter = self._outer[-1]
         self._outer = self._outer[:-1]

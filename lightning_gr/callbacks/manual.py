@@ -20,8 +20,9 @@ from lightning_gr._compat import (
 from lightning_gr._validate import check_level
 from lightning_gr.callbacks.after_backward import AfterBackward
 from lightning_gr.callbacks.base import TwoPass
-from lightning_gr.callbacks.checks import check_momentum_by_now, check_written
+from lightning_gr.callbacks.checks import check_manual, check_momentum_by_now, check_written
 from lightning_gr.callbacks.flooding import Flooding
+from lightning_gr.callbacks.ranks import kept_comm_states, reduction
 from lightning_gr.callbacks.recorder import displaced, loss_scale, surroundings_of
 from lightning_gr.core.ahead import Ahead
 from lightning_gr.core.flooding import flood_gradient_
@@ -78,6 +79,7 @@ class ManualRun:
     def _prepare(self, module: Any, trainer: "Trainer") -> None:
         if vars(self).get("trainer") is trainer:
             return
+        check_manual(trainer)
         self.module, self.trainer = module, trainer
         self._surroundings = surroundings_of(trainer, module)
         self._after_backward = AfterBackward(trainer, module, self._surroundings.trained)
@@ -146,6 +148,15 @@ class ManualRun:
         ahead = None if update is None else self._ahead(optimizer, targets, update, storage)
         passes = self._passes(loss_fn, level, storage, update is not None and self._is_local(), ahead)
         measures = ahead is not None and callback is not None and callback.report.measures_clean_loss
+        comm_states = None
+        if update is not None and update.has_second_pass and not self._is_local():
+            comm_states = kept_comm_states(self.trainer, update)
+
+        def replay(transform: Transform, last: bool = True) -> None:
+            if comm_states is not None:
+                comm_states.restore()
+            passes.replay(transform, last)
+
         loss = passes.first(only=(update is None or not update.has_second_pass) and not measures)
         self._knows_graph = True
         regularized = bool(ahead)
@@ -159,15 +170,14 @@ class ManualRun:
             regularized = add_second_pass_(
                 update,
                 targets,
-                passes.replay if observer is None else observer.watch(passes.replay),
+                replay if observer is None else observer.watch(replay),
                 storage,
                 stashed=stashed,
                 excluded=[p for p in self.module.parameters() if id(p) not in chosen or id(p) in excluded],
-                apart=self._writes_gradients(passes),
                 loss_scale=scale,
-                check_finite=not self._is_local(),
                 observer=observer,
                 state=self._state,
+                **reduction(self.trainer, self._is_local(), self._writes_gradients(passes)),
             )
         if callback is not None:
             callback.note_manual(optimizer.optimizer, regularized, due=update is not None)
@@ -193,7 +203,7 @@ class ManualRun:
 
     def _update(self, optimizer: Any, rule: RuleChoice) -> Update | None:
         if rule == "trainer":
-            return None if self._two_pass is None else self._two_pass.update_of(optimizer.optimizer)
+            return None if self._two_pass is None else self._two_pass.update_of(self.trainer, optimizer.optimizer)
         if rule is None:
             return None
         if isinstance(rule, str) or not hasattr(rule, "update"):

@@ -19,8 +19,10 @@ from lightning_gr._compat import (
     will_log,
 )
 from lightning_gr._validate import check_bool, check_choice, check_int, check_number
-from lightning_gr.callbacks.checks import check_overrides
+from lightning_gr.callbacks.checks import check_fsdp1, check_overrides
+from lightning_gr.callbacks.ranks import sharding
 from lightning_gr.callbacks.recorder import loss_scale, surroundings_of
+from lightning_gr.core.sharding import plain_are_shards
 from lightning_gr.core.tensors import global_norm
 from lightning_gr.core.two_pass import NoLossError, extract_loss
 from lightning_gr.report.measurement import layer_norms, layers_of
@@ -82,11 +84,22 @@ class GradientNormMonitor(CallbackBase):  # type: ignore[misc]
     ) -> None:
         """Measure the unscaled gradient that is passed to the optimizer."""
         params = [param for group in optimizer.param_groups for param in group["params"]]
+        if will_log(trainer):
+            with sharding(trainer, check_fsdp1(trainer)):
+                self._measure(trainer, pl_module, optimizer, params)
+
+    def _measure(
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        optimizer: torch.optim.Optimizer,
+        params: Sequence[Tensor],
+    ) -> None:
         grads = [param.grad for param in params if param.grad is not None]
-        if not grads or not will_log(trainer):
+        if not grads and not plain_are_shards():
             return
         scale = loss_scale(trainer, pl_module.device) if gradients_are_scaled(optimizer) else None
-        norm = global_norm(grads)
+        norm = global_norm(grads, like=params)
         values = {"grad_norm": norm if scale is None else norm / scale}
         if self.by_layer:
             ids = {id(param) for param in params}

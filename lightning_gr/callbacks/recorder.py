@@ -6,11 +6,12 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_gr._compat import (
     MisconfigurationException,
     gradient_scaler,
+    is_fsdp1,
     lightning_attributes,
     logged_results,
     loggers_and_methods,
@@ -22,6 +23,7 @@ from lightning_gr._compat import (
     wrap_save_checkpoint,
     wrap_training_step,
 )
+from lightning_gr._fsdp1 import forget_gathered, fsdp1_handles, fsdp1_managed, fsdp1_tensors
 from lightning_gr.callbacks.after_backward import AfterBackward, callbacks_with_hook
 from lightning_gr.callbacks.windows import is_window_start
 from lightning_gr.core.ahead import Ahead
@@ -79,7 +81,8 @@ def surroundings_of(trainer: "Trainer", pl_module: "LightningModule") -> Surroun
         }
 
     def closed() -> Iterable[object]:
-        return [trainer, trainer.strategy, trainer.callbacks]  # type: ignore[attr-defined]
+        flat = [tensor for handle in fsdp1_handles(_fsdp1_model(trainer)) for tensor in fsdp1_tensors(handle)]
+        return [trainer, trainer.strategy, trainer.callbacks, *flat]  # type: ignore[attr-defined]
 
     def muted() -> list[tuple[Any, Any]]:
         return [
@@ -95,8 +98,21 @@ def surroundings_of(trainer: "Trainer", pl_module: "LightningModule") -> Surroun
         everything = [*parameters.of(pl_module), *chain.from_iterable(groups)]
         return list(dict(zip(map(id, everything), everything, strict=True)).values())
 
-    footprint = Footprint(roots, hidden=lightning_attributes() | {"_lightning_gr"}, closed=closed)
-    return Surroundings(footprint, [] if root.type == "cpu" else [root], muted, trained)
+    footprint = Footprint(
+        roots,
+        hidden=lightning_attributes() | {"_lightning_gr"},
+        closed=closed,
+        managed=lambda: fsdp1_managed(_fsdp1_model(trainer)),
+    )
+    # a module may be spread over several devices of one process, each with a generator of its own
+    devices = {root, *(param.device for param in parameters.of(pl_module))}
+    accelerators = sorted((device for device in devices if device.type not in ("cpu", "meta")), key=str)
+    return Surroundings(footprint, accelerators, muted, trained)
+
+
+def _fsdp1_model(trainer: "Trainer") -> nn.Module | None:
+    """The model, if it has units of FSDP1; searching another one for them takes time in each pass."""
+    return trainer.strategy.model if is_fsdp1(trainer) else None
 
 
 def _attributes(owner: object, name: str) -> dict[str, Any]:
@@ -106,17 +122,23 @@ def _attributes(owner: object, name: str) -> dict[str, Any]:
 @contextmanager
 def displaced(trainer: "Trainer", ahead: Ahead, *, again: bool = False) -> Iterator[None]:
     """Displace the weights, except in checkpoints that a training step saves; for ``again``, see :class:`Ahead`."""
+    model = _fsdp1_model(trainer)
 
     def save(*args: Any, **kwargs: Any) -> Any:
         with ahead.suspended():
-            return original(*args, **kwargs)
+            forget_gathered(model)
+            result = original(*args, **kwargs)
+        forget_gathered(model)
+        return result
 
+    forget_gathered(model)
     with ahead.displaced(again=again):
         original, unwrap = wrap_save_checkpoint(trainer, save)
         try:
             yield
         finally:
             unwrap()
+    forget_gathered(model)  # which was gathered where the weights were displaced
 
 
 class Recorder:
@@ -126,7 +148,8 @@ class Recorder:
         trainer: The Trainer, with its model set up.
         pl_module: The module in training.
         storage: Keeps the weights while they are displaced.
-        flood: Floods the loss of the second pass, given the Trainer and the loss; None does not flood.
+        flood: Floods the loss of the second pass, given the Trainer and the loss, or takes part in what other ranks do,
+            given None; None does not flood.
         on_backward_end: Called after each backward pass and the hooks ``on_after_backward``.
     """
 
@@ -135,7 +158,7 @@ class Recorder:
         trainer: "Trainer",
         pl_module: "LightningModule",
         storage: WeightStorage,
-        flood: Callable[["Trainer", Tensor], None] | None,
+        flood: Callable[["Trainer", Tensor | None], None] | None,
         on_backward_end: Callable[[], None],
     ) -> None:
         self.trainer, self.pl_module = trainer, pl_module
@@ -232,7 +255,8 @@ class Recorder:
     def watch_backward(self, params: Sequence[Tensor]) -> None:
         """Find out what hooks on parameters do in the backward pass that follows; none may move ``params``."""
         self._surroundings.hooks.begin(self.params, exactly=self._surroundings.learning)
-        self._check = BackwardCheck(params, self._surroundings.learning)
+        # FSDP1 itself exchanges the parameters for gathered ones until the backward pass ends
+        self._check = BackwardCheck([] if is_fsdp1(self.trainer) else params, self._surroundings.learning)
 
     def _post_backward(self, *args: Any, **kwargs: Any) -> Any:
         self._surroundings.hooks.end()
@@ -291,12 +315,18 @@ class Recorder:
                 loss = extract_loss(output)
                 if loss is not None:
                     losses.append(loss.detach() / self.trainer.accumulate_grad_batches)
+        forget_gathered(_fsdp1_model(self.trainer))  # which FSDP1 keeps for a backward pass, with other gradients
         return losses
 
     def replay(self, transform: Transform, last: bool = True) -> None:
         """Make the calls of the window again, see :class:`~lightning_gr.core.two_pass.Replay`."""
         self._unsynced.close()
-        for batch_idx, (evaluation, batch) in self._calls.items():
+        start = min(self._calls) if self._alone else self._first_of_window()
+        for batch_idx in range(start, self.batch_idx + 1):
+            if batch_idx not in self._calls:
+                self.take_part()
+                continue
+            evaluation, batch = self._calls[batch_idx]
             batch.check(self.trainer.train_dataloader)
             # one reduction of the gradients for the whole window, as in the first pass
             sync = nullcontext() if last and batch_idx == max(self._calls) else unsynced(self.trainer)
@@ -310,6 +340,18 @@ class Recorder:
                 self._backward(extract_loss(output), transform)
                 self._after_backward.again()
         self._thorough = False
+
+    def take_part(self) -> None:
+        """Do what other ranks need for a micro-batch that has a loss there and none here."""
+        if self.flood is not None:
+            self.flood(self.trainer, None)
+
+    def has(self, batch_idx: int) -> bool:
+        """Whether the call of a micro-batch was recorded, and had a loss."""
+        return batch_idx in self._calls
+
+    def _first_of_window(self) -> int:
+        return self.batch_idx - self.batch_idx % self.trainer.accumulate_grad_batches
 
     def _gradients(self) -> list[Tensor | None]:
         return [param.grad for param in self.params]

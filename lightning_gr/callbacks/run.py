@@ -1,16 +1,20 @@
 """One run of one Trainer: its state, and the panel that announces it."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_gr.callbacks.checks import check_momentum_by_now
+from lightning_gr.callbacks.checks import check_fsdp1, check_momentum_by_now
 from lightning_gr.callbacks.flooding import Flooding
+from lightning_gr.callbacks.ranks import Decisions, sharding
 from lightning_gr.core.ahead import Ahead
+from lightning_gr.core.comm_states import CommStates
 from lightning_gr.core.gradients import StashedGradients
 from lightning_gr.core.rules import Rule, Update
+from lightning_gr.core.sharding import sum_of_shards
 from lightning_gr.core.storage import WeightStorage
 from lightning_gr.core.tensors import is_lazy
+from lightning_gr.core.two_pass import Transform
 from lightning_gr.report.display import Summary
 
 if TYPE_CHECKING:
@@ -37,21 +41,51 @@ class Run:
         self.stashed = StashedGradients()
         self.update: Update | None = None
         self.ahead: Ahead | None = None
-        self.begun = False  # whether the update of a window has been decided
+        self.window: tuple[int, int] | None = None  # the one whose update has been decided: its epoch and position
+        self.shard_group: Any = None  # the ranks over which FSDP1 spreads parameters
+        self.decisions: Decisions | None = None  # if code of the user's decides on updates
+        self.comm_states: CommStates | None = None  # as before the first gradient was reduced
         self.passed = False  # whether the window had its second pass, or needs none
         self.regularized = False
         self.param_count = 0
         # those of the outer run, if another Trainer uses the same callback during that run
         self.outer: tuple[StepReport, StepCounter] | None = None
 
-    def look_ahead(self, optimizer: torch.optim.Optimizer) -> None:
+    def begins_window(self, trainer: "Trainer", batch_idx: int) -> bool:
+        """Whether this micro-batch is the first of its window, or the first after resuming within it."""
+        window = trainer.current_epoch, batch_idx // trainer.accumulate_grad_batches
+        if window == self.window:
+            return False
+        self.window, self.regularized = window, False
+        return True
+
+    def replay(self, transform: Transform, last: bool = True) -> None:
+        """Make the window's calls again, with communication hooks in the state in which the first pass found them."""
+        if self.comm_states is not None:
+            self.comm_states.restore()
+        if self.recorder is not None:
+            self.recorder.replay(transform, last)
+
+    def announce(self) -> None:
+        """Start to compare the update with those of other ranks, if code of the user's decides on it."""
+        if self.decisions is not None:
+            self.decisions.announce(self.update)
+
+    def check_decision(self) -> None:
+        """Raise on all ranks if they will not make the same passes."""
+        if self.decisions is not None:
+            self.decisions.check()
+
+    def look_ahead(self, trainer: "Trainer") -> None:
         """Set ``ahead``, the point at which a single pass of the window takes place; None if at the weights."""
         self.ahead = None
         if self.update is not None and self.update.ahead:
+            optimizer = trainer.optimizers[0]
             check_momentum_by_now(optimizer)
             params = [param for group in optimizer.param_groups for param in group["params"]]
             chosen = [param for param in params if id(param) not in self.excluded]
-            self.ahead = Ahead(optimizer, chosen, self.update.ahead, self.storage)
+            with sharding(trainer, self.shard_group):
+                self.ahead = Ahead(optimizer, chosen, self.update.ahead, self.storage)
 
     def summary(
         self,
@@ -79,10 +113,17 @@ class Run:
         """
         trainable = [p for p in pl_module.parameters() if p.requires_grad and not is_lazy(p)]
         regularized = sum(p.numel() for p in trainable if id(p) not in self.excluded)
+        total = sum(p.numel() for p in trainable)
+        group = check_fsdp1(trainer)
+        if group is not None:
+            with sharding(trainer, group):
+                regularized, total = (
+                    round(each) for each in sum_of_shards(torch.tensor([regularized, total])).tolist()
+                )
         lines = {
             "gradient": f"g = {rule.equation}",
             "constants": ", ".join(f"{name} = {value:g}" for name, value in rule.constants.items()),
-            "parameters": f"{regularized:,} regularized of {sum(p.numel() for p in trainable):,} trainable",
+            "parameters": f"{regularized:,} regularized of {total:,} trainable",
             "passes": _passes(update) + (", each micro-batch separately" if separate else ""),
         }
         if update.clip is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_gr._compat import stepped_twin
 from lightning_gr.core.perturb import Perturbation
+from lightning_gr.core.sharding import plain_are_shards
 from lightning_gr.core.signals import deferred_signals
 from lightning_gr.core.storage import WeightStorage
 from lightning_gr.core.tensors import global_norm, inverse
@@ -48,11 +49,16 @@ class Ahead:
     def __init__(
         self, optimizer: torch.optim.Optimizer, params: Iterable[Tensor], rho: float, storage: WeightStorage
     ) -> None:
+        params = list(params)
         pairs = momenta_of(optimizer, params)
         self.params: list[Tensor] = [param for param, _ in pairs]
         self._momenta: Sequence[Tensor] = [momentum for _, momentum in pairs]
         self._storage = storage
-        self._factor = -rho * inverse(global_norm(self._momenta)) if pairs else None
+        self._factor = None
+        if pairs or plain_are_shards():
+            norm = global_norm(self._momenta, like=params)
+            # a rank without a part knows from the norm whether there is a momentum on the others
+            self._factor = -rho * inverse(norm) if pairs or norm > 0 else None
         self._current: Perturbation | None = None
         self._versions: list[int] = []
 

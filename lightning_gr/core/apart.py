@@ -106,7 +106,7 @@ def _further(
                         factor = perturbation.displace(update, probe.distance, loss_scale, norm)
                     else:
                         perturbation.move_to(probe.distance)
-                    gradient = _second(update, params, replay, loss_scale)
+                    gradient = _second(update, params, replay, loss_scale, last=probe is probes[-1])
                     total = gradient if update.combine else _add(total, gradient, probe.weight)
         finally:
             perturbation.restore()  # again, in case Ctrl-C interrupted the first call
@@ -116,10 +116,14 @@ def _further(
     return total
 
 
-def _second(update: Update, params: Sequence[Tensor], replay: Replay, loss_scale: Tensor | None) -> list[Tensor]:
+def _second(
+    update: Update, params: Sequence[Tensor], replay: Replay, loss_scale: Tensor | None, last: bool
+) -> list[Tensor]:
     _set(params, [None] * len(params))
     replay(lambda loss: loss, True)
     gradient = [torch.zeros_like(param) if param.grad is None else param.grad for param in params]
+    if not last:  # the next replay may write to them
+        gradient = [own_gradient(grad) for grad in gradient]
     _set(params, [None] * len(gradient))
     if update.clip is not None:
         clip_(gradient, update.clip[1], loss_scale)
@@ -151,7 +155,7 @@ def _combine_(
 ) -> None:
     result = second or first
     if update.combine is None:
-        if update.keep:
+        if update.keep and result:
             torch._foreach_add_(local_parts(result), local_parts(first), alpha=update.keep)
     else:
         everything = [*first, *second]

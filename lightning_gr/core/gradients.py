@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from lightning_gr._compat import hook_tables, with_hooks
+from lightning_gr._compat import hook_tables, storage_uses, with_hooks
 from lightning_gr.core.hooks import Zero, has_accumulation_hooks, without_hooks
-from lightning_gr.core.sharding import is_distributed, local_parts
+from lightning_gr.core.sharding import is_distributed, local_parts, plain_are_shards
 from lightning_gr.core.tensors import is_lazy
 
 __all__ = [
@@ -59,8 +59,9 @@ class BackwardCheck:
     """
 
     def __init__(self, params: Sequence[Tensor], thorough: bool = False) -> None:
-        # a lazy one is written by the evaluation, which gives it its shape
-        self._params = [param for param in params if not is_lazy(param)]
+        # FSDP1 itself exchanges shards for gathered parameters until the backward pass ends, and a lazy parameter is
+        # written by the evaluation, which gives it its shape
+        self._params = [param for param in params if not is_lazy(param) and not plain_are_shards()]
         self._marks = TensorMarks(self._params, thorough)
 
     def done(self) -> None:
@@ -148,10 +149,15 @@ class StashedGradients:
 
 
 def own_gradient(grad: Tensor) -> Tensor:
-    """Return ``grad``, or a copy if the next backward pass writes to its storage."""
-    # a view of one of DDP's buckets (`gradient_as_bucket_view`), which the next backward pass writes to
+    """Return ``grad``, or a copy if others share its memory, since the next backward pass may write to it.
+
+    That is so with one of DDP's buckets (``gradient_as_bucket_view``), even if the bucket holds this gradient only, and
+    with a buffer that holds all gradients.
+    """
     part = local_parts([grad])[0]
-    is_view = part.layout == torch.strided and part.untyped_storage().nbytes() > part.nbytes
+    if part.layout != torch.strided:
+        return grad
+    is_view = part.untyped_storage().nbytes() > part.nbytes or storage_uses(part) != 1
     return grad.clone() if is_view else grad
 
 
@@ -217,7 +223,8 @@ def gradients_apart(params: Sequence[Tensor], others: Sequence[Tensor] = (), *, 
         Whether gradients are kept away.
     """
     away = list(params) if every else list(filter(has_accumulation_hooks, with_hooks(params)))
-    earlier, kept = StashedGradients(), [(param, param.grad) for param in others]
+    # which a pass may write to, as to one of DDP's buckets
+    earlier, kept = StashedGradients(), [(p, None if p.grad is None else own_gradient(p.grad)) for p in others]
     earlier.stash(away)
     for param, _ in kept:
         param.grad = None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_gr._compat import hook_tables, with_hooks
 
-__all__ = ["ExchangedHooks", "OwnHook", "has_accumulation_hooks", "without_hooks"]
+__all__ = ["ExchangedHooks", "OwnHook", "has_accumulation_hooks", "times", "without_hooks"]
 
 Hook = Callable[[Tensor], Any]
 
@@ -27,6 +27,32 @@ class Zero(OwnHook):
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return zeros in the shape of the gradient."""
         return torch.zeros_like(tensor)
+
+
+class Times(OwnHook):
+    """Multiplies a gradient.
+
+    Args:
+        factor: By what.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return the product."""
+        return tensor * self.factor
+
+
+@contextmanager
+def times(factor: float, params: Sequence[Tensor]) -> Iterator[None]:
+    """Multiply what is back-propagated to ``params``, after the hooks that they have and before it is accumulated."""
+    removes = [param.register_hook(Times(factor)).remove for param in params if param.requires_grad and factor != 1.0]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for remove in removes:
+            remove()
 
 
 class ExchangedHooks:

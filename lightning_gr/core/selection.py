@@ -1,9 +1,11 @@
 """Selects the parameters that a method leaves alone, by name pattern or by the type of their layer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
+
+from lightning_gr._fsdp1 import own_names
 
 __all__ = ["TYPE_PREFIX", "match_params"]
 
@@ -38,13 +40,33 @@ def match_params(patterns: Iterable[str], module: nn.Module) -> set[int]:
 
 
 def _named(pattern: str, module: nn.Module) -> set[int]:
-    named = module.named_parameters(remove_duplicate=False)
-    return {id(param) for name, param in named if fnmatchcase(name, pattern)}
+    found = set()
+    for name, param in module.named_parameters(remove_duplicate=False):
+        matches = [fnmatchcase(each, pattern) for each in own_names(name, param)]
+        if any(matches):
+            _check_whole(pattern, matches)
+            found.add(id(param))
+    return found
+
+
+def _check_whole(pattern: str, matches: Sequence[bool]) -> None:
+    if not all(matches):
+        raise ValueError(
+            "Expected each pattern in `exclude` to select all parameters of a unit of FSDP, which flattens them into"
+            f" one with `use_orig_params=False`, but {pattern!r} selects {sum(matches)} of {len(matches)}: leave"
+            " `use_orig_params` True, its default"
+        )
 
 
 def _of_type(name: str, module: nn.Module) -> set[int]:
     layers = [layer for layer in module.modules() if any(cls.__name__ == name for cls in type(layer).__mro__)]
-    return {id(param) for layer in layers for param in layer.parameters()}
+    found = {id(param) for layer in layers for param in layer.parameters()}
+    if any(hasattr(param, "_fqns") for param in module.parameters()):
+        raise ValueError(
+            f"Expected patterns in `exclude` to be names and not types of layers, such as 'type:{name}', with"
+            " `use_orig_params=False`, where FSDP flattens several layers into one: leave it True, its default"
+        )
+    return found
 
 
 def _message(pattern: str, module: nn.Module) -> str:
@@ -54,7 +76,7 @@ def _message(pattern: str, module: nn.Module) -> str:
             f"Expected each pattern in `exclude` to match a parameter but {pattern!r} matches no layer with parameters;"
             f" their types are {', '.join(types)}"
         )
-    named = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    named = [each for name, p in module.named_parameters(remove_duplicate=False) for each in own_names(name, p)]
     some = ", ".join(named[:4]) + (", …" if len(named) > 4 else "")
     return (
         f"Expected each pattern in `exclude` to match a parameter but {pattern!r} matches none of {some};"

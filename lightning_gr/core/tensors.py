@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_gr.core.sharding import by_layout, local_parts, norm_over_ranks
+from lightning_gr.core.sharding import by_layout, local_parts, norm_over_ranks, sum_of_shards
 
 __all__ = [
     "HALVES",
@@ -52,12 +52,16 @@ def wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+def global_norm(tensors: Sequence[Tensor], like: Sequence[Tensor] = ()) -> Tensor:
     """The Euclidean norm of all tensors as one vector, as a 0-dimensional tensor on the first tensor's device.
 
     It is accumulated in at least float32 (bfloat16 has 8 bits of precision and float16 overflows at 65,504), or in
-    float64 if any tensor is. For distributed tensors it is the norm of the full tensors, equal on all ranks.
+    float64 if any tensor is. For distributed tensors it is the norm of the full tensors, equal on all ranks. The norm
+    of no tensors is 0, or that of the parts on other ranks, in the type and on the device of the tensors ``like``.
     """
+    if not tensors:
+        zero = torch.zeros((), dtype=wide_dtype(like), device=like[0].device if like else None)
+        return sum_of_shards(zero.double()).sqrt().to(zero.dtype)
     dtype = wide_dtype(tensors)
     groups = by_layout(tensors).values()
     return _norm([norm_over_ranks(_norm(tensor_norms(local_parts(group), dtype)), group[0]) for group in groups])

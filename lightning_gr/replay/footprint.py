@@ -59,6 +59,7 @@ class Footprint:
         roots: Returns the objects to search from, by name. It is called for each search, since a module may grow.
         hidden: Attributes of a LightningModule that belong to Lightning.
         closed: Returns objects that are not searched.
+        managed: Returns attributes of other modules that belong to a strategy, by the identity of the module.
         warn: Called with a message about what cannot be restored, once for each path.
     """
 
@@ -68,9 +69,10 @@ class Footprint:
         *,
         hidden: frozenset[str] = frozenset(),
         closed: Callable[[], Iterable[object]] = tuple,
+        managed: Callable[[], Mapping[int, frozenset[str]]] = dict,
         warn: Callable[[str], object] | None = None,
     ) -> None:
-        self._roots, self._hidden, self._closed = roots, hidden, closed
+        self._roots, self._hidden, self._closed, self._managed = roots, hidden, closed, managed
         self._warn = warn or _warn
         self._warned: set[str] = set()
         self._count = 0
@@ -132,7 +134,7 @@ class Footprint:
         modules = [each for root in roots.values() if isinstance(root, nn.Module) for each in root.modules()]
         self._tables = [each._modules for each in modules if isinstance(each._modules, dict)]
         self._tree = self._look_at_modules()
-        found = Walk(self._hidden, self._closed()).enter(roots.items())
+        found = Walk(self._hidden, self._closed(), managed=self._managed()).enter(roots.items())
         self._hold(found.places)
         # without the roots, so that a cache keyed by them does not keep them alive
         self._seen = found.seen
@@ -157,7 +159,7 @@ class Footprint:
             return
         self._touched.update((id(place), place) for place in changed)
         closed = chain(self._closed(), self._roots().values())
-        found = Walk(self._hidden, closed, self._seen)
+        found = Walk(self._hidden, closed, self._seen, self._managed())
         found.enter(child for place in self._touched.values() for child in place.children())
         if found.places or self._fresh.places:
             self._fresh = _Part(found.places, self.protects)

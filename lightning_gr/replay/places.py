@@ -192,7 +192,7 @@ class AttributePlace(Place):
 
     def children(self) -> Iterator[tuple[str, Any]]:
         for name, value in list(self.owner.items()):
-            if name in ("_parameters", "_buffers", "_modules"):
+            if name in ("_parameters", "_buffers", "_modules") and name not in self.hidden:
                 yield self.path, value  # whose entries are the attributes of a module
             elif name not in self.hidden:
                 yield f"{self.path}.{name}", value

@@ -78,12 +78,18 @@ class Walk:
         hidden: Attributes of a LightningModule that belong to Lightning.
         closed: Objects that are not entered.
         seen: More of them, by their identities.
+        managed: Attributes of other modules that belong to a strategy, by the identity of the module; ``"*"`` is all of
+            them except the layers within.
     """
 
     def __init__(
-        self, hidden: frozenset[str], closed: Iterable[object], seen: Mapping[int, object] | None = None
+        self,
+        hidden: frozenset[str],
+        closed: Iterable[object],
+        seen: Mapping[int, object] | None = None,
+        managed: Mapping[int, frozenset[str]] | None = None,
     ) -> None:
-        self.hidden = hidden
+        self.hidden, self.managed = hidden, managed or {}
         self.places: list[Place] = []
         self._seen: dict[int, object] = dict(seen or ())
         self._seen.update((id(each), each) for each in closed)
@@ -254,14 +260,16 @@ class Walk:
             own = object.__getattribute__(value, "__dict__")
         except AttributeError:
             own = None
+        managed = self.managed.get(id(value), frozenset())
         if isinstance(value, nn.Module) and own is not None:
             for name in ("_parameters", "_buffers", "_modules"):
-                if isinstance(own.get(name), dict) and id(own[name]) not in self._seen:
+                skipped = name in managed or ("*" in managed and name != "_modules")
+                if not skipped and isinstance(own.get(name), dict) and id(own[name]) not in self._seen:
                     self._seen[id(own[name])] = own[name]
                     self._add(ModuleEntryPlace(own[name], path))
-        if isinstance(own, dict) and (own or not isinstance(value, _SELDOM_WITH_ATTRIBUTES)):
+        if "*" not in managed and isinstance(own, dict) and (own or not isinstance(value, _SELDOM_WITH_ATTRIBUTES)):
             is_lightning = isinstance(value, nn.Module) and has_base_named(value, "LightningModule")
-            self._add(AttributePlace(own, path, self.hidden if is_lightning else frozenset()))
+            self._add(AttributePlace(own, path, managed | (self.hidden if is_lightning else frozenset())))
         if id(type(value)) not in self._seen:
             self._class(type(value), f"{path}.{type(value).__name__}")
 

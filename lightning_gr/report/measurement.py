@@ -1,13 +1,14 @@
 """Measures norms, losses and curvature from the two passes of a step, on the device and only the requested ones."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_gr._fsdp1 import own_name
 from lightning_gr.core.rules import Update
-from lightning_gr.core.sharding import by_layout, local_parts, sum_over_ranks
+from lightning_gr.core.sharding import by_layout, local_parts, plain_are_shards, sum_of_shards, sum_over_ranks
 from lightning_gr.core.tensors import inner_product, tensor_norms, wide_dtype
 from lightning_gr.core.two_pass import Replay, Transform
 
@@ -86,24 +87,30 @@ def layers_of(module: nn.Module) -> dict[str, list[Tensor]]:
     layers: dict[str, list[Tensor]] = {}
     for name, param in module.named_parameters():
         if param.requires_grad:
-            layers.setdefault(name.rpartition(".")[0] or name, []).append(param)
+            own = own_name(name)
+            layers.setdefault(own.rpartition(".")[0] or own, []).append(param)
     return layers
 
 
 def layer_norms(layers: Mapping[str, Sequence[Tensor]], scale: Tensor | None = None) -> dict[str, Tensor]:
     """The gradient norm of each layer, divided by ``scale``; zero if the layer has no gradient."""
-    owner = {id(param.grad): name for name, params in layers.items() for param in params if param.grad is not None}
-    grads = [param.grad for params in layers.values() for param in params if param.grad is not None]
-    squares: dict[str, list[Tensor]] = {}
-    for group in by_layout(grads).values():
-        norms = tensor_norms(local_parts(group), wide_dtype(group))
-        totals = sum_over_ranks(
-            torch.stack([n.to(norms[0].device, non_blocking=True) for n in norms]).square(), group[0]
-        )
-        for grad, square in zip(group, totals, strict=True):
-            squares.setdefault(owner[id(grad)], []).append(square)
-    zero = torch.zeros((), device=grads[0].device) if grads else torch.zeros(())
-    by_layer = {name: torch.stack(squares.get(name, [zero])).sum().sqrt() for name in layers}
+    found: dict[Hashable, list[tuple[int, Tensor]]] = {}
+    for position, params in enumerate(layers.values()):
+        grads = [param.grad for param in params if param.grad is not None]
+        for layout, group in by_layout(grads).items():
+            found.setdefault(layout, []).extend((position, grad) for grad in group)
+    if plain_are_shards():
+        found.setdefault(None, [])  # this rank may have no part of any
+    everything = [param for params in layers.values() for param in params]
+    device = everything[0].device if everything else None
+    squares = torch.zeros(len(layers), dtype=wide_dtype(everything), device=device)
+    for pairs in found.values():
+        own = torch.zeros_like(squares)
+        grads = [grad for _, grad in pairs]
+        for (position, _), norm in zip(pairs, tensor_norms(local_parts(grads), wide_dtype(grads)), strict=True):
+            own[position] += norm.square().to(own, non_blocking=True)
+        squares += sum_over_ranks(own, grads[0]) if grads else sum_of_shards(own)
+    by_layer = dict(zip(layers, squares.sqrt(), strict=True))
     return by_layer if scale is None else {name: norm / scale for name, norm in by_layer.items()}
 
 
@@ -136,6 +143,7 @@ class Measurement:
         self.names = frozenset(names) if separable else frozenset(names) - OF_SECOND_GRADIENT
         self.loss, self.unit, self.layers = loss, unit, layers or {}
         self.values: dict[str, Tensor] = {}  # the requested ones, and others
+        self._compares = False
         self._losses: list[Tensor] = []
         self._clean: list[Tensor] = []
         differs = ("loss_perturbed", "sharpness", *(("grad_norm", "penalty") if local else ()))
@@ -172,7 +180,8 @@ class Measurement:
         if BY_LAYER in self.names:
             self.values |= {f"grad_norm/{n}": norm for n, norm in layer_norms(self.layers, loss_scale).items()}
         grads = [p.grad for p in params if p.grad is not None]
-        if self.names & OF_SECOND_GRADIENT and not any(grad.dtype.itemsize < 4 for grad in grads):
+        self._compares = bool(self.names & OF_SECOND_GRADIENT) and all(p.dtype.itemsize >= 4 for p in params)
+        if self._compares:
             self._clean = [grad.clone() for grad in local_parts(grads)]
 
     @torch.no_grad()
@@ -183,7 +192,7 @@ class Measurement:
             self.values["loss_perturbed"] = losses / self.unit
             self.values["sharpness"] = self.values["loss_perturbed"] - self.loss.to(losses.device)
         grads = [p.grad for p in params if p.grad is not None]
-        if self._clean and len(grads) == len(params):
+        if self._compares and len(grads) == len(params) and (grads or plain_are_shards()):
             self._compare(grads)
         self._clean = []
 
@@ -198,8 +207,9 @@ class Measurement:
     def _compare(self, grads: Sequence[Tensor]) -> None:
         update, norm = self._update, self._norm
         total = update.keep + sum(probe.weight for probe in update.probes)
-        torch._foreach_mul_(self._clean, -total)
-        torch._foreach_add_(self._clean, local_parts(grads))
+        if grads:
+            torch._foreach_mul_(self._clean, -total)
+            torch._foreach_add_(self._clean, local_parts(grads))
         with_g, with_h = _products(grads, self._clean)
         if self._scale is not None:
             with_g, with_h = with_g / self._scale.square(), with_h / self._scale.square()
@@ -221,6 +231,9 @@ class Measurement:
 def _products(grads: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """⟨g, h⟩ and ⟨h, h⟩ over all ranks, where h is given by its local shards."""
     other_of = {id(grad): other for grad, other in zip(grads, others, strict=True)}
+    if not grads:  # a rank without a part
+        with_g, with_h = sum_of_shards(torch.zeros(2, dtype=torch.float64))
+        return with_g, with_h
     totals = []
     for group in by_layout(grads).values():
         h = [other_of[id(grad)] for grad in group]

@@ -1,12 +1,14 @@
 """Collects and logs the metrics of a two-pass callback, on the steps that Lightning logs."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_gr._compat import will_log
+from lightning_gr.core.sharding import plain_are_shards
 from lightning_gr.core.tensors import global_norm
 from lightning_gr.report.measurement import BY_LAYER, Measurement, layer_norms, layers_of
 from lightning_gr.report.step_log import StepLog
@@ -107,8 +109,8 @@ class StepReport:
             sharpness: The loss where the gradient was taken minus the loss at the weights.
         """
         grads = [p.grad for p in params if p.grad is not None]
-        if self.due and self.names and grads:
-            norm = global_norm(grads)
+        if self.due and self.names and (grads or plain_are_shards()):
+            norm = global_norm(grads, like=params)
             values = {"grad_norm": norm if scale is None else norm / scale} if "grad_norm" in self.names else {}
             values |= {f"grad_norm/{n}": v for n, v in layer_norms(self._layers, scale).items()}
             if sharpness is not None:
@@ -121,6 +123,14 @@ class StepReport:
         self.steps += 1
         self.regularized += regularized
         self.missed += due and not regularized
+
+    def warn_if_all_missed(self, name: str, warned: Collection[str] = ()) -> None:
+        """Warn if steps were due and none was regularized, unless the class called ``name`` has ``warned`` already."""
+        if self.missed and not self.regularized and not warned:
+            rank_zero_warn(
+                f"{name} regularized no optimizer step, although {self.missed} were due: each of them had no gradient,"
+                " a gradient that is not finite, or no loss at the displaced weights"
+            )
 
     def close(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Log the values of the step at its end."""

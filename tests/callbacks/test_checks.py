@@ -23,7 +23,6 @@ from outside import Record
 from pytorch_lightning.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
-    FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
     SingleDeviceXLAStrategy,
@@ -257,7 +256,7 @@ def test_the_way_out_for_sparse_embeddings_works(scheme):
     assert_near(*trained, 1e-13)
 
 
-REFUSED_STRATEGIES = [DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy, FSDPStrategy]
+REFUSED_STRATEGIES = [DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy]
 
 
 def with_strategy(monkeypatch, strategy, *callbacks):
@@ -278,7 +277,7 @@ def test_strategies_that_cannot_work(monkeypatch, strategy, callback):
         method.setup(trainer, TinyModule(), "fit")
     message = str(caught.value)
     assert strategy.__name__ in message
-    assert "use `Trainer(strategy='auto')`, `'ddp'` or `ModelParallelStrategy()`" in message
+    assert "use `Trainer(strategy='auto')`, `'ddp'`, `'fsdp'` or `ModelParallelStrategy()`" in message
     assert "\n" not in message
 
 

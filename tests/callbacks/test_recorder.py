@@ -5,16 +5,31 @@ Most of these train with a learning rate of zero, beside a run without the callb
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import pytorch_lightning as pl
 import reference
 import torch
-from modules import METHODS, SOME, TinyModule, assert_near, assert_same, cross_entropy, fit, make_batches, mlp, weights
+from modules import (
+    METHODS,
+    SOME,
+    TinyModule,
+    assert_near,
+    assert_same,
+    cross_entropy,
+    fit,
+    make_batches,
+    make_trainer,
+    mlp,
+    weights,
+)
 from torch import nn
 
 from lightning_gr import SAM, GradientRegularizationMixin, in_second_pass
+from lightning_gr.callbacks.recorder import surroundings_of
+from lightning_gr.replay.parameters import Parameters
 
 
 class Standing(TinyModule):
@@ -279,3 +294,11 @@ def test_a_copy_of_the_module_in_training_has_nothing_of_ours():
     module = MomentumEncoder()
     fit(module, SAM(0.2))
     assert set(vars(copy.deepcopy(module))) == set(vars(module))
+
+
+def test_each_device_of_a_module_has_its_random_numbers_repeated(monkeypatch):
+    """A module may be spread over several in one process, each with a generator of its own."""
+    names = ("cuda:1", "cuda:0", "cpu", "cuda:1", "meta")
+    monkeypatch.setattr(Parameters, "of", lambda *_: [SimpleNamespace(device=torch.device(name)) for name in names])
+    surroundings = surroundings_of(make_trainer(), TinyModule())
+    assert list(map(str, surroundings.devices)) == ["cuda:0", "cuda:1"]

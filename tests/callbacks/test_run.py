@@ -39,17 +39,19 @@ def test_what_it_says_of_options():
 def test_the_point_ahead_is_that_of_the_update():
     net = mlp()
     optimizer, run = sgd(net.parameters()), Run({id(net[0].bias)})
-    run.look_ahead(optimizer)
+    trainer = make_trainer()
+    trainer.strategy.optimizers = [optimizer]
+    run.look_ahead(trainer)
     assert run.ahead is None
     run.update = MomentumSAMRule(0.5).update()
-    run.look_ahead(optimizer)
+    run.look_ahead(trainer)
     assert not run.ahead
     for param in net.parameters():
         param.grad = torch.ones_like(param)
     optimizer.step()
-    run.look_ahead(optimizer)
+    run.look_ahead(trainer)
     assert run.ahead
     assert [id(param) for param in run.ahead.params] == [id(p) for n, p in net.named_parameters() if n != "0.bias"]
     run.update = None
-    run.look_ahead(optimizer)
+    run.look_ahead(trainer)
     assert run.ahead is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gr.core.hooks import ExchangedHooks, OwnHook, Zero, has_accumulation_hooks, without_hooks
+from lightning_gr.core.hooks import ExchangedHooks, OwnHook, Zero, has_accumulation_hooks, times, without_hooks
 
 
 @pytest.fixture
@@ -50,6 +50,16 @@ def test_others_run_in_their_place_in_order(weight, seen):
     seen.clear()
     assert backward(weight) == 2.0
     assert seen == [2.0, -2.0]
+
+
+@pytest.mark.parametrize("factor", [-0.5, 1.0])
+def test_a_factor_comes_after_hooks_and_before_what_sees_the_sum(weight, seen, factor):
+    frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+    with suppress(KeyboardInterrupt), times(factor, [weight, frozen]):
+        assert backward(weight) == 2.0 * factor
+        assert seen == [2.0, -2.0 * factor]
+        raise KeyboardInterrupt
+    assert backward(weight) == 2.0
 
 
 def test_one_that_was_removed_meanwhile_stays_away(weight, seen):

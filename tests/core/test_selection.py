@@ -65,3 +65,22 @@ def test_types_of_layers():
         with pytest.raises(ValueError, match="types are Embedding, LayerNorm, Linear, Own") as caught:
             found([unknown], net)
         assert "\n" not in str(caught.value)
+
+
+def flattened():
+    """A layer as FSDP1 leaves it with `use_orig_params=False`: one parameter that has the names of two."""
+    net = nn.Module()
+    net._flat_param = nn.Parameter(torch.zeros(3))
+    net._flat_param._fqns = ["0.weight", "0.bias"]
+    return net
+
+
+def test_a_flattened_parameter_has_the_names_of_all_that_are_in_it():
+    net = flattened()
+    assert found(["0.*"], net) == {id(net._flat_param)}
+    with pytest.raises(ValueError, match=r"'\*\.bias' selects 1 of 2: leave `use_orig_params` True"):
+        found(["*.bias"], net)
+    with pytest.raises(ValueError, match=r"names and not types of layers, such as 'type:Module'"):
+        found(["type:Module"], net)
+    with pytest.raises(ValueError, match=r"matches none of 0\.weight, 0\.bias;"):
+        found(["1.*"], net)

@@ -1,5 +1,7 @@
 """Distributed tensors in one process; four ranks are in tests/system/test_sharded.py."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,12 +9,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from lightning_gr.core.sharding import (
+    SideGroup,
     by_layout,
     is_distributed,
     local_parts,
     mean_over_ranks,
     norm_over_ranks,
+    plain_are_shards,
     settle_gradients,
+    shards_over,
+    sum_of_shards,
     sum_over_ranks,
 )
 
@@ -90,3 +96,55 @@ def test_gradients_that_wait_for_a_sum_get_the_layout_of_their_parameter(mesh):
     assert param.grad.placements == param.placements
     assert torch.equal(param.grad.full_tensor(), torch.full((4,), 5.0))
     assert other.grad is whole
+
+
+def test_plain_tensors_can_be_parts_of_longer_ones(reduced):
+    """The norm of FSDP1's parts goes over the ranks that share them."""
+    group, norm = object(), torch.tensor(2.0)
+    with shards_over(group, torch.device("cpu")):
+        assert plain_are_shards()
+        assert norm_over_ranks(norm, norm) == pytest.approx(2.0 * 3**0.5)
+        assert sum_of_shards(norm).dtype == torch.float32
+        assert sum_over_ranks(norm, norm) == 6.0
+    assert reduced == [group] * 3
+    assert norm == 2.0
+    assert not plain_are_shards()
+    with shards_over(None, torch.device("cpu")):
+        assert not plain_are_shards()
+        assert sum_of_shards(norm) is norm
+
+
+def test_a_norm_of_offloaded_shards_is_reduced_where_the_process_group_is(monkeypatch):
+    """It may have no backend for the CPU."""
+    part, placement = torch.ones(()), SimpleNamespace(is_replicate=lambda: False)
+    mesh = SimpleNamespace(device_type="meta", get_group=lambda dim: dim)
+    seen = []
+    monkeypatch.setattr(dist, "all_reduce", lambda total, group: seen.append((total.device.type, group)))
+    with pytest.raises(NotImplementedError, match="meta"):  # from which nothing comes back
+        sum_over_ranks(part, SimpleNamespace(device_mesh=mesh, placements=[placement]))
+    assert seen == [("meta", 0)]
+
+
+@pytest.mark.usefixtures("mesh")
+def test_a_side_group_is_kept_for_its_name():
+    one, again, other = (SideGroup(torch.device("cpu"), name) for name in ("a", "a", "b"))
+    assert one._group is again._group is not other._group
+
+
+@pytest.mark.usefixtures("mesh")
+def test_a_side_group_averages_what_is_there_and_compares_numbers(monkeypatch):
+    group = SideGroup(torch.device("cpu"), "a")
+    assert group.mean_over_present(torch.tensor(3.0)) == 3.0
+    group.be_absent()
+    assert len(group._absent) == 1
+    assert group.mean_over_present(torch.tensor(5.0)) == 5.0
+    assert group._absent == []
+    assert group.agree(4)()
+
+    def another_has_five(both, *_, **options):
+        both.copy_(torch.maximum(both, torch.tensor([5.0, -5.0], dtype=both.dtype)))
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(dist, "all_reduce", another_has_five)
+    assert not group.agree(4)()
+    assert group.agree(5)()

@@ -449,6 +449,22 @@ def test_what_is_kept_has_no_factor_where_its_coefficient_is_that_of_the_probe()
         assert_near(regularized(net, batch, rule), expected)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_before_the_reduction_or_after_it_are_the_same(name):
+    """And what is in ``.grad`` in the last pass has the size of the result, unlike without weights."""
+    net, batch, method = mlp(), make_batches()[0], METHODS[name]
+    params, last = list(net.parameters()), Record()
+
+    def replay(transform, is_last=True):
+        transform(cross_entropy(net, batch)).backward()
+        last.append(gradients(net))
+
+    cross_entropy(net, batch).backward()
+    add_second_pass_(method.rule.update(), params, replay, WeightStorage(), weighted=True)
+    assert_near(gradients(net), method.gradient(reference.loss_of(net, cross_entropy, [batch]), weights(net)))
+    assert_same(last[-1], gradients(net))
+
+
 def test_an_observer_sees_both_gradients():
     seen, (param, bare) = Record(), (nn.Parameter(torch.tensor([3.0, 4.0])), nn.Parameter(torch.ones(1)))
     scale, update = torch.tensor(2.0), GRRule(0.1, 0.1).update()

@@ -9,7 +9,7 @@ import torch
 from launching import PYTHON, finish
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 150
+LIMIT = 300
 pytestmark = pytest.mark.timeout(LIMIT + 60)
 
 
@@ -62,20 +62,39 @@ def test_other_methods_send_the_same(sent, method):
 @pytest.mark.launch
 def test_numbers_besides_gradients(sent):
     """One for a flood level compared over ranks; none for an ascent with DDP."""
-    assert [case for case, kind in sent if kind == "scalar" and "FSDP2" not in case] == ["flooding synced"]
+    assert [case for case, kind in sent if kind == "scalar" and "FSDP" not in case] == ["flooding synced"]
     assert float(sent["flooding synced", "scalar"]["number"]) == 1
     assert gradients(sent, "flooding synced") == gradients(sent, "plain")
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("suffix", [", FSDP2", " ×4, FSDP2"])
-def test_parts_sent_with_fsdp2(sent, suffix):
+@pytest.mark.parametrize("suffix", [", FSDP1", ", FSDP2", " ×4, FSDP2"])
+def test_parts_sent_where_parameters_are_sharded(sent, suffix):
     """Twice what plain training gathers and scatters, and one number for a norm."""
     for kind in ("all-gather", "reduce-scatter"):
         once = float(sent[f"plain{suffix}", kind]["bytes"])
         assert float(sent[f"F-GR synced{suffix}", kind]["bytes"]) == 2 * once
     assert (f"plain{suffix}", "scalar") not in sent
     assert float(sent[f"F-GR synced{suffix}", "scalar"]["number"]) == 1
+
+
+@pytest.mark.launch
+def test_fsdp1_scatters_each_micro_batch_of_the_second_pass(sent):
+    """Plain training scatters the last one only, and gathers for each."""
+    plain, ours = (sent[f"{name} ×4, FSDP1", "reduce-scatter"] for name in ("plain", "F-GR synced"))
+    assert float(ours["number"]) == (1 + 4) * float(plain["number"])
+    plain, ours = (sent[f"{name} ×4, FSDP1", "all-gather"] for name in ("plain", "F-GR synced"))
+    assert float(ours["bytes"]) == 2 * float(plain["bytes"])
+
+
+@pytest.mark.launch
+def test_momentum_sam_gathers_the_outermost_unit_of_fsdp1_once_more(sent):
+    plain, ours = (sent[f"{name}, FSDP1", "all-gather"] for name in ("plain", "Momentum-SAM"))
+    assert float(ours["number"]) == float(plain["number"]) + 1
+    assert sent["Momentum-SAM, FSDP2", "all-gather"] == {
+        **sent["plain, FSDP2", "all-gather"],
+        "case": "Momentum-SAM, FSDP2",
+    }
 
 
 @pytest.fixture

@@ -1,0 +1,37 @@
+"""What a rule keeps goes through checkpoints, and not into copies."""
+
+import copy
+
+import torch
+from modules import TinyModule, make_trainer
+
+from lightning_gr.callbacks.rule_state import RuleState
+
+
+def filled(module):
+    state = RuleState()
+    state.begin(make_trainer(), module)
+    params = list(module.parameters())
+    with state.vectors.of(params):
+        state.vectors.set("average", [torch.full_like(p, 2.0) for p in params])
+    return state
+
+
+def test_it_continues_from_what_was_loaded():
+    module = TinyModule()
+    saved = filled(module).state_dict()
+    other = RuleState()
+    assert other.state_dict() == {}
+    other.load_state_dict(saved)
+    other.begin(make_trainer(), module)
+    params = list(module.parameters())
+    with other.vectors.of(params):
+        assert all((value == 2.0).all() for value in other.vectors.get("average"))
+
+
+def test_a_run_from_the_start_and_a_copy_are_empty():
+    module = TinyModule()
+    state = filled(module)
+    assert copy.deepcopy(state).state_dict() == {}
+    state.begin(make_trainer(), module)
+    assert state.state_dict() == {}
