@@ -178,7 +178,7 @@ class RangeFinder(CallbackBase):  # type: ignore[misc]
             self.result = self._sweep(trainer, pl_module)
             self._batches = []
             if self.apply:
-                self._write(trainer)
+                self._write(trainer, self.result)
 
     def _sweep(self, trainer: "Trainer", pl_module: "LightningModule") -> Sweep:
         first, method = float(self.losses[0]), self._active
@@ -200,9 +200,8 @@ class RangeFinder(CallbackBase):  # type: ignore[misc]
                 break
         return Sweep(constant, tuple(values), tuple(rises), first, clean)
 
-    def _write(self, trainer: "Trainer") -> None:
-        result, method = self.result, self._active
-        assert result is not None
+    def _write(self, trainer: "Trainer", result: Sweep) -> None:
+        method = self._active
         constants: Constants = {result.constant: result.suggestion}
         if isinstance(method, Flooding):
             method.level = result.suggestion
