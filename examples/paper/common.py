@@ -19,7 +19,7 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 FAST = HERE.parent.parent / "outputs" / "paper-fast"
-PACKAGES = ("lightning_gr", "torch", "pytorch-lightning", "numpy", "scipy", "scikit-learn", "mnist1d")
+PACKAGES = ("lightning_gr", "torch", "pytorch-lightning", "numpy", "scipy", "scikit-learn", "mnist1d", "mlxtend")
 
 # Okabe and Ito's color-blind-safe palette. Each method has the same color and marker in all figures
 COLORS = {
@@ -31,6 +31,9 @@ COLORS = {
     "ASAM": "#56B4E9",
     "flooding": "#009E73",
     "GR+flooding": "#8A7500",
+    "MSAM": "#7B3294",
+    "nesterov": "#888888",
+    "plain, untuned": "#A0522D",
 }
 MARKS = {
     "plain": "o",
@@ -41,6 +44,9 @@ MARKS = {
     "ASAM": "P",
     "flooding": "X",
     "GR+flooding": "*",
+    "MSAM": "p",
+    "nesterov": "h",
+    "plain, untuned": "d",
 }
 
 console = Console(highlight=False)
