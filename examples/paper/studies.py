@@ -26,8 +26,8 @@ class Study(NamedTuple):
         task: The data, the network and the training settings.
         grid: The candidates for the constants of each method.
         selection_seeds: Seeds that are different from those of the report.
-        rates: Candidates for the learning rate of plain training. The other methods choose between the best of these
-            and the task's own. If there are none, all methods use the task's.
+        rates: Candidates for the learning rate of plain training. The other methods choose among those from the best
+            of these to the task's own. If there are none, all methods use the task's.
     """
 
     task: Task
@@ -40,7 +40,8 @@ class Study(NamedTuple):
         own = self.task.learning_rate
         if method == "plain" and self.rates:
             return list(self.rates)
-        return [own] if tuned is None or method == UNTUNED else sorted({own, tuned})
+        lower, upper = (own, own) if tuned is None else sorted((own, tuned))
+        return [rate for rate in self.rates or (own,) if lower <= rate <= upper]
 
 
 def make(name: str, gamma=None, epsilon=None, rho=None, level=None) -> Method:
@@ -107,10 +108,10 @@ def mnist_study(network: str, training: int, noise: float) -> Study:
     """The methods above, Momentum-SAM and ``nesterov=True`` on MNIST, with a learning rate tuned for plain training."""
     levels = (0.5, 1.0) if noise else (0.02, 0.1)
     if network == "mlp":
-        grid = candidates((0.3, 1.0), (0.03, 0.3, 0.6), (0.1, 0.2, 0.5), (1.0, 4.0), levels, PAIR)
+        grid = candidates((0.1, 0.3, 1.0), (0.03, 0.3, 0.6), (0.1, 0.2, 0.5), (1.0, 4.0), levels, PAIR)
         radii = (0.5, 1.0, 2.0)
     else:
-        grid = candidates((0.03, 0.1), (0.03, 0.3, 0.6), (0.05, 0.1, 0.2), (0.5, 1.0), levels, SMALL_PAIR)
+        grid = candidates((0.03, 0.1), (0.1, 0.5), (0.05, 0.1, 0.2), (0.5, 1.0), levels, SMALL_PAIR)
         radii = (0.3, 1.0, 2.0)
     plain = {"plain": [{}], UNTUNED: [{}], "nesterov": [{}]}
     rates = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
