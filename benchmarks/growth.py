@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measuring import Clock, Same, make_trainer, quiet, time_steps
+from measuring import STEPS, WARM_UP, Clock, Same, make_trainer, quiet, time_steps
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from rich.console import Console
@@ -54,8 +54,7 @@ AXES: dict[str, dict[int, Workload]] = {
 
 def measure(axis: str, size: int, rounds: int) -> list[Row]:
     """Measure one model with all methods, alternating between them."""
-    steps = 2 if size >= 10**6 else 6
-    times = time_steps(AXES[axis][size], CHOSEN, rounds, steps, warm_up=1)
+    times = time_steps(AXES[axis][size], CHOSEN, rounds, 2 if size >= 10**6 else STEPS)
     return [
         Row(axis, size, way, number, statistics.median(t.cpu for t in taken))
         for way, of_rounds in times.items()
@@ -89,10 +88,10 @@ def _work(rank: int, ranks: int, port: int, rounds: int, results: Any) -> None:
 
 def _ddp_step(work: Workload, way: str, ranks: int) -> float:
     torch.manual_seed(0)
-    clock = Clock(2)
+    clock = Clock(WARM_UP)
     options = {"devices": ranks, "strategy": DDPStrategy(), "plugins": [LightningEnvironment()]}
     trainer = make_trainer(clock, *WAYS[way].callbacks(), **options, use_distributed_sampler=False)
-    trainer.fit(WAYS[way].module(work.model()), Same(work.batch(), 8))
+    trainer.fit(WAYS[way].module(work.model()), Same(work.batch(), WARM_UP + STEPS + 1))
     return statistics.median(timing.cpu for timing in clock.steps)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from measuring import count, count_pass, quiet, time_steps
+from measuring import STEPS, WARM_UP, count, count_pass, quiet, time_steps
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -22,8 +22,7 @@ from workloads import WORKLOADS
 
 LOOK = {"box": SIMPLE, "title_justify": "left", "title_style": "bold", "padding": (0, 1), "pad_edge": False}
 NARROW = {**LOOK, "padding": (0, 1, 0, 0)}
-# steps per round, in addition to one or two warm-up steps
-STEPS = {"MLP, 32": 12, "MLP, 256": 6, "100 M": 2}
+FEW = {"100 M": 2}  # steps per round, where they take long
 COUNTED = ("MLP, 32", "1,000 tensors")
 QUICK = ("MLP, 32",)
 
@@ -38,9 +37,9 @@ class Row(NamedTuple):
     value: float
 
 
-def measure_times(workload: str, ways: Sequence[str], rounds: int, steps: int) -> list[Row]:
+def measure_times(workload: str, ways: Sequence[str], rounds: int, steps: int, warm_up: int = WARM_UP) -> list[Row]:
     """Measure the median step time of each round, in seconds."""
-    times = time_steps(WORKLOADS[workload], ways, rounds, steps, warm_up=1 if steps < 5 else 2)
+    times = time_steps(WORKLOADS[workload], ways, rounds, steps, warm_up)
     rows = []
     for way, of_rounds in times.items():
         for number, taken in enumerate(of_rounds):
@@ -154,7 +153,10 @@ def measure(
     """The rows of one workload after the other, and of importing."""
     for workload in workloads:
         with quiet(), console.status(f"timing {workload}"):
-            rows = measure_times(workload, ways, 1 if quick else rounds, 2 if quick else STEPS.get(workload, 3))
+            if quick:
+                rows = measure_times(workload, ways, 1, 2, warm_up=1)
+            else:
+                rows = measure_times(workload, ways, rounds, FEW.get(workload, STEPS))
         if workload in COUNTED:
             with quiet(), console.status(f"counting {workload}"):
                 rows += measure_counts(workload, ways)

@@ -201,7 +201,7 @@ def show(study, task, rows):
 
 def draw(args, study, rows):
     """Draw the gain of each method over plain training in each task, in the same seeds."""
-    figure, axes = new_figure(1, 1, 7, 1.2 + 0.55 * len(rows))
+    figure, axes = new_figure(1, 1, 7, 1.4 + 0.6 * len(rows))
     methods = [method for method in [*study.grid, *study.fixed] if method != "plain"]
     for number, method in enumerate(methods):
         found = [(at, gains(group, method)) for at, group in enumerate(rows.values())]
@@ -210,7 +210,7 @@ def draw(args, study, rows):
         axes[0, 0].errorbar(means, places, xerr=errors, fmt=MARKERS[number], color=PALETTE[number], label=method)
     axes[0, 0].axvline(0.0, color="black", linewidth=0.8)
     axes[0, 0].set(yticks=range(len(rows)), yticklabels=list(rows), xlabel="test accuracy − that of plain training (%)")
-    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
     axes[0, 0].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     save(figure, args.figures, study.name)
 

@@ -20,7 +20,7 @@ METHODS_BY_NAME: dict[str, tuple[str, dict[str, Any]]] = {
     "F-GR": ("gr", {"scheme": "forward"}),
     "B-GR": ("gr", {"scheme": "backward"}),
     "penalty": ("gr", {"normalize": True}),
-    "SAM": ("sam", {}),
+    "SAM": ("sam", {"adaptive": False}),
     "ASAM": ("sam", {"adaptive": True}),
     "MSAM": ("msam", {}),
     "flooding": ("flooding", {}),

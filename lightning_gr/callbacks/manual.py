@@ -263,7 +263,7 @@ class ManualRun:
     def _backward(self, loss: Tensor, ahead: Ahead | None) -> None:
         def in_place(*args: Any, **kwargs: Any) -> Any:
             # the hooks around the backward pass find the weights where they belong
-            with nullcontext() if ahead is None else ahead.displaced():
+            with nullcontext() if ahead is None else ahead.displaced(again=True):
                 return backward(*args, **kwargs)
 
         def watched(*args: Any, **kwargs: Any) -> Any:

@@ -104,14 +104,14 @@ def _attributes(owner: object, name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def displaced(trainer: "Trainer", ahead: Ahead) -> Iterator[None]:
-    """Displace the weights, except in checkpoints that a training step saves."""
+def displaced(trainer: "Trainer", ahead: Ahead, *, again: bool = False) -> Iterator[None]:
+    """Displace the weights, except in checkpoints that a training step saves; for ``again``, see :class:`Ahead`."""
 
     def save(*args: Any, **kwargs: Any) -> Any:
         with ahead.suspended():
             return original(*args, **kwargs)
 
-    with ahead.displaced():
+    with ahead.displaced(again=again):
         original, unwrap = wrap_save_checkpoint(trainer, save)
         try:
             yield
@@ -270,12 +270,12 @@ class Recorder:
             self._calls[self.batch_idx] = evaluation, batch
         return output
 
-    def _at_the_point(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._ahead is None else displaced(self.trainer, self._ahead)
+    def _at_the_point(self, *, again: bool = False) -> AbstractContextManager[None]:
+        return nullcontext() if self._ahead is None else displaced(self.trainer, self._ahead, again=again)
 
     def _backward_ahead(self, *args: Any, **kwargs: Any) -> Any:
         # between the two passes, where hooks run, the weights are themselves
-        with self._at_the_point():
+        with self._at_the_point(again=True):
             return self._original_backward(*args, **kwargs)
 
     def clean_losses(self) -> list[Tensor]:

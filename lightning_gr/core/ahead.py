@@ -54,26 +54,34 @@ class Ahead:
         self._storage = storage
         self._factor = -rho * inverse(global_norm(self._momenta)) if pairs else None
         self._current: Perturbation | None = None
+        self._versions: list[int] = []
 
     def __bool__(self) -> bool:
         """Whether there is a momentum to look ahead along."""
         return self._factor is not None
 
     @contextmanager
-    def _displaced(self, factor: Tensor) -> Iterator[None]:
+    def _displaced(self, factor: Tensor, again: bool) -> Iterator[None]:
         perturbation = self._current = Perturbation(self.params, self._storage, self._momenta)
+        versions = [tensor._version for tensor in (*self.params, *self._momenta)]
+        again, self._versions = again and versions == self._versions, versions
         with deferred_signals():
             try:
                 with perturbation:
-                    perturbation.displace_along(factor)
+                    perturbation.displace_along(factor, again=again)
                     yield
             finally:
                 perturbation.restore()  # again, in case Ctrl-C interrupted the first call
                 self._current = None
 
-    def displaced(self) -> AbstractContextManager[None]:
-        """A context manager with the weights at the point, or unchanged if there is no momentum yet."""
-        return nullcontext() if self._factor is None else self._displaced(self._factor)
+    def displaced(self, *, again: bool = False) -> AbstractContextManager[None]:
+        """A context manager with the weights at the point, or unchanged if there is no momentum yet.
+
+        Args:
+            again: Whether this is the backward pass of the forward pass that the last call was for. The point is then
+                not computed again, unless the weights or the momentum have been written to in the meantime.
+        """
+        return nullcontext() if self._factor is None else self._displaced(self._factor, again)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

@@ -117,10 +117,16 @@ class Perturbation:
         return factor
 
     @torch.no_grad()
-    def displace_along(self, factor: Tensor) -> None:
-        """Move the weights to θ + ``factor`` · v, where v are the given directions, which are not modified."""
+    def displace_along(self, factor: Tensor, *, again: bool = False) -> None:
+        """Move the weights to θ + ``factor`` · v, where v are the given directions, which are not modified.
+
+        Args:
+            factor: A scalar tensor.
+            again: Whether nothing has changed since the storage was last displaced, see
+                :meth:`~lightning_gr.core.storage.Storage.displace`.
+        """
         self._displaced = True
-        self.storage.displace(_clamp(float(factor)) if self._on_host else factor)
+        self.storage.displace(_clamp(float(factor)) if self._on_host else factor, again=again)
         torch.clear_autocast_cache()
 
     @torch.no_grad()

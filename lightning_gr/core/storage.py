@@ -36,8 +36,14 @@ class Storage(Protocol):
         """Multiply ``.grad`` by T = |θ| + η, and keep T for the next :meth:`displace`."""
         ...
 
-    def displace(self, distance: float | Tensor) -> None:
-        """Move the weights to θ + ``distance`` · direction, or · T ``.grad`` after :meth:`scale_direction_`."""
+    def displace(self, distance: float | Tensor, *, again: bool = False) -> None:
+        """Move the weights to θ + ``distance`` · direction, or · T ``.grad`` after :meth:`scale_direction_`.
+
+        Args:
+            distance: In units of the direction.
+            again: Whether the weights, the direction and the distance are those of the last call, so that storage that
+                still holds the result need not be filled again.
+        """
         ...
 
     def stretch(self, factor: float) -> None:
@@ -87,7 +93,7 @@ class CopyStorage:
                 torch._foreach_add_(self._scales, eta)
             torch._foreach_mul_(self._directions(), self._scales)
 
-    def displace(self, distance: float | Tensor) -> None:
+    def displace(self, distance: float | Tensor, *, again: bool = False) -> None:
         if not self._weights:
             return
         directions = self._directions()
@@ -177,6 +183,8 @@ class SwapStorage:
         self.originals: list[Tensor] = []
         self._given: list[Tensor] | None = None
         self._is_scaled = False
+        # the distance, and the addresses of the weights and directions, of which the spare storage holds the sum
+        self._holds: tuple[float, list[int]] | None = None
 
     def take(self, params: Sequence[Tensor], directions: Sequence[Tensor] | None = None) -> None:
         self.params, self.originals = list(params), [param.data for param in params]
@@ -193,8 +201,13 @@ class SwapStorage:
                 spare.add_(eta)
             param.grad.mul_(spare)  # type: ignore[union-attr]
 
-    def displace(self, distance: float | Tensor) -> None:
+    def displace(self, distance: float | Tensor, *, again: bool = False) -> None:
         step = float(distance)  # on the CPU, where reading is free
+        held = step, [tensor.data_ptr() for tensor in (*self.originals, *self._directions())]
+        if again and not self._is_scaled and held == self._holds:
+            for param, spare in zip(self.params, self._spare, strict=True):
+                param.data = spare
+            return
         # Gradients that are no longer needed could serve as spare storage, but reallocating them would cost more.
         for param, original, grad, spare in zip(
             self.params, self.originals, self._directions(), self._spares(), strict=True
@@ -204,9 +217,10 @@ class SwapStorage:
             else:
                 torch.add(original, grad, alpha=step, out=spare)
             param.data = spare
-        self._is_scaled = False
+        self._is_scaled, self._holds = False, held
 
     def stretch(self, factor: float) -> None:
+        self._holds = None
         if self.params:
             torch._foreach_lerp_(self._spare, self.originals, 1.0 - factor)
 
@@ -263,9 +277,9 @@ class WeightStorage:
         for storage in self._both:
             storage.scale_direction_(eta)
 
-    def displace(self, distance: float | Tensor) -> None:
+    def displace(self, distance: float | Tensor, *, again: bool = False) -> None:
         for storage in self._both:
-            storage.displace(distance)
+            storage.displace(distance, again=again)
 
     def stretch(self, factor: float) -> None:
         for storage in self._both:

@@ -246,7 +246,7 @@ def regularized_backward(
     ahead = _ahead(optimizer, targets, update, storage)
 
     def first_backward(loss: Tensor) -> None:
-        with nullcontext() if ahead is None else ahead.displaced():
+        with nullcontext() if ahead is None else ahead.displaced(again=True):
             scaled_backward(loss)
 
     passes = ClosurePasses(

@@ -12,7 +12,7 @@ from lightning_gr.tune.space import Constants, Method, TuneError, check_methods,
 from lightning_gr.tune.sweep import DisplacedLosses, RangeFinder, Sweep
 from lightning_gr.tune.trial import Goal, train
 
-__all__ = ["Range", "find_range", "range_test"]
+__all__ = ["Range", "RangeTest", "range_test"]
 
 # how far below the upper bound a search begins
 DECADES = 2.0
@@ -126,21 +126,13 @@ def range_test(
     with TemporaryDirectory() as temporary:
         place = Path(folder or temporary)
         return {
-            method.name: find_range(program, method, {}, seed, place, warmup_steps, short_training=short_training)
+            method.name: RangeTest(program, method, {}, seed, place, warmup_steps, short_training).find()
             for method in check_methods(methods)
         }
 
 
-def find_range(
-    program: Program,
-    method: Method,
-    settings: Mapping[str, Any],
-    seed: int,
-    folder: Path,
-    steps: int,
-    *,
-    short_training: bool = True,
-) -> Range:
+@dataclass(frozen=True)
+class RangeTest:
     """The range test of one method.
 
     Args:
@@ -151,32 +143,73 @@ def find_range(
         folder: For files.
         steps: The number of plain optimizer steps before the test, but at most a quarter of the training.
         short_training: Whether to test the upper bound by training.
-
-    Raises:
-        TuneError: If the training fails.
     """
-    callback = method.callback(method.at_scale(1.0), settings)
-    finder = _Probe(steps, method=callback, apply=False)
-    error = _short(program, [finder], seed, folder)
-    if error is not None:
-        raise TuneError(error)
-    sweep, steps = finder.result, finder.warmup_steps
-    if sweep is None:
-        raise TuneError(
-            f"the range test needs {steps} optimizer steps with a loss, but training ended before: use a smaller"
-            " --range_steps, or train longer"
-        )
-    if not math.isfinite(sweep.first) or not math.isfinite(sweep.clean):
-        raise TuneError(f"plain training diverges within {steps} steps (loss {sweep.clean:g}): lower the learning rate")
-    if sweep.constant == "level" and sweep.first <= 0:
-        raise TuneError(f"flooding needs a positive loss, but that of the first step is {sweep.first:g}")
-    tested = 0
-    while short_training and sweep.constant != "level" and tested < _MOST_TESTS:
-        if not _breaks(program, method, settings, seed, folder, steps, sweep, tested):
-            break
-        tested += 1
-    # the smallest constant that broke
-    return _range(method, sweep, max(0, tested - 1))
+
+    program: Program
+    method: Method
+    settings: Mapping[str, Any]
+    seed: int
+    folder: Path
+    steps: int
+    short_training: bool = True
+
+    def find(self) -> Range:
+        """Find the bounds.
+
+        Raises:
+            TuneError: If the training fails.
+        """
+        sweep, steps = self._sweep()
+        halved = 0
+        if self.short_training and sweep.constant != "level":
+            while halved < _MOST_TESTS and self._breaks(rounded(sweep.bound / 2**halved), sweep, steps):
+                halved += 1
+        # the smallest constant that broke
+        return _range(self.method, sweep, max(0, halved - 1))
+
+    def _sweep(self) -> tuple[Sweep, int]:
+        """Sweep the constant after plain steps, and return their number as well."""
+        callback = self.method.callback(self.method.at_scale(1.0), self.settings)
+        finder = _Probe(self.steps, method=callback, apply=False)
+        error = self._train([finder])
+        if error is not None:
+            raise TuneError(error)
+        sweep, steps = finder.result, finder.warmup_steps
+        if sweep is None:
+            raise TuneError(
+                f"the range test needs {steps} optimizer steps with a loss, but training ended before: use a smaller"
+                " --range_steps, or train longer"
+            )
+        if not math.isfinite(sweep.first) or not math.isfinite(sweep.clean):
+            raise TuneError(
+                f"plain training diverges within {steps} steps (loss {sweep.clean:g}): lower the learning rate"
+            )
+        if sweep.constant == "level" and sweep.first <= 0:
+            raise TuneError(f"flooding needs a positive loss, but that of the first step is {sweep.first:g}")
+        return sweep, steps
+
+    def _breaks(self, high: float, sweep: Sweep, steps: int) -> bool:
+        """Whether half as many steps with a constant, after the plain ones, undo what these have learned."""
+        begin = {"start_step": max(steps, self.settings.get("start_step", 0))}
+        callback = self.method.callback(self.method.at_scale(high), {**self.settings, **begin})
+        measure = _Final(steps + max(1, steps // 2), apply=False)
+        error = self._train([measure, callback])
+        if error is not None and error.startswith("MisconfigurationException"):
+            raise TuneError(error)  # the method does not fit this module or Trainer at all
+        if error is not None or measure.result is None:
+            return True
+        learned = sweep.first - measure.result.clean
+        return not learned >= LEARNS * (sweep.first - sweep.clean)
+
+    def _train(self, callbacks: list[Any]) -> str | None:
+        """Train without validation, and return the error, if any."""
+        flags: dict[str, Any] = {
+            "limit_val_batches": 0,
+            "num_sanity_val_steps": 0,
+            "min_epochs": None,
+            "min_steps": None,
+        }
+        return train(self.program, callbacks, self.seed, self.folder, _NOTHING, **flags).error
 
 
 def _range(method: Method, sweep: Sweep, shortened: int) -> Range:
@@ -190,34 +223,3 @@ def _range(method: Method, sweep: Sweep, shortened: int) -> Range:
 def _upper(method: Method, high: float) -> Constants:
     """The upper bounds: γ may be twice the largest ε."""
     return {name: 2 * high if name == "gamma" else high for name in method.constants}
-
-
-def _breaks(
-    program: Program,
-    method: Method,
-    settings: Mapping[str, Any],
-    seed: int,
-    folder: Path,
-    steps: int,
-    sweep: Sweep,
-    tested: int,
-) -> bool:
-    """Whether half as many steps with a constant, after the plain ones, undo what these have learned."""
-    high = rounded(sweep.bound / 2**tested)
-    begin = {"start_step": max(steps, settings.get("start_step", 0))}
-    callback = method.callback(method.at_scale(high), {**settings, **begin})
-    more = max(1, steps // 2)
-    measure = _Final(steps + more, apply=False)
-    error = _short(program, [measure, callback], seed, folder)
-    if error is not None and error.startswith("MisconfigurationException"):
-        raise TuneError(error)  # the method does not fit this module or Trainer at all
-    if error is not None or measure.result is None:
-        return True
-    learned = sweep.first - measure.result.clean
-    return not learned >= LEARNS * (sweep.first - sweep.clean)
-
-
-def _short(program: Program, callbacks: list[Any], seed: int, folder: Path) -> str | None:
-    """Train without validation, and return the error, if any."""
-    flags: dict[str, Any] = {"limit_val_batches": 0, "num_sanity_val_steps": 0, "min_epochs": None, "min_steps": None}
-    return train(program, callbacks, seed, folder, _NOTHING, **flags).error

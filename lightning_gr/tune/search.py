@@ -14,7 +14,7 @@ from lightning_gr.tune.answer import TuneResult
 from lightning_gr.tune.board import Board
 from lightning_gr.tune.plan import Plan, Task
 from lightning_gr.tune.program import Functions, Program
-from lightning_gr.tune.ranges import find_range
+from lightning_gr.tune.ranges import RangeTest
 from lightning_gr.tune.ranks import is_rank_zero, shared
 from lightning_gr.tune.report import write_files
 from lightning_gr.tune.space import DEFAULT_METHODS, METHODS, TuneError
@@ -193,7 +193,8 @@ def _perform(program: Program, plan: Plan, board: Board | None, task: Task, bar:
     method = METHODS.get(task.method)
     try:
         if task.stage == "range" and method is not None:
-            found = find_range(program, method, plan.settings_of(method), task.seed, folder, plan.range_steps)
+            test = RangeTest(program, method, plan.settings_of(method), task.seed, folder, plan.range_steps)
+            found = test.find()
             if board is not None:
                 board.finish_range(found)
             return

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_gr.callbacks.by_name import CALLBACKS_BY_NAME
+from lightning_gr.callbacks.by_name import CALLBACKS_BY_NAME, METHODS_BY_NAME
 from lightning_gr.callbacks.flooding import Flooding
+from lightning_gr_startup import method_name
 
 __all__ = ["DEFAULT_METHODS", "METHODS", "PLAIN", "Constants", "Method", "TuneError", "check_methods", "rounded"]
 
@@ -52,17 +53,10 @@ class Method:
         return CALLBACKS_BY_NAME[self.key] is not Flooding
 
 
+_CONSTANTS = {"gr": ("epsilon", "gamma"), "sam": ("rho",), "msam": ("rho",), "flooding": ("level",)}
 METHODS = {
-    method.name: method
-    for method in (
-        Method("F-GR", "gr", ("epsilon", "gamma"), {"scheme": "forward"}),
-        Method("B-GR", "gr", ("epsilon", "gamma"), {"scheme": "backward"}),
-        Method("penalty", "gr", ("epsilon", "gamma"), {"normalize": True}),
-        Method("SAM", "sam", ("rho",), {"adaptive": False}),
-        Method("ASAM", "sam", ("rho",), {"adaptive": True}),
-        Method("MomentumSAM", "msam", ("rho",)),
-        Method("flooding", "flooding", ("level",)),
-    )
+    name: Method(name, key, _CONSTANTS[key], fixed)
+    for name, (key, fixed) in ((name.replace("MSAM", "MomentumSAM"), how) for name, how in METHODS_BY_NAME.items())
 }
 DEFAULT_METHODS = (PLAIN, "F-GR", "SAM", "MomentumSAM", "flooding")
 
@@ -70,11 +64,17 @@ DEFAULT_METHODS = (PLAIN, "F-GR", "SAM", "MomentumSAM", "flooding")
 def check_methods(names: Any) -> list[Method]:
     """Return the methods to search, without plain training, which has nothing to choose and is always compared.
 
+    Names are those of the other commands, in any case: ``sam``, ``MSAM`` and ``Momentum-SAM`` are known as well.
+
     Raises:
         TuneError: If a name is unknown, or there is no method besides plain training.
     """
     known = [PLAIN, *METHODS]
-    chosen = list(dict.fromkeys(names)) if isinstance(names, (list, tuple)) else [names]
+    spelled = {method_name(name): name for name in known}
+    given = names if isinstance(names, (list, tuple)) else [names]
+    chosen = list(
+        dict.fromkeys(spelled.get(method_name(name), name) if isinstance(name, str) else name for name in given)
+    )
     unknown = [name for name in chosen if name not in known]
     if unknown:
         raise TuneError(f"unknown method {unknown[0]!r}: choose from {', '.join(known)}")

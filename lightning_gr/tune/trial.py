@@ -29,6 +29,8 @@ Prune = Callable[[int, float, float], bool]
 # steps that are timed, after some in which caches are filled
 _TIMED, _UNTIMED = 200, 3
 _SHOWN: set[tuple[type[Warning], str]] = set()
+# about the logger and the short trainings of a study, and about Lightning's own use of torch
+_NOISE = ("The number of training batches", "`isinstance.treespec, LeafSpec.` is deprecated")
 
 
 class Interrupted(Exception):  # noqa: N818, not an error
@@ -171,11 +173,13 @@ def quiet() -> Iterator[None]:
             _SHOWN.add((category, str(message)))
             show(message, category, *place, **more)
 
-    warnings.showwarning = once
     try:
-        yield
+        with warnings.catch_warnings():
+            for message in _NOISE:
+                warnings.filterwarnings("ignore", message)
+            warnings.showwarning = once
+            yield
     finally:
-        warnings.showwarning = show
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 

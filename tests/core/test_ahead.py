@@ -176,3 +176,36 @@ def test_a_momentum_of_zero_moves_nothing():
     before = weights(net)
     with Ahead(optimizer, net.parameters(), 1.0, WeightStorage()).displaced():
         assert_same(weights(net), before)
+
+
+@pytest.mark.parametrize("size", [8, 300])  # copied, and swapped
+@pytest.mark.parametrize("written", ["nothing", "weight", "momentum", "storage", "elsewhere"])
+def test_the_backward_pass_takes_place_at_the_same_point(written, size):
+    """What has changed since the forward pass is seen, and what has not is not computed again."""
+    net = nn.Sequential(nn.Linear(size, size), nn.Linear(size, 3))
+    optimizer, storage = stepped(WITH["SGD"], net), WeightStorage()
+    ahead = Ahead(optimizer, net.parameters(), 0.5, storage)
+    with ahead.displaced():
+        forward = weights(net)
+    spare = [tensor.clone() for tensor in storage.swap._spare]
+    with torch.no_grad():
+        if written == "weight":
+            net[0].weight.mul_(2.0)
+        elif written == "momentum":
+            optimizer.state[net[0].weight]["momentum_buffer"].neg_()
+        elif written == "storage":
+            with Ahead(optimizer, net.parameters(), 2.0, storage).displaced():
+                pass
+        elif written == "elsewhere":
+            net[0].weight.data = 2.0 * net[0].weight
+    before = weights(net)
+    fresh = Ahead(optimizer, net.parameters(), 0.5, WeightStorage())
+    fresh._factor = ahead._factor  # ‖v‖ belongs to the whole window
+    with fresh.displaced():
+        expected = weights(net)
+    with ahead.displaced(again=True):
+        assert_same(weights(net), expected)
+    assert_same(weights(net), before)
+    if written == "nothing":
+        assert_same(expected, forward)
+        assert all(torch.equal(a, b) for a, b in zip(spare, storage.swap._spare, strict=True))

@@ -1,7 +1,10 @@
 """Libraries that ship LightningModules and take callbacks by their own options, unchanged."""
 
 import importlib
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,3 +254,15 @@ def test_torch_geometric():
         trainer.fit(Module(), datamodule=LightningDataset(graphs, batch_size=8))
 
     check_library(train)
+
+
+def test_the_example_that_tunes_pytorch_forecasting(tmp_path):
+    pytest.importorskip("pytorch_forecasting")
+    program = Path(__file__).parents[2] / "examples" / "tune" / "forecasting.py"
+    sizes = {"epochs": 1, "batches": 6, "trials": 1, "seeds": 2}
+    flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, str(program), "--output", str(tmp_path), *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "MomentumSAM" in ended.stdout
+    assert {"best.yaml", "trials.csv", "final.png"} <= {path.name for path in tmp_path.iterdir()}

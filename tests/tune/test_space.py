@@ -41,7 +41,12 @@ def test_plain_training_is_always_compared_and_needs_no_search():
     assert [method.name for method in check_methods(["plain", "SAM", "SAM"])] == ["SAM"]
 
 
-@pytest.mark.parametrize("names", [["Adam"], "Adam", ["SAM", "sam"], [], ["plain"]])
+def test_names_are_spelled_as_for_other_commands():
+    names = ["sam", "SAM", "gr", "msam", "momentum-sam", "Flooding", "b-gr"]
+    assert [method.name for method in check_methods(names)] == ["SAM", "F-GR", "MomentumSAM", "flooding", "B-GR"]
+
+
+@pytest.mark.parametrize("names", [["Adam"], "Adam", ["SAM", "SAM2"], [], ["plain"]])
 def test_wrong_methods_are_refused_with_the_right_ones(names):
     with pytest.raises(TuneError, match=r"choose from .*SAM") as error:
         check_methods(names)

@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_gr.cli.demo.report import draw, make_table, verdicts
-from lightning_gr.cli.demo.task import DEMO_METHODS, EpochRecord, Interrupted, measure_costs, train, write_csv
+from lightning_gr.cli.demo.task import DEMO_METHODS, EpochRecord, measure_costs, train, write_csv
 from lightning_gr.report.console import complain, make_console, printable
+from lightning_gr.tune.trial import Interrupted
 
 __all__ = ["run_demo"]
 

@@ -20,13 +20,13 @@ from lightning_gr.callbacks.base import TwoPass
 from lightning_gr.callbacks.flooding import Flooding
 from lightning_gr.callbacks.momentum import MomentumSAM
 from lightning_gr.callbacks.regularization import SAM, GradientRegularization
+from lightning_gr.tune.trial import Interrupted
 
 __all__ = [
     "DEMO_METHODS",
     "Digits",
     "DigitsModule",
     "EpochRecord",
-    "Interrupted",
     "measure_costs",
     "train",
     "write_csv",
@@ -44,10 +44,6 @@ DEMO_METHODS: dict[str, Callable[[], list[TwoPass | Flooding]]] = {
     "MSAM": lambda: [MomentumSAM(rho=2.0)],
     "flooding": lambda: [Flooding(level=0.8)],
 }
-
-
-class Interrupted(Exception):  # noqa: N818, not an error
-    """Raised when Ctrl-C stops a run. Lightning itself turns Ctrl-C into a SystemExit."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lightning_gr.cli.demo import task as demo
-from lightning_gr.cli.demo.task import DEMO_METHODS, Digits, Interrupted, train
+from lightning_gr.cli.demo.task import DEMO_METHODS, Digits, train
+from lightning_gr.tune.trial import Interrupted
 
 
 def test_data_is_as_promised():
