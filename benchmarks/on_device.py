@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from measuring import Same, count, count_pass, make_trainer, quiet
+from measuring import STEPS, WARM_UP, Same, count, count_pass, make_trainer, quiet
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
@@ -24,13 +24,10 @@ RANKS = 2
 
 
 class Effort(NamedTuple):
-    """How long to measure: steps before the measurement, measured steps, and the bytes of a copy.
+    """How long to measure: steps before the measurement, measured steps, and the bytes of a copy."""
 
-    Second passes number 1, 2, 4, 8 and 16 learn what a step writes, so that by default none of those is measured.
-    """
-
-    warm_up: int = 9
-    steps: int = 6
+    warm_up: int = WARM_UP
+    steps: int = STEPS
     copied: int = 2**30
 
 
