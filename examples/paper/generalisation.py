@@ -33,6 +33,7 @@ SEEDS = (0, 1, 2, 3, 4)
 METHODS = list(dict.fromkeys(name for study in STUDIES.values() for name in study.grid))
 STATES = HERE.parent.parent / "outputs" / "paper" / "states"
 SETTINGS = (*CONSTANTS, "learning_rate")  # selected on the validation split
+REACH = 12  # percent below plain training that the figures show
 PAIRS = (("F-GR", "B-GR"), ("F-GR", "DB"), ("SAM", "F-GR"), ("MSAM", "F-GR"), ("MSAM", "nesterov"))
 
 
@@ -80,7 +81,8 @@ def select(args, task: str, epochs: int) -> list[dict]:
         return run_missing(args, "selection", runs, lambda **one: measure(**one, validation=True)) if runs else []
 
     rows = run(["plain"], {})
-    rates = {factor: best(rows, "plain", factor * epochs)["learning_rate"] for factor in (1, 2) if study.rates and rows}
+    tuned = {factor: best(rows, "plain", factor * epochs) for factor in (1, 2) if study.rates}
+    rates = {factor: found["learning_rate"] for factor, found in tuned.items() if found}
     return rows + run([name for name in names if name != "plain"], rates)
 
 
@@ -182,29 +184,36 @@ def show_rates(task: str, selection: list[dict], epochs: int) -> None:
 
 
 def draw(args, tests: dict[str, list[dict]], epochs: dict[str, int], name: str) -> None:
-    """Plot the test accuracy of each method, with one panel per task."""
+    """Plot the test accuracy of each method, with one panel per task. A mean left of a panel is written there."""
+    groups = {task: by_label(rows, epochs[task]) for task, rows in tests.items()}
+    labels = [method + suffix for method in METHODS for suffix in ("", ", 2×")]
+    labels = [one for one in labels if any(one in found for found in groups.values())][::-1]
     wide = min(4, len(tests))
     high = math.ceil(len(tests) / wide)
-    figure, axes = new_figure(high, wide, 3.6 * wide, 2.7 * high)
+    figure, axes = new_figure(high, wide, 3.6 * wide, (0.7 + 0.2 * len(labels)) * high)
     for one in axes.flat[len(tests) :]:
         one.remove()
-    for position, (one, (task, rows)) in enumerate(zip(axes.flat, tests.items(), strict=False)):
-        groups = by_label(rows, epochs[task])
-        names = list(groups)[::-1]
-        for height, which in enumerate(names):
-            values = [row["accuracy"] for row in groups[which]]
-            mean, error = mean_and_error(values)
-            color = COLORS[groups[which][0]["method"]]
-            hollow = "none" if "2×" in which else color
-            one.plot(values, [height] * len(values), "|", color=color, alpha=0.5, markersize=6)
-            one.errorbar(
-                mean, height, xerr=error, fmt="o", color=color, markerfacecolor=hollow, capsize=3, markersize=5
-            )
-        mean, _ = mean_and_error([row["accuracy"] for row in groups["plain"]])
-        one.axvline(mean, color="black", linewidth=0.8, linestyle=":")
-        one.set_yticks(range(len(names)), names if position % wide == 0 else [""] * len(names))
+    for position, (one, (task, found)) in enumerate(zip(axes.flat, groups.items(), strict=False)):
+        plain, _ = mean_and_error([row["accuracy"] for row in found["plain"]])
+        one.axvline(plain, color="black", linewidth=0.8, linestyle=":")
+        for label_, group in found.items():
+            draw_group(one, labels.index(label_), group, plain - REACH, hollow="2×" in label_)
+        one.set_xlim(left=max(plain - REACH, one.get_xlim()[0]))
+        one.set_yticks(range(len(labels)), labels if position % wide == 0 else [""] * len(labels))
+        one.set_ylim(-0.6, len(labels) - 0.4)
         one.set(title=task, xlabel="test accuracy (%)")
     save(figure, args.figures, name)
+
+
+def draw_group(axes, height: int, group: list[dict], left: float, hollow: bool) -> None:
+    """Plot the runs of a method, with mean and standard error."""
+    values, color = [row["accuracy"] for row in group], COLORS[group[0]["method"]]
+    mean, error = mean_and_error(values)
+    look = {"color": color, "markerfacecolor": "none" if hollow else color, "capsize": 3, "markersize": 5}
+    axes.plot(values, [height] * len(values), "|", color=color, alpha=0.5, markersize=6)
+    axes.errorbar(mean, height, xerr=error, fmt="o", **look)
+    if mean < left:
+        axes.text(left, height, f" ◂ {mean:.0f}", color=color, verticalalignment="center", fontsize=8)
 
 
 def draw_grid(args, selections: dict[str, list[dict]], epochs: dict[str, int], name: str) -> None:
