@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -155,7 +156,7 @@ def _write_origin(path: Path) -> None:
     origins = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     program = Path(sys.argv[0])
     origin = {
-        "command": " ".join(["python", f"examples/paper/{program.name}", *_public(sys.argv[1:])]),
+        "command": shlex.join(["python", f"examples/paper/{program.name}", *_public(sys.argv[1:])]),
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
         "threads": torch.get_num_threads(),

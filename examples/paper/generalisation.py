@@ -175,12 +175,12 @@ def show(task: str, rows: list[dict], epochs: int) -> None:
 def show_rates(task: str, selection: list[dict], epochs: int) -> None:
     """Print how accurate plain training is on the validation split with each learning rate."""
     for factor in (1, 2):
-        found = {}
+        found: dict[float, list[float]] = {}
         for row in selection:
             if (row["method"], row["epochs"]) == ("plain", factor * epochs):
                 found.setdefault(row["learning_rate"], []).append(row["accuracy"])
-        shown = ", ".join(f"{rate:g}: {sum(values) / len(values):.1f}" for rate, values in found.items())
-        say(f"validation % over η, plain, {factor * epochs} epochs: {shown}")
+        shown = ", ".join(f"{sum(values) / len(values):.1f} ({rate:g})" for rate, values in found.items())
+        say(f"{task}, plain, {factor * epochs} epochs, validation % (η): {shown}")
 
 
 def draw(args, tests: dict[str, list[dict]], epochs: dict[str, int], name: str) -> None:
@@ -276,11 +276,10 @@ def experiment() -> None:
         epochs[task] = 1 if args.fast else TASKS[task].epochs
         selection = select(args, task, epochs[task])
         rows = report(args, task, epochs[task], selection)
-        if not rows:  # with --draw-only, if there are no results
-            continue
-        tests[task], selections[task] = rows, selection
-        show(task, rows, epochs[task])
-        if STUDIES[task].rates:
+        if rows:  # with --draw-only, there may be no results
+            tests[task], selections[task] = rows, selection
+            show(task, rows, epochs[task])
+        if STUDIES[task].rates and selection:
             show_rates(task, selection, epochs[task])
     for name, on_mnist in (("generalisation", False), ("generalisation_mnist", True)):
         chosen = [task for task in tests if bool(STUDIES[task].rates) == on_mnist]
