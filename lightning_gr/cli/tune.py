@@ -167,7 +167,11 @@ def _parsed(flags: list[str]) -> TuneCLI:
             run=False,
             save_config_callback=None,
             seed_everything_default=0,
-            parser_kwargs={"prog": "lightning-gr tune"},
+            parser_kwargs={
+                "prog": "lightning-gr tune",
+                "description": "Find out which methods help on a module, and with which constants. All other flags are"
+                " those of `lightning-gr fit`.",
+            },
         )
 
 

@@ -18,7 +18,7 @@ __all__ = ["complain", "make_console", "make_outputs_printable", "printable", "s
 _SPELLED = {
     "γ": "gamma", "ε": "epsilon", "ρ": "rho", "η": "eta", "θ": "theta", "λ": "lambda", "Σ": "sum", "∇": "grad ",
     "−": "-", "–": "-", "—": "-", "×": "x", "·": "*", "⊙": "*", "±": "+-", "≤": "<=", "≥": ">=", "≈": "~",
-    "‖": "||", "²": "^2", "₀": "_0", "ₖ": "_k", "…": ".", "’": "'",
+    "‖": "||", "²": "^2", "₀": "_0", "ₖ": "_k", "…": ".", "’": "'", "•": "*",
 }  # fmt: skip
 _ERRORS = "lightning_gr.spelled"
 
@@ -77,7 +77,7 @@ def complain(message: str) -> None:
 def make_outputs_printable() -> None:
     """Let everything that this process prints be spelled as by :func:`printable`, also what others print.
 
-    For help texts and configurations, which argparse prints. Only for the package's own command.
+    For help texts and configurations, which argparse prints, and for Lightning's Rich progress bar.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):

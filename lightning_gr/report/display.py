@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_gr._compat import has_base_named, stop_progress_bars
-from lightning_gr.report.console import printable, show
+from lightning_gr.report.console import make_outputs_printable, printable, show
 from lightning_gr.report.measurement import METRICS
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ def shows(trainer: "Trainer") -> bool:
 
 def show_start(summary: Summary, trainer: "Trainer") -> None:
     """Print the panel. Call this before the first progress bar starts."""
+    if any(has_base_named(callback, "RichProgressBar") for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        # Lightning chooses this bar where rich is installed, as it is with us; its bullets would end the training
+        make_outputs_printable()
     if summary.verbose and shows(trainer):
         show(make_panel(summary))
 

@@ -187,13 +187,20 @@ class Board:
     # --- what came of it
 
     def prune(self, number: int, value: float, share: float) -> bool:
-        """Whether to end the current trial, after a validation."""
+        """Whether to end the current trial after a validation: if it is worse than most were then, and than most ended.
+
+        What most were then is not enough: a training that memorizes wrong labels is ahead at first, and gets worse.
+        """
         if self.job is None:
             return False
         self.job.trial.report(value, number)
         if not math.isfinite(value):
             return True
-        return share >= _SPARED and bool(self.job.trial.should_prune())
+        if share < _SPARED or not self.job.trial.should_prune():
+            return False
+        results = [trial.value for trial in self.job.queue.trials() if trial.state.name == "COMPLETE"]
+        sign = self.plan.goal.sign
+        return not results or sign * value < sign * statistics.median(results)
 
     def _current(self) -> Job:
         if self.job is None:

@@ -102,12 +102,23 @@ def draw_search(result: TuneResult) -> Any:
     plain = result.rows[0].values.values()
     for axes, name in zip(panels, names, strict=False):
         mine = [t for t in searched if t["method"] == name and t.get("value") is not None and math.isfinite(t["value"])]
-        _scatter(figure, axes, mine, METHODS[name].constants)
+        shown = [t["value"] for t in mine if t["state"] == "COMPLETE"] + list(plain)
+        low, high = _margins(shown or [t["value"] for t in mine])
+        # failed trainings would leave no room for the differences that count
+        _scatter(figure, axes, [{**t, "value": min(max(t["value"], low), high)} for t in mine], METHODS[name].constants)
+        axes.set_ylim(low, high)
         if plain:
             axes.axhline(statistics.mean(plain), color="0.4", linewidth=0.8, linestyle="--", label="plain")
         axes.set(title=name, xlabel=METHODS[name].constants[0], ylabel=result.goal.monitor, xscale="log")
         _finish(axes)
     return figure
+
+
+def _margins(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of an axis that leaves some room around ``values``."""
+    least, most = min(values, default=0.0), max(values, default=1.0)
+    margin = 0.15 * (most - least) or abs(most) / 10 or 1.0
+    return least - margin, most + margin
 
 
 def _scatter(figure: Any, axes: Any, trials: Sequence[Mapping[str, Any]], constants: Sequence[str]) -> None:
@@ -120,7 +131,7 @@ def _scatter(figure: Any, axes: Any, trials: Sequence[Mapping[str, Any]], consta
             style = {"c": [math.log10(t["constants"][constants[1]]) for t in group], **_limits(trials, constants[1])}
         x = [t["constants"][constants[0]] for t in group]
         if group:
-            drawn = axes.scatter(x, [t["value"] for t in group], marker=marker, label=label, **style)
+            drawn = axes.scatter(x, [t["value"] for t in group], marker=marker, label=label, clip_on=False, **style)
     if len(constants) > 1 and drawn is not None:
         figure.colorbar(drawn, ax=axes, label=f"log10 {constants[1]}")
 
@@ -142,9 +153,7 @@ def draw_final(result: TuneResult) -> Any:
         axes.bar(i, statistics.mean(values), yerr=spread, color=COLORS[i % len(COLORS)], alpha=0.6, capsize=4)
         axes.plot([i] * len(values), values, "k.", markersize=5)
     every = [percent * value for row in rows for value in row.values.values()]
-    if every:
-        margin = 0.25 * (max(every) - min(every)) or abs(max(every)) / 10 or 1.0
-        axes.set_ylim(min(every) - margin, max(every) + margin)
+    axes.set_ylim(*_margins(every))
     axes.set_xticks(range(len(rows)), [_tick(row) for row in rows], fontsize="small")
     axes.set(ylabel=f"{result.goal.monitor}{' (%)' if percent > 1 else ''}", title="Final trainings")
     axes.grid(axis="y", alpha=0.3)
@@ -159,4 +168,4 @@ def _tick(row: Row) -> str:
 def _finish(axes: Any) -> None:
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="x-small")
+        axes.legend(fontsize="x-small", framealpha=0.6)

@@ -65,7 +65,7 @@ class Outcome:
 
     Args:
         values: The monitored metric after each validation.
-        step_seconds: The median duration of a training step; NaN if there were too few.
+        step_seconds: The median duration of a training step, on a CPU in processor time; NaN if there were too few.
         seconds: The duration of the whole training.
         steps: The number of optimizer steps.
         pruned: Whether it was ended early because its metric was poor.
@@ -106,15 +106,12 @@ class _Watch(CallbackBase):  # type: ignore[misc]
     def on_train_batch_start(self, trainer: "Trainer", *args: Any) -> None:
         """Start the clock before the other callbacks' hooks."""
         if self._seen < _TIMED:
-            _synchronize(trainer)
-            self._start = time.perf_counter()
+            self._start = _clock(trainer)
 
     def on_train_batch_end(self, trainer: "Trainer", *args: Any) -> None:
         """Note the duration of the step."""
-        if self._seen < _TIMED:
-            _synchronize(trainer)
-            if self._seen >= _UNTIMED:
-                self.step_times.append(time.perf_counter() - self._start)
+        if _UNTIMED <= self._seen < _TIMED:
+            self.step_times.append(_clock(trainer) - self._start)
         self._seen += 1
         self.tick(progress_of(trainer))
 
@@ -152,9 +149,14 @@ def progress_of(trainer: "Trainer") -> float:
     return max(shares)
 
 
-def _synchronize(trainer: "Trainer") -> None:
-    if trainer.strategy.root_device.type == "cuda":
+def _clock(trainer: "Trainer") -> float:
+    """The time in seconds: on a CPU that of the processor, which other programs do not lengthen."""
+    device = trainer.strategy.root_device.type
+    if device == "cpu":
+        return time.process_time()
+    if device == "cuda":
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @contextmanager

@@ -39,6 +39,8 @@ class Interrupter:
 
     def __enter__(self):
         self.before = sys.gettrace()  # of a measurement of coverage
+        # Python 3.12 traces opcodes only if a frame has asked for it before tracing begins
+        sys._getframe().f_trace_opcodes = True
         sys.settrace(self.trace)
 
     def __exit__(self, *exc):

@@ -54,6 +54,17 @@ def test_each_encoding_and_width(encoding, columns, monkeypatch):
         assert (letter if encoding == "utf-8" else name) in re.sub(r"\s+", " ", out)
 
 
+@pytest.mark.parametrize("callback", [GradientRegularization(0.1, 0.05, verbose=False), Flooding(100.0)])
+def test_lightning_s_rich_bar_does_not_stop_training(callback, monkeypatch):
+    """Lightning uses it where rich is installed, as it is with this package; plain Lightning ends in an error here."""
+    written = redirected(monkeypatch, "ascii")
+    bar = pl.callbacks.RichProgressBar()
+    trainer = make_trainer(callback, bar, enable_progress_bar=True)
+    trainer.fit(TinyModule(), make_loader())
+    assert trainer.global_step == 3
+    assert "3/3 0:00:0" in written()
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 @pytest.mark.parametrize("name", METHODS)
 def test_every_letter_of_every_method_has_a_spelling(name, encoding, monkeypatch):

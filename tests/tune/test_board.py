@@ -46,9 +46,8 @@ def _closed(monkeypatch):
 
 
 def make_board(tmp_path, settings=None, **options):
-    plan = Plan.checked(
-        monitor="val_acc", **{"methods": ["SAM", "flooding"], "trials": 2, "seeds": 2, "output": tmp_path, **options}
-    )
+    defaults = {"monitor": "val_acc", "methods": ["SAM", "flooding"], "trials": 2, "seeds": 2, "output": tmp_path}
+    plan = Plan.checked(**{**defaults, **options})
     return Board(plan, settings or {"model": "A"})
 
 
@@ -165,6 +164,23 @@ def test_poor_trials_are_pruned_after_a_third_of_the_training(tmp_path):
     assert not board.prune(0, 0.1, 0.2)
     assert board.prune(1, 0.1, 0.5)
     assert board.prune(2, math.nan, 0.0)
+
+
+@pytest.mark.parametrize(("mode", "early", "late", "mine"), [("max", 0.94, 0.9, 0.92), ("min", 0.4, 0.8, 0.6)])
+def test_a_trial_that_is_behind_only_because_the_others_get_worse_goes_on(tmp_path, mode, early, late, mine):
+    """With wrong labels, plain training is ahead at first."""
+    board = make_board(tmp_path, methods=["SAM"], trials=7, monitor="metric", mode=mode)
+    board.next()
+    board.finish_range(found("SAM"))
+    for _ in range(5):
+        task = board.next()
+        board.prune(0, early, 0.5)
+        board.finish(Outcome([early, late]), task)
+    task = board.next()
+    assert not board.prune(0, mine, 0.5)
+    board.finish(Outcome([mine, mine]), task)
+    board.next()
+    assert board.prune(0, 2 * late - mine, 0.5)
 
 
 @pytest.mark.parametrize("method", ["SAM", "F-GR"])
