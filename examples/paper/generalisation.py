@@ -174,13 +174,14 @@ def show(task: str, rows: list[dict], epochs: int) -> None:
 
 def show_rates(task: str, selection: list[dict], epochs: int) -> None:
     """Print how accurate plain training is on the validation split with each learning rate."""
+    rates = STUDIES[task].rates
+    title = f"{task}: validation accuracy % of plain training, by learning rate η"
+    made = new_table(title, [], ["epochs", *(f"η={rate:g}" for rate in rates)])
     for factor in (1, 2):
-        found: dict[float, list[float]] = {}
-        for row in selection:
-            if (row["method"], row["epochs"]) == ("plain", factor * epochs):
-                found.setdefault(row["learning_rate"], []).append(row["accuracy"])
-        shown = ", ".join(f"{sum(values) / len(values):.1f} ({rate:g})" for rate, values in found.items())
-        say(f"{task}, plain, {factor * epochs} epochs, validation % (η): {shown}")
+        rows = [row for row in selection if (row["method"], row["epochs"]) == ("plain", factor * epochs)]
+        found = [[row["accuracy"] for row in rows if row["learning_rate"] == rate] for rate in rates]
+        made.add_row(f"{factor * epochs}", *(f"{sum(one) / len(one):.1f}" if one else "" for one in found))
+    console.print(made)
 
 
 def draw(args, tests: dict[str, list[dict]], epochs: dict[str, int], name: str) -> None:
