@@ -66,7 +66,9 @@ def _now(device: torch.device) -> float:
 
 
 def _options(device: torch.device, precision: str) -> dict[str, Any]:
-    return {"accelerator": "gpu" if device.type == "cuda" else "cpu", "precision": precision}
+    if device.type == "cuda":
+        return {"accelerator": "gpu", "devices": [device.index or 0], "precision": precision}
+    return {"accelerator": "cpu", "devices": 1, "precision": precision}
 
 
 @contextmanager
