@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -19,7 +20,7 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 FAST = HERE.parent.parent / "outputs" / "paper-fast"
-PACKAGES = ("lightning_gr", "torch", "pytorch-lightning", "numpy", "scipy", "scikit-learn", "mnist1d")
+PACKAGES = ("lightning_gr", "torch", "pytorch-lightning", "numpy", "scipy", "scikit-learn", "mnist1d", "mlxtend")
 
 # Okabe and Ito's color-blind-safe palette. Each method has the same color and marker in all figures
 COLORS = {
@@ -31,6 +32,9 @@ COLORS = {
     "ASAM": "#56B4E9",
     "flooding": "#009E73",
     "GR+flooding": "#8A7500",
+    "MSAM": "#7B3294",
+    "nesterov": "#888888",
+    "plain, untuned": "#A0522D",
 }
 MARKS = {
     "plain": "o",
@@ -41,6 +45,9 @@ MARKS = {
     "ASAM": "P",
     "flooding": "X",
     "GR+flooding": "*",
+    "MSAM": "p",
+    "nesterov": "h",
+    "plain, untuned": "d",
 }
 
 console = Console(highlight=False)
@@ -149,7 +156,7 @@ def _write_origin(path: Path) -> None:
     origins = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     program = Path(sys.argv[0])
     origin = {
-        "command": " ".join(["python", f"examples/paper/{program.name}", *_public(sys.argv[1:])]),
+        "command": shlex.join(["python", f"examples/paper/{program.name}", *_public(sys.argv[1:])]),
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
         "threads": torch.get_num_threads(),

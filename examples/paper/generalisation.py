@@ -1,12 +1,11 @@
-"""Generalization of all methods on digits and mnist1d, with constants selected on a validation split.
+"""Generalization of all methods on digits, MNIST and mnist1d, with constants selected on a validation split.
 
 `python examples/paper/generalisation.py` measures the runs missing in results/: `selection.csv` (validation accuracy of
-all candidates) and `generalisation.csv` (test accuracy with the selected constants).
+all candidates) and `generalisation.csv` (test accuracy with the selected constants). `--tasks`, `--methods` and
+`--seeds` select parts. `studies.py` has the tasks and the candidates.
 """
 
 import dataclasses
-import functools
-import itertools
 import math
 import time
 from pathlib import Path
@@ -27,86 +26,22 @@ from common import (
     say,
     text,
 )
-from tasks import DIGITS, RESNET, VIT, Method, Task, score, train
+from studies import CONSTANTS, STUDIES, TASKS, UNTUNED, factors, make
+from tasks import score, train
 
-from lightning_gr import GRRule, SAMRule
-
-TASKS: dict[str, Task] = {
-    "digits-noise20": dataclasses.replace(DIGITS, noise=0.2),
-    "digits": DIGITS,
-    "mnist1d-resnet": RESNET,
-    "mnist1d-vit": VIT,
-}
-# different from the seeds of the report
-SELECTION_SEEDS = {task: (100, 101) if task in ("digits-noise20", "mnist1d-resnet") else (100,) for task in TASKS}
 SEEDS = (0, 1, 2, 3, 4)
+METHODS = list(dict.fromkeys(name for study in STUDIES.values() for name in study.grid))
 STATES = HERE.parent.parent / "outputs" / "paper" / "states"
+SETTINGS = (*CONSTANTS, "learning_rate")  # selected on the validation split
+REACH = 12  # percent below plain training that the figures show
+PAIRS = (("F-GR", "B-GR"), ("F-GR", "DB"), ("SAM", "F-GR"), ("MSAM", "F-GR"), ("MSAM", "nesterov"))
 
 
-def pairs(gammas, epsilons) -> list[dict]:
-    return [{"gamma": gamma, "epsilon": epsilon} for gamma, epsilon in itertools.product(gammas, epsilons)]
-
-
-def each(name: str, values) -> list[dict]:
-    return [{name: value} for value in values]
-
-
-def candidates(gammas, epsilons, rhos, adaptive_rhos, levels, pair_for_flooding) -> dict[str, list[dict]]:
-    """The candidate constants of each method."""
-    return {
-        "plain": [{}],
-        "DB": each("gamma", gammas),
-        "B-GR": pairs(gammas, epsilons),
-        "F-GR": pairs(gammas, epsilons),
-        "SAM": each("rho", rhos),
-        "ASAM": each("rho", adaptive_rhos),
-        "flooding": each("level", levels),
-        "GR+flooding": [{**pair_for_flooding, "level": level} for level in levels],
-    }
-
-
-ON_DIGITS = functools.partial(
-    candidates, (0.1, 0.3, 1.0, 3.0), (0.03, 0.1, 0.3, 1.0), (0.1, 0.2, 0.5, 1.0), (0.5, 1.0, 2.0, 4.0)
-)
-ON_CLEAN_DIGITS = functools.partial(candidates, (0.1, 1.0), (0.03, 0.3), (0.1, 0.5), (1.0, 4.0))
-ON_MNIST1D = functools.partial(candidates, (0.01, 0.03, 0.1), (0.03, 0.3), (0.05, 0.2), (0.5, 2.0))
-GRID = {
-    "digits-noise20": ON_DIGITS((0.5, 0.8, 1.1), {"gamma": 0.3, "epsilon": 0.3}),
-    "digits": ON_CLEAN_DIGITS((0.02, 0.05, 0.1), {"gamma": 0.3, "epsilon": 0.3}),
-    "mnist1d-resnet": ON_MNIST1D((0.03, 0.1), {"gamma": 0.03, "epsilon": 0.3}),
-    "mnist1d-vit": candidates(
-        (0.003, 0.03), (0.03, 0.3), (0.02, 0.1), (0.2, 1.0), (0.1, 0.3), {"gamma": 0.003, "epsilon": 0.3}
-    ),
-}
-PAIRS = (("F-GR", "B-GR"), ("F-GR", "DB"), ("SAM", "F-GR"))
-# for equal compute, methods with one pass per step also run for twice the epochs
-TWICE = ("plain", "flooding")
-
-
-def method(name: str, gamma=None, epsilon=None, rho=None, level=None) -> Method:
-    """Create a method of the grid; the arguments match the columns of the CSV files."""
-    rule = None
-    if name in ("SAM", "ASAM"):
-        rule = SAMRule(rho, adaptive=name == "ASAM")
-    elif name == "DB":
-        rule = GRRule(gamma, scheme="exact")
-    elif gamma:
-        rule = GRRule(gamma, epsilon, scheme="backward" if name == "B-GR" else "forward")
-    return Method(rule, level)
-
-
-NONE = {"gamma": None, "epsilon": None, "rho": None, "level": None}
-
-
-def constants(row: dict) -> dict:
-    return {name: row.get(name) for name in NONE}
-
-
-def measure(task: str, method: Method, seed: int, epochs: int, validation: bool, keep: Path | None = None) -> dict:
+def measure(task: str, method: str, seed: int, epochs: int, validation: bool, keep: Path | None = None, **chosen):
     """Train once and evaluate the final weights."""
     began = time.process_time()
     # digits use the Trainer, as a user would; the plain loop gives the same weights faster (tests/system/test_paper.py)
-    net, data = train(TASKS[task], method, seed, epochs, trainer=task.startswith("digits"))
+    net, data = trained(task, method, seed, epochs, trainer=task.startswith("digits"), **chosen)
     seconds = time.process_time() - began
     accuracy, _ = score(net, data.validation if validation else data.test)
     train_accuracy, train_loss = score(net, data.train)
@@ -117,6 +52,12 @@ def measure(task: str, method: Method, seed: int, epochs: int, validation: bool,
     return dict(zip(names, (accuracy, train_accuracy, train_loss, seconds), strict=True))
 
 
+def trained(task: str, method: str, seed: int, epochs: int, learning_rate: float, trainer: bool = False, **constants):
+    """A trained network and its data."""
+    settings = dataclasses.replace(TASKS[task], learning_rate=learning_rate)
+    return train(settings, make(method, **constants), seed, epochs, trainer=trainer)
+
+
 def state_file(task: str, method: str, epochs: int, seed: int, **chosen) -> Path:
     """The file for the final weights of a run, outside version control."""
     parts = [task, method, *(text(value) for value in chosen.values() if value is not None), str(epochs), str(seed)]
@@ -124,54 +65,67 @@ def state_file(task: str, method: str, epochs: int, seed: int, **chosen) -> Path
 
 
 def select(args, task: str, epochs: int) -> list[dict]:
-    """Measure the validation accuracy of each candidate."""
-    runs = [
-        {"task": task, "method": name, **NONE, **chosen, "epochs": epochs, "seed": seed}
-        for seed in SELECTION_SEEDS[task][: args.selection_seeds]
-        for name, tried in GRID[task].items()
-        for chosen in tried[: 2 if args.fast else None]
-    ]
-    return run_missing(
-        args,
-        "selection",
-        runs,
-        lambda task, method, epochs, seed, **some: measure(task, make(method, **some), seed, epochs, True),
-    )
+    """Measure the validation accuracy of each candidate, plain training first, for its learning rate."""
+    study, few = STUDIES[task], 2 if args.fast else None
+    names = [name for name in methods(args, task) if name != UNTUNED]
+
+    def run(names: list[str], tuned: dict[int, float]) -> list[dict]:
+        runs = [
+            {**_row(task, name, rate, **constants), "epochs": factor * epochs, "seed": seed}
+            for seed in study.selection_seeds[: 1 if args.fast else None]
+            for name in names
+            for factor in (factors(name) if study.rates else (1,))
+            for rate in study.rates_of(name, tuned.get(factor))[:few]
+            for constants in study.grid[name][:few]
+        ]
+        return run_missing(args, "selection", runs, lambda **one: measure(**one, validation=True)) if runs else []
+
+    rows = run(["plain"], {})
+    tuned = {factor: best(rows, "plain", factor * epochs) for factor in (1, 2) if study.rates}
+    rates = {factor: found["learning_rate"] for factor, found in tuned.items() if found}
+    return rows + run([name for name in names if name != "plain"], rates)
 
 
-make = method  # for functions with an argument named `method`
+def _row(task: str, method: str, learning_rate: float, **constants) -> dict:
+    nothing = dict.fromkeys(CONSTANTS)
+    return {"task": task, "method": method, **nothing, **constants, "learning_rate": learning_rate}
 
 
-def best(rows: list[dict], name: str) -> dict:
-    """The constants with the highest mean validation accuracy over seeds; the first in case of ties."""
+def methods(args, task: str) -> list[str]:
+    """The methods to compare, always with plain training."""
+    return [name for name in STUDIES[task].grid if name == "plain" or not args.methods or name in args.methods]
+
+
+def best(rows: list[dict], name: str, epochs: int) -> dict:
+    """The settings with the highest mean validation accuracy over seeds; the first in case of ties."""
     means: dict[tuple, list[float]] = {}
     for row in rows:
-        if row["method"] == name:
-            means.setdefault(tuple(constants(row).items()), []).append(row["accuracy"])
+        if (row["method"], row["epochs"]) == (name, epochs):
+            means.setdefault(tuple((key, row[key]) for key in SETTINGS), []).append(row["accuracy"])
     return dict(max(means, key=lambda key: sum(means[key]) / len(means[key]))) if means else {}
 
 
-def final_runs(task: str, epochs: int, selection: list[dict], seeds) -> list[dict]:
-    """The settings of the report: each method with its selected constants."""
-    runs = []
-    for seed in seeds:
-        for name in GRID[task]:
-            chosen = best(selection, name)
-            if not chosen:  # with --draw-only, if there are no results
-                continue
-            row = {"task": task, "method": name, **chosen}
-            runs += [{**row, "epochs": factor * epochs, "seed": seed} for factor in ((1, 2) if name in TWICE else (1,))]
-    return runs
+def untuned(task: str, selection: list[dict], epochs: int) -> dict:
+    """The settings of plain training with the task's own learning rate, if another one was selected."""
+    tuned, own = best(selection, "plain", epochs), TASKS[task].learning_rate
+    return {**tuned, "learning_rate": own} if tuned and tuned["learning_rate"] != own else {}
 
 
 def report(args, task: str, epochs: int, selection: list[dict]) -> list[dict]:
-    """Measure the test accuracy with the selected constants."""
+    """Measure the test accuracy with the selected settings."""
+    study, runs = STUDIES[task], []
+    for seed in args.seeds:
+        for name in methods(args, task):
+            for factor in factors(name):
+                at = (factor if study.rates else 1) * epochs
+                chosen = untuned(task, selection, at) if name == UNTUNED else best(selection, name, at)
+                if chosen:  # not with --draw-only, if there are no results
+                    runs.append({"task": task, "method": name, **chosen, "epochs": factor * epochs, "seed": seed})
 
-    def run(task, method, epochs, seed, **chosen):
-        keep = None if args.fast else state_file(task, method, epochs, seed, **chosen)
-        return measure(task, make(method, **chosen), seed, epochs, False, keep)
+    def run(**one):
+        return measure(**one, validation=False, keep=None if args.fast else state_file(**one))
 
-    return run_missing(args, "generalisation", final_runs(task, epochs, selection, args.seeds), run)
+    return run_missing(args, "generalisation", runs, run) if runs else []
 
 
 def label(row: dict, epochs: int) -> str:
@@ -179,9 +133,12 @@ def label(row: dict, epochs: int) -> str:
     return row["method"] + (", 2×" if row["epochs"] == 2 * epochs else "")
 
 
-def show_constants(row: dict) -> str:
+def show_settings(row: dict) -> str:
     signs = {"gamma": "γ", "epsilon": "ε", "rho": "ρ", "level": "b"}
-    return " ".join(f"{sign}={row[name]:g}" for name, sign in signs.items() if row[name] is not None)
+    if STUDIES[row["task"]].rates:
+        signs["learning_rate"] = "η"
+    found = {sign: f"{row[name]:g}" for name, sign in signs.items() if row[name] is not None}
+    return " ".join(f"{sign}={value.removeprefix('0') or 0}" for sign, value in found.items())
 
 
 def by_label(rows: list[dict], epochs: int) -> dict[str, list[dict]]:
@@ -191,100 +148,147 @@ def by_label(rows: list[dict], epochs: int) -> dict[str, list[dict]]:
     return found
 
 
+def gains(groups: dict[str, list[dict]], one: str, other: str) -> list[float]:
+    """How much more accurate a method is than another one with the same seed."""
+    found = {row["seed"]: row["accuracy"] for row in groups.get(other, [])}
+    return [row["accuracy"] - found[row["seed"]] for row in groups.get(one, []) if row["seed"] in found]
+
+
 def show(task: str, rows: list[dict], epochs: int) -> None:
-    """Print means over seeds; differences from plain training are paired by seed."""
-    columns = ["test accuracy %", "− plain", "training acc. %", "CPU s"]
-    title = f"{task}: {epochs} epochs, {len({row['seed'] for row in rows})} seeds"
-    made = new_table(title, ["method", "chosen"], columns, "± is the standard error over seeds; 2×: twice the epochs")
+    """Print means over seeds; differences are paired by seed."""
     groups = by_label(rows, epochs)
-    plain = {row["seed"]: row["accuracy"] for row in groups["plain"]}
+    title = f"{task}: {epochs} epochs, {len({row['seed'] for row in rows})} seeds"
+    caption = "± is the standard error over seeds; 2×: twice the epochs"
+    columns = ["test acc. %", "− plain", "− plain, 2×", "train %"]
+    made = new_table(title, ["method", "chosen"], columns, caption)
     for name, group in groups.items():
-        gains = [row["accuracy"] - plain[row["seed"]] for row in group]
-        values = [[row[key] for row in group] for key in ("accuracy", "train_accuracy", "seconds")]
-        cells = plus_minus(values[0]), plus_minus(gains) if name != "plain" else "", plus_minus(values[1])
-        made.add_row(name, show_constants(group[0]), *cells, f"{sum(values[2]) / len(group):.1f}")
+        pairs = [gains(groups, name, other) if name != other else [] for other in ("plain", "plain, 2×")]
+        cells = [plus_minus(values) if values else "" for values in ([row["accuracy"] for row in group], *pairs)]
+        fitted = sum(row["train_accuracy"] for row in group) / len(group)
+        made.add_row(name, show_settings(group[0]), *cells, f"{fitted:.1f}")
     console.print(made)
     for one, other in PAIRS:
-        found = {row["seed"]: row["accuracy"] for row in groups[other]}
-        gains = [row["accuracy"] - found[row["seed"]] for row in groups[one]]
-        say(f"{task}: {one} − {other} = {plus_minus(gains, 2)}")
+        if found := gains(groups, one, other):
+            say(f"{task}: {one} − {other} = {plus_minus(found, 2)}")
 
 
-def draw(args, tests: dict[str, list[dict]], epochs: dict[str, int]) -> None:
-    """Plot the test accuracy of each method, with one panel per task."""
+def show_rates(task: str, selection: list[dict], epochs: int) -> None:
+    """Print how accurate plain training is on the validation split with each learning rate."""
+    rates = STUDIES[task].rates
+    title = f"{task}: validation accuracy % of plain training, by learning rate η"
+    made = new_table(title, [], ["epochs", *(f"η={rate:g}" for rate in rates)])
+    for factor in (1, 2):
+        rows = [row for row in selection if (row["method"], row["epochs"]) == ("plain", factor * epochs)]
+        found = [[row["accuracy"] for row in rows if row["learning_rate"] == rate] for rate in rates]
+        made.add_row(f"{factor * epochs}", *(f"{sum(one) / len(one):.1f}" if one else "" for one in found))
+    console.print(made)
+
+
+def draw(args, tests: dict[str, list[dict]], epochs: dict[str, int], name: str) -> None:
+    """Plot the test accuracy of each method, with one panel per task. A mean left of a panel is written there."""
+    groups = {task: by_label(rows, epochs[task]) for task, rows in tests.items()}
+    labels = [method + suffix for method in METHODS for suffix in ("", ", 2×")]
+    labels = [one for one in labels if any(one in found for found in groups.values())][::-1]
     wide = min(4, len(tests))
     high = math.ceil(len(tests) / wide)
-    figure, axes = new_figure(high, wide, 3.6 * wide, 2.7 * high)
+    figure, axes = new_figure(high, wide, 3.6 * wide, (0.7 + 0.2 * len(labels)) * high)
     for one in axes.flat[len(tests) :]:
         one.remove()
-    for position, (one, (task, rows)) in enumerate(zip(axes.flat, tests.items(), strict=False)):
-        groups = by_label(rows, epochs[task])
-        names = list(groups)[::-1]
-        for height, name in enumerate(names):
-            values = [row["accuracy"] for row in groups[name]]
-            mean, error = mean_and_error(values)
-            color = COLORS[groups[name][0]["method"]]
-            hollow = "none" if "2×" in name else color
-            one.plot(values, [height] * len(values), "|", color=color, alpha=0.5, markersize=6)
-            one.errorbar(
-                mean, height, xerr=error, fmt="o", color=color, markerfacecolor=hollow, capsize=3, markersize=5
-            )
-        mean, _ = mean_and_error([row["accuracy"] for row in groups["plain"]])
-        one.axvline(mean, color="black", linewidth=0.8, linestyle=":")
-        one.set_yticks(range(len(names)), names if position % wide == 0 else [""] * len(names))
+    for position, (one, (task, found)) in enumerate(zip(axes.flat, groups.items(), strict=False)):
+        plain, _ = mean_and_error([row["accuracy"] for row in found["plain"]])
+        one.axvline(plain, color="black", linewidth=0.8, linestyle=":")
+        for label_, group in found.items():
+            draw_group(one, labels.index(label_), group, plain - REACH, hollow="2×" in label_)
+        one.set_xlim(left=max(plain - REACH, one.get_xlim()[0]))
+        one.set_yticks(range(len(labels)), labels if position % wide == 0 else [""] * len(labels))
+        one.set_ylim(-0.6, len(labels) - 0.4)
         one.set(title=task, xlabel="test accuracy (%)")
-    save(figure, args.figures, "generalisation")
+    save(figure, args.figures, name)
 
 
-def draw_grid(args, selections: dict[str, list[dict]]) -> None:
-    """Plot validation accuracy over ε for each γ: F-GR, B-GR and DB."""
-    figure, axes = new_figure(1, len(selections), 3.6 * len(selections), 3.6)
-    for one, (task, rows) in zip(axes[0], selections.items(), strict=True):
-        gammas = sorted({row["gamma"] for row in rows if row["method"] == "F-GR"})
+def draw_group(axes, height: int, group: list[dict], left: float, hollow: bool) -> None:
+    """Plot the runs of a method, with mean and standard error."""
+    values, color = [row["accuracy"] for row in group], COLORS[group[0]["method"]]
+    mean, error = mean_and_error(values)
+    look = {"color": color, "markerfacecolor": "none" if hollow else color, "capsize": 3, "markersize": 5}
+    axes.plot(values, [height] * len(values), "|", color=color, alpha=0.5, markersize=6)
+    axes.errorbar(mean, height, xerr=error, fmt="o", **look)
+    if mean < left:
+        axes.text(left, height, f" ◂ {mean:.0f}", color=color, verticalalignment="center", fontsize=8)
+
+
+def draw_grid(args, selections: dict[str, list[dict]], epochs: dict[str, int], name: str) -> None:
+    """Plot validation accuracy over ε for each γ: F-GR, B-GR and DB, with the best of the learning rates."""
+    wide = min(4, len(selections))
+    high = math.ceil(len(selections) / wide)
+    figure, axes = new_figure(high, wide, 3.6 * wide, 3.6 * high)
+    for one in axes.flat[len(selections) :]:
+        one.remove()
+    for one, (task, rows) in zip(axes.flat, selections.items(), strict=False):
+        found = [row for row in rows if row["epochs"] == epochs[task]]
+        gammas = sorted({row["gamma"] for row in found if row["method"] == "F-GR"})
         shades = dict(zip(gammas, (0.3, 0.55, 0.8, 1.0), strict=False))
-        for name, style in (("F-GR", "-"), ("B-GR", "--"), ("DB", ":")):
+        for name_, style in (("F-GR", "-"), ("B-GR", "--"), ("DB", ":")):
             for gamma in gammas:
-                points: dict[float, list[float]] = {}
-                for row in rows:
-                    if row["method"] == name and row["gamma"] == gamma:
-                        points.setdefault(row["epsilon"] or 0.0, []).append(row["accuracy"])
-                look = {"color": COLORS[name], "alpha": shades[gamma], "linestyle": style}
-                values = [sum(found) / len(found) for found in points.values()]
-                if name == "DB":
-                    one.axhline(values[0], label=f"DB γ={gamma:g}", **look)
-                else:
-                    one.plot(list(points), values, "o", markersize=4, label=f"{name} γ={gamma:g}", **look)
-        plain = [row["accuracy"] for row in rows if row["method"] == "plain"]
-        level = sum(plain) / len(plain)
+                points = over_epsilon([row for row in found if (row["method"], row["gamma"]) == (name_, gamma)])
+                look = {"color": COLORS[name_], "alpha": shades[gamma], "linestyle": style}
+                if name_ == "DB" and points:
+                    one.axhline(points[0.0], label=f"DB γ={gamma:g}", **look)
+                elif points:
+                    one.plot(list(points), points.values(), "o", markersize=4, label=f"{name_} γ={gamma:g}", **look)
+        level = over_epsilon([row for row in found if row["method"] == "plain"])[0.0]
         one.axhline(level, color="black", linewidth=0.8, label="plain")
-        shown = [row["accuracy"] for row in rows if row["method"] in ("plain", "DB", "B-GR", "F-GR")]
+        shown = [row["accuracy"] for row in found if row["method"] in ("plain", "DB", "B-GR", "F-GR")]
         one.set(title=task, xlabel="ε", ylabel="validation accuracy (%)", xscale="log")
         one.set_ylim(bottom=max(level - 6, min(shown) - 0.5))
-        epsilons = sorted({row["epsilon"] for row in rows if row["method"] == "F-GR"})
+        epsilons = sorted({row["epsilon"] for row in found if row["method"] == "F-GR"})
         one.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons], minor=False)
         one.set_xticks([], minor=True)
         one.legend(fontsize="xx-small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
-    save(figure, args.figures, "generalisation_grid")
+    save(figure, args.figures, name)
+
+
+def over_epsilon(rows: list[dict]) -> dict[float, float]:
+    """The mean accuracy over seeds for each ε (0 if there is none), with the best learning rate."""
+    found: dict[tuple[float, float], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["epsilon"] or 0.0, row["learning_rate"]), []).append(row["accuracy"])
+    best: dict[float, float] = {}
+    for (epsilon, _), values in found.items():
+        best[epsilon] = max(best.get(epsilon, 0.0), sum(values) / len(values))
+    return best
+
+
+def parse_parts(doc: str):
+    """Parse the command line, with flags for parts of the comparison."""
+    seeds = {"type": int, "nargs": "+", "default": list(SEEDS)}
+    tasks = {"nargs": "+", "choices": list(TASKS), "default": list(TASKS)}
+    some = {"nargs": "+", "choices": METHODS, "help": "compare some methods with plain training; default: all"}
+    args = arguments(doc, seeds=seeds, tasks=tasks, methods=some)
+    if args.fast:
+        args.seeds, args.tasks = args.seeds[:2], args.tasks[:1]
+    return args
 
 
 def experiment() -> None:
-    seeds = {"type": int, "nargs": "+", "default": list(SEEDS)}
-    tasks = {"nargs": "+", "choices": list(TASKS), "default": list(TASKS)}
-    args = arguments(__doc__.splitlines()[0], seeds=seeds, tasks=tasks)
-    args.selection_seeds = None
-    if args.fast:
-        args.seeds, args.selection_seeds, args.tasks = [0, 1], 1, args.tasks[:1]
+    args = parse_parts(__doc__.splitlines()[0])
     tests, selections, epochs = {}, {}, {}
     for task in args.tasks:
         epochs[task] = 1 if args.fast else TASKS[task].epochs
-        selections[task] = select(args, task, epochs[task])
-        tests[task] = report(args, task, epochs[task], selections[task])
-        if not tests[task]:  # with --draw-only, if there are no results
-            del tests[task], selections[task]
-            continue
-        show(task, tests[task], epochs[task])
-    draw(args, tests, epochs)
-    draw_grid(args, selections)
+        selection = select(args, task, epochs[task])
+        rows = report(args, task, epochs[task], selection)
+        if rows:  # with --draw-only, there may be no results
+            tests[task], selections[task] = rows, selection
+            show(task, rows, epochs[task])
+        if STUDIES[task].rates and selection:
+            show_rates(task, selection, epochs[task])
+    for name, on_mnist in (("generalisation", False), ("generalisation_mnist", True)):
+        chosen = [task for task in tests if bool(STUDIES[task].rates) == on_mnist]
+        if chosen:
+            draw(args, {task: tests[task] for task in chosen}, epochs, name)
+        grids = {task: selections[task] for task in chosen if any(row["method"] == "F-GR" for row in selections[task])}
+        if grids:
+            draw_grid(args, grids, epochs, f"{name}_grid")
 
 
 if __name__ == "__main__":

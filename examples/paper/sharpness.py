@@ -2,13 +2,13 @@
 
 `python examples/paper/sharpness.py` measures each run of results/generalisation.csv that results/sharpness.csv lacks.
 It reads the weights that `generalisation.py` saved in outputs/paper/states, and trains again if they are missing.
+`--tasks`, `--methods` and `--seeds` select parts.
 """
 
 import torch
 from common import (
     COLORS,
     MARKS,
-    arguments,
     console,
     main,
     mean_and_error,
@@ -19,19 +19,19 @@ from common import (
     run_missing,
     save,
 )
-from generalisation import TASKS, by_label, final_runs, make, state_file
-from tasks import train
+from generalisation import METHODS, SETTINGS, by_label, parse_parts, state_file, trained
+from studies import TASKS
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_gr import hessian_eigenvalue, hessian_trace
 
 
-def trained(args, task: str, method: str, epochs: int, seed: int, **chosen) -> tuple[nn.Module, tuple]:
+def final(args, task: str, method: str, epochs: int, seed: int, **chosen) -> tuple[nn.Module, tuple]:
     """The final network of a run, in eval mode, and its training split."""
     file = state_file(task, method, epochs, seed, **chosen)
     if args.fast or not file.exists():
-        net, data = train(TASKS[task], make(method, **chosen), seed, epochs)
+        net, data = trained(task, method, seed, epochs, **chosen)
         return net, data.train
     net = TASKS[task].network().eval()
     net.load_state_dict(torch.load(file, weights_only=True))
@@ -40,7 +40,7 @@ def trained(args, task: str, method: str, epochs: int, seed: int, **chosen) -> t
 
 def measure(args, task: str, method: str, epochs: int, seed: int, **chosen) -> dict:
     """Measure at the final weights, on the full training split with the labels used in training."""
-    net, (x, y) = trained(args, task, method, epochs, seed, **chosen)
+    net, (x, y) = final(args, task, method, epochs, seed, **chosen)
 
     def loss():
         return nn.functional.cross_entropy(net(x), y)
@@ -69,7 +69,7 @@ def show(task: str, rows: list[dict], epochs: int) -> None:
     console.print(made)
 
 
-def draw(args, rows: list[dict], tests: list[dict]) -> None:
+def draw(args, rows: list[dict], tests: list[dict], name: str) -> None:
     """Plot each method's mean test accuracy over its largest eigenvalue."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -78,42 +78,47 @@ def draw(args, rows: list[dict], tests: list[dict]) -> None:
     accuracy = {key(row): row["accuracy"] for row in tests}
     for one, task in zip(axes[0], tasks, strict=True):
         found = [row for row in rows if row["task"] == task]
-        for name in dict.fromkeys(row["method"] for row in found):
-            group = [row for row in found if row["method"] == name and row["epochs"] == found[0]["epochs"]]
+        for method in dict.fromkeys(row["method"] for row in found):
+            group = [row for row in found if row["method"] == method and row["epochs"] == found[0]["epochs"]]
             x, x_error = mean_and_error([row["eigenvalue"] for row in group])
             y, y_error = mean_and_error([accuracy[key(row)] for row in group])
-            look = {"color": COLORS[name], "marker": MARKS[name], "capsize": 2, "linestyle": "none"}
-            one.errorbar(x, y, xerr=x_error, yerr=y_error, label=name, **look)
+            look = {"color": COLORS[method], "marker": MARKS[method], "capsize": 2, "linestyle": "none"}
+            one.errorbar(x, y, xerr=x_error, yerr=y_error, label=method, **look)
         one.set(xlabel="largest eigenvalue of the Hessian", ylabel="test accuracy (%)", title=task, xscale="log")
         one.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         one.xaxis.set_major_formatter("{x:g}")
         one.xaxis.set_minor_formatter(NullFormatter())
     axes[0, -1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
-    save(figure, args.figures, "sharpness")
+    save(figure, args.figures, name)
 
 
 def key(row: dict) -> tuple:
-    return tuple(row[name] for name in ("task", "method", "gamma", "epsilon", "rho", "level", "epochs", "seed"))
+    return tuple(row[name] for name in ("task", "method", *SETTINGS, "epochs", "seed"))
+
+
+def settings(row: dict) -> dict:
+    """What a row of generalisation.csv says about how to train."""
+    found = {name: row[name] for name in ("task", "method", *SETTINGS)}
+    return {**found, "epochs": int(row["epochs"]), "seed": int(row["seed"])}
 
 
 def experiment() -> None:
-    args = arguments(__doc__.splitlines()[0])
-    tests, runs = read(args.results / "generalisation.csv"), []
-    if not tests:
+    args = parse_parts(__doc__.splitlines()[0])
+    tests = read(args.results / "generalisation.csv")
+    names = ["plain", *(args.methods or METHODS)]
+    runs = [settings(row) for row in tests if row["task"] in args.tasks and row["method"] in names]
+    runs = [run for run in runs if run["seed"] in args.seeds][: 3 if args.fast else None]
+    if not runs:
         raise SystemExit("No runs to look at: run generalisation.py first, with the same --fast or --results")
-    for task in TASKS:
-        found = [row for row in tests if row["task"] == task]
-        if not found:
-            continue
-        selection = [row for row in read(args.results / "selection.csv") if row["task"] == task]
-        seeds = sorted({int(row["seed"]) for row in found})
-        runs += final_runs(task, int(min(row["epochs"] for row in found)), selection, seeds)
-    runs = runs[:3] if args.fast else runs
+    runs.sort(key=lambda run: list(TASKS).index(run["task"]))
     rows = run_missing(args, "sharpness", runs, lambda **run: measure(args, **run))
     for task in dict.fromkeys(row["task"] for row in rows):
         found = [row for row in rows if row["task"] == task]
         show(task, found, min(row["epochs"] for row in found))
-    draw(args, rows, tests)
+    for name, on_mnist in (("sharpness", False), ("sharpness_mnist", True)):
+        chosen = [row for row in rows if row["task"].startswith("mnist-") == on_mnist]
+        if chosen:
+            draw(args, chosen, tests, name)
 
 
 if __name__ == "__main__":

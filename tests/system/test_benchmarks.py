@@ -161,3 +161,28 @@ def test_cost_of_a_step_in_short(tmp_path):
     assert round(found["SAM", "passes"], 1) == 4.0
     assert found["SAM", "memory"] <= 1.1
     assert "double backward" in output
+
+
+# --- the cost on a GPU
+
+
+@pytest.mark.launch
+def test_gpu_benchmark_in_miniature_on_the_cpu(tmp_path, monkeypatch):
+    """All of its parts run, and the tables are made of the values in the file."""
+    values = tmp_path / "gpu.csv"
+    flags = ["--device", "cpu", "--quick", "--models", "MLP", "--ways", "SAM", "--csv", values]
+    command = ["env", "COLUMNS=80", *PYTHON, ROOT / "benchmarks/gpu.py", *flags]
+    codes, output = finish(tmp_path / "log", command, limit=LIMIT)
+    assert codes == [0], output[-3000:]
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    rows = gpu.read_rows(values)
+    found = {(row.part, row.precision, row.way, row.quantity): row.value for row in rows}
+    for part, precision in (("cost", "32-true"), ("cost", "bf16-mixed"), ("compile", "32-true"), ("ranks", "gloo")):
+        assert all(found[part, precision, way, "seconds"] > 0 for way in ("plain", "SAM"))
+    assert found["cost", "32-true", "plain", "peak"] < found["cost", "32-true", "SAM", "peak"]
+    assert round(found["bandwidth", "", "SAM", "passes"]) == 8
+    assert found["ranks", "gloo", "SAM", "apart"] == 0
+    assert [table.title for table in gpu.tables(rows) if table.title[:10] not in output] == []  # longer ones wrap
+    assert all(len(line) <= 80 for line in output.splitlines())

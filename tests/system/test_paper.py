@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_gr import GRRule, SAMRule
+from lightning_gr import GRRule, MomentumSAMRule, SAMRule
 from lightning_gr.cli.demo import task as demo
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +97,25 @@ def test_generalisation_and_sharpness(tmp_path):
     run("sharpness", tmp_path)
     assert_drawn(tmp_path, "sharpness")
     assert all(value > 0 for value in numbers(tmp_path / "sharpness.csv", "eigenvalue"))
+
+
+@pytest.mark.launch
+def test_generalisation_on_mnist(tmp_path):
+    """Plain training has its own learning rate, also for twice the epochs, and a row without it."""
+    run("generalisation", tmp_path, "--tasks", "mnist-mlp-500", "--methods", "MSAM", "plain, untuned", "--seeds", "3")
+    assert_drawn(tmp_path, "generalisation_mnist")
+    tried = [row for row in rows(tmp_path / "selection.csv") if row["method"] == "plain"]
+    best = {
+        epochs: max((row for row in tried if row["epochs"] == epochs), key=lambda row: float(row["accuracy"]))
+        for epochs in ("1", "2")
+    }
+    tests = rows(tmp_path / "generalisation.csv")
+    plain = {row["epochs"]: row["learning_rate"] for row in tests if row["method"] == "plain"}
+    assert plain == {epochs: row["learning_rate"] for epochs, row in best.items()}
+    assert {row["learning_rate"] for row in tests if row["method"] == "plain, untuned"} == {"0.05"}
+    assert {(row["method"], row["seed"]) for row in tests} == {
+        (name, "3") for name in ("plain", "plain, untuned", "MSAM")
+    }
 
 
 @pytest.mark.launch
@@ -238,11 +257,18 @@ def test_networks_side_by_side_do_not_mix(paper):
 
 @pytest.mark.parametrize(
     ("rule", "level"),
-    [(None, None), (GRRule(0.3, 0.1), None), (GRRule(0.3, scheme="exact"), None), (SAMRule(0.2, adaptive=True), 2.0)],
+    [
+        (None, None),
+        ("nesterov", None),
+        (GRRule(0.3, 0.1), None),
+        (GRRule(0.3, scheme="exact"), None),
+        (SAMRule(0.2, adaptive=True), 2.0),
+        (MomentumSAMRule(1.0), None),
+    ],
 )
 def test_trainer_and_plain_loop_give_the_same_weights(paper, rule, level):
     tasks = paper("tasks")
-    method = tasks.Method(rule, level)
+    method = tasks.Method(nesterov=True) if rule == "nesterov" else tasks.Method(rule, level)
     one, other = (tasks.train(tasks.DIGITS, method, 0, 1, trainer=trainer)[0] for trainer in (True, False))
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -254,6 +280,33 @@ def test_schedule_in_trainer_and_plain_loop(paper):
     one, other = (tasks.train(tasks.DIGITS, method, 0, 1, trainer=trainer)[0] for trainer in (True, False))
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("task", "method", "tuned", "expected"),
+    [
+        ("mnist-mlp-500", "plain", None, [0.005, 0.01, 0.02, 0.05, 0.1, 0.2]),
+        ("mnist-mlp-500", "SAM", 0.01, [0.01, 0.02, 0.05]),
+        ("mnist-mlp-500", "SAM", 0.2, [0.05, 0.1, 0.2]),
+        ("digits", "plain", None, [0.05]),
+        ("mnist1d-vit", "SAM", None, [3e-3]),
+    ],
+)
+def test_learning_rates_to_try(paper, task, method, tuned, expected):
+    """Plain training has the whole range, and the others what lies between its best one and the task's."""
+    assert paper("studies").STUDIES[task].rates_of(method, tuned) == expected
+
+
+@pytest.mark.slow
+def test_mnist_splits_are_disjoint(paper):
+    """Only training labels are noisy, and the test images are the same for all seeds."""
+    tasks = paper("tasks")
+    one, other = (tasks.mnist_task("cnn", 500, 0.2).split(seed) for seed in (0, 1))
+    assert [len(part[1]) for part in one] == [500, 2500, 2000]
+    assert torch.equal(one.test[0], other.test[0])
+    assert not torch.equal(one.train[0], other.train[0])
+    images = torch.cat([part[0] for part in one])
+    assert len(images.unique(dim=0)) == len(tasks.mnist()[0].unique(dim=0))
 
 
 def test_data_is_that_of_the_demonstration(paper):
