@@ -96,28 +96,32 @@ def draw_ranges(result: TuneResult) -> Any:
 
 def draw_search(result: TuneResult) -> Any:
     """The metric against each method's first constant, with pruned trials apart."""
+    from matplotlib.ticker import LogLocator
+
     searched = [t for t in result.trials if t["stage"] == "search"]
     names = list(dict.fromkeys(t["method"] for t in searched))
     figure, panels = new_figure(max(1, len(names)))
     plain = result.rows[0].values.values()
     for axes, name in zip(panels, names, strict=False):
         mine = [t for t in searched if t["method"] == name and t.get("value") is not None and math.isfinite(t["value"])]
-        shown = [t["value"] for t in mine if t["state"] == "COMPLETE"] + list(plain)
-        low, high = _margins(shown or [t["value"] for t in mine])
+        values = [t["value"] for t in mine]
+        best = max(values, default=0.0) if result.goal.sign > 0 else min(values, default=0.0)
         # failed trainings would leave no room for the differences that count
+        low, high = _margins([best, *plain], 0.5) if plain else _margins(values, 0.15)
         _scatter(figure, axes, [{**t, "value": min(max(t["value"], low), high)} for t in mine], METHODS[name].constants)
         axes.set_ylim(low, high)
         if plain:
             axes.axhline(statistics.mean(plain), color="0.4", linewidth=0.8, linestyle="--", label="plain")
         axes.set(title=name, xlabel=METHODS[name].constants[0], ylabel=result.goal.monitor, xscale="log")
+        axes.xaxis.set(major_locator=LogLocator(subs=(1.0, 3.0)), major_formatter="{x:g}", minor_formatter="")
         _finish(axes)
     return figure
 
 
-def _margins(values: Sequence[float]) -> tuple[float, float]:
-    """The ends of an axis that leaves some room around ``values``."""
+def _margins(values: Sequence[float], share: float) -> tuple[float, float]:
+    """The ends of an axis with ``values``, and room on both sides, a share of their range."""
     least, most = min(values, default=0.0), max(values, default=1.0)
-    margin = 0.15 * (most - least) or abs(most) / 10 or 1.0
+    margin = share * (most - least) or abs(most) / 10 or 1.0
     return least - margin, most + margin
 
 
@@ -153,7 +157,7 @@ def draw_final(result: TuneResult) -> Any:
         axes.bar(i, statistics.mean(values), yerr=spread, color=COLORS[i % len(COLORS)], alpha=0.6, capsize=4)
         axes.plot([i] * len(values), values, "k.", markersize=5)
     every = [percent * value for row in rows for value in row.values.values()]
-    axes.set_ylim(*_margins(every))
+    axes.set_ylim(*_margins(every, 0.25))
     axes.set_xticks(range(len(rows)), [_tick(row) for row in rows], fontsize="small")
     axes.set(ylabel=f"{result.goal.monitor}{' (%)' if percent > 1 else ''}", title="Final trainings")
     axes.grid(axis="y", alpha=0.3)
