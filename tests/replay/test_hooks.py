@@ -36,6 +36,26 @@ class Watcher:
             self.method(grad)
 
 
+def gives_it_back_early(grad):
+    """A plain function with branches, one of which returns its argument."""
+    if len(SEEN) > 10:
+        return grad
+    SEEN.append(grad.clone())
+    return None
+
+
+def gives_it_back_early_with_name(name, grad):
+    if len(SEEN) > 10:
+        return grad
+    SEEN.append((name, grad.clone()))
+    return None
+
+
+def asks_for_a_special_method(grad):
+    if grad.__len__() > 0:  # a trailing underscore, but not in place
+        SEEN.append(grad.clone())
+
+
 class Changer:
     """All that changes a gradient, even if not each time."""
 
@@ -67,6 +87,16 @@ class Changer:
         if param.grad.norm() > self.limit:
             param.grad = param.grad / 2
 
+    def through_data(self, param):
+        if param.grad.norm() > self.limit:
+            param.data = param.grad
+
+    def gives_something_else(self, grad):
+        half = grad / 2
+        if grad.norm() > self.limit:
+            return half
+        return None
+
     def with_name(self, name, grad):
         return grad.sign() if name == "other" else None
 
@@ -81,6 +111,9 @@ LOOK = [
     watcher.gives_back,
     watcher.sometimes,
     partial(watcher.with_name, "weight"),
+    gives_it_back_early,
+    partial(gives_it_back_early_with_name, "weight"),
+    asks_for_a_special_method,
     lambda grad: SEEN.append(grad.clone()),
     SEEN.append,
 ]
@@ -92,6 +125,8 @@ CHANGE = [
     changer.gives_another,
     changer.out,
     changer.after_accumulation,
+    changer.through_data,
+    changer.gives_something_else,
     partial(changer.with_name, "weight"),
     lambda grad: grad * 2 if grad.norm() > 1e9 else None,
 ]
@@ -146,6 +181,22 @@ def test_those_that_look_are_left_out(hook, exactly):
 )
 def test_those_that_change_a_gradient_run(hook, exactly):
     assert runs(hook, exactly=exactly)
+
+
+def test_one_whose_code_may_change_a_gradient_always_runs():
+    weight, hooks, calls = nn.Parameter(torch.ones(3)), ObservingHooks(), []
+
+    def sometimes(grad):
+        calls.append(1)
+        return grad * 2 if len(calls) > 100 else None
+
+    weight.register_hook(sometimes)
+    for exactly in (True, False):
+        with hooks.watched([weight], exactly=exactly):
+            weight.sum().backward()
+        with hooks.silenced([weight]):
+            weight.sum().backward()
+    assert len(calls) == 4
 
 
 def test_one_that_has_changed_nothing_so_far_and_then_does():

@@ -21,6 +21,23 @@ def test_bindings_are_put_back_and_only_plain_containers_are_entered():
         assert not hasattr(owner, "new")
 
 
+def test_dictionaries_of_bindings_are_watched_and_their_tensors_by_version():
+    owner = types.SimpleNamespace(metrics={"loss": torch.zeros(2)})
+    ((path, inner),) = BindingPlace(vars(owner), "x", True).children()
+    assert path == "x.metrics"
+    assert isinstance(inner, StatePlace)
+    assert inner.path == path
+    assert inner.is_watched
+    ((path, tensor),) = inner.children()
+    assert path == tensor.path == "x.metrics['loss']"
+
+
+def test_an_inference_tensor_has_no_version():
+    with torch.inference_mode():
+        tensor = torch.zeros(2)
+    assert QuietTensorPlace(tensor, "x").mark() == (0, 0)
+
+
 def test_the_state_of_an_optimizer_is_entered_without_its_parameters():
     param = nn.Parameter(torch.ones(2))
     state = {param: {"step": torch.zeros(()), "count": 1}, "name": {}}
