@@ -26,8 +26,8 @@ def test_only_the_constants_of_the_paper_are_positional(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_argument_is_documented_and_only_these(kind):
-    arguments = kind.__doc__.split("Args:")[1].split("Raises:")[0]
-    assert re.findall(r"^        (\w+): ", arguments, re.MULTILINE) == list(inspect.signature(kind).parameters)
+    arguments = inspect.getdoc(kind).split("Args:")[1].split("Raises:")[0]
+    assert re.findall(r"^    (\w+): ", arguments, re.MULTILINE) == list(inspect.signature(kind).parameters)
 
 
 @pytest.mark.parametrize("kind", KINDS)
