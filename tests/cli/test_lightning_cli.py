@@ -4,8 +4,8 @@ Nearly all runs are in this process, since starting one that imports torch takes
 """
 
 import importlib
-import re
 import io
+import re
 import sys
 
 import pytest
