@@ -159,6 +159,7 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Find the excluded parameters, which ``configure_model`` may have just created, and print the panel."""
         run = self._runs[trainer] = Run(match_params(self.exclude, pl_module))
+        run.shard_group = checks.check_fsdp1(trainer)
         checks.check_sparse(pl_module, run.excluded)
         if self._row().ahead:
             checks.check_momentum(trainer)
@@ -174,7 +175,6 @@ class TwoPass(CallbackBase):  # type: ignore[misc]
             self._steps = StepCounter()
         self.report = self._new_report()
         self._state.begin(trainer, pl_module)
-        run.shard_group = checks.check_fsdp1(trainer)
         check_same_settings(trainer, self.rule, self._row(), self)
         check_comm_hooks(trainer, self._row(), self.is_local(trainer))
         if trainer.world_size > 1 and may_differ(self, TwoPass):

@@ -190,7 +190,7 @@ class FloodCounter:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the settings and start with zero counts."""
-        vars(self).update(state)
+        self.names, self.prefix = state["names"], state["prefix"]
         self.reset()
 
     def note(self, below: Tensor) -> None:

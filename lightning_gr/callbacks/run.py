@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_gr.callbacks.checks import check_fsdp1, check_momentum_by_now
+from lightning_gr.callbacks.checks import check_momentum_by_now
 from lightning_gr.callbacks.flooding import Flooding
 from lightning_gr.callbacks.ranks import Decisions, sharding
 from lightning_gr.core.ahead import Ahead
@@ -114,9 +114,8 @@ class Run:
         trainable = [p for p in pl_module.parameters() if p.requires_grad and not is_lazy(p)]
         regularized = sum(p.numel() for p in trainable if id(p) not in self.excluded)
         total = sum(p.numel() for p in trainable)
-        group = check_fsdp1(trainer)
-        if group is not None:
-            with sharding(trainer, group):
+        if self.shard_group is not None:
+            with sharding(trainer, self.shard_group):
                 regularized, total = (
                     round(each) for each in sum_of_shards(torch.tensor([regularized, total])).tolist()
                 )
