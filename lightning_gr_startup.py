@@ -10,9 +10,10 @@ import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-__all__ = ["callbacks", "main", "make_parser", "method_name"]
+__all__ = ["callbacks", "exit_on_interrupt", "main", "make_parser", "method_name"]
 
 TRAINING = {
     "fit": "train any LightningModule, regularized by --gr.gamma, --sam.rho, --msam.rho, --flooding.level, ...",
@@ -21,6 +22,7 @@ TRAINING = {
     "predict": "compute its predictions",
     "tune": "find out which methods help on it, and with which constants",
 }
+INTERRUPTED = "lightning-gr: interrupted"
 DEMO_NAMES = ("plain", "F-GR", "B-GR", "SAM", "MSAM", "flooding")
 _NAMES = ("plain", "F-GR", "B-GR", "penalty", "SAM", "ASAM", "MSAM", "flooding")
 _OTHER_NAMES = {"gr": "F-GR", "momentumsam": "MSAM", "momentum-sam": "MSAM"}
@@ -54,8 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run(args, argv)
     except KeyboardInterrupt:  # also while torch is imported, which takes seconds
-        print("lightning-gr: interrupted", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
+
+
+def exit_on_interrupt(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """A ``sys.excepthook`` for Ctrl-C before ``main`` runs, while ``python -m lightning_gr`` imports the package."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(INTERRUPTED, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,5 +1,12 @@
 """Flat minima for PyTorch Lightning: gradient regularization, SAM and flooding by adding one callback."""
 
+import sys
+
+if sys.argv[:1] == ["-m"] and "lightning_gr" in sys.orig_argv:  # `python -m lightning_gr`, whose imports take seconds
+    from lightning_gr_startup import exit_on_interrupt
+
+    sys.excepthook = exit_on_interrupt
+
 # must come first: it keeps Lightning's log messages in the namespace that the user imported
 from lightning_gr import _compat as _compat  # isort: skip
 from lightning_gr._version import __version__

@@ -372,15 +372,21 @@ def stop_progress_bars(trainer: "Trainer") -> None:
             callback.progress.stop()
 
 
-def stepped_twin(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> torch.optim.Optimizer:
+def stepped_twin(optimizer: torch.optim.Optimizer, group: dict[str, Any], state: Any) -> torch.optim.Optimizer:
     """A twin of ``optimizer`` for one parameter group, after one step; hooks and schedulers do not see that step.
 
     Relies on ``Optimizer`` keeping all that it has in ``__dict__``, and on the wrappers of ``step`` naming what they
     wrap, as ``functools.wraps`` does.
+
+    Args:
+        optimizer: The optimizer, which does not change.
+        group: Replaces the optimizer's parameter groups.
+        state: What the twin keeps per parameter, by name, before its step.
     """
     kind = type(optimizer)
     twin: Any = object.__new__(kind)
-    vars(twin).update(vars(optimizer), state=defaultdict(dict), param_groups=[group])
+    kept = defaultdict(dict, {param: dict(state) for param in group["params"]}) if state else defaultdict(dict)
+    vars(twin).update(vars(optimizer), state=kept, param_groups=[group])
     vars(twin).pop("step", None)  # a scheduler's wrapper
     inspect.unwrap(kind.step)(twin)
     return twin  # type: ignore[no-any-return]

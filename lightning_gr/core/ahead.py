@@ -6,6 +6,7 @@ optimizer's step never see displaced weights.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -116,10 +117,26 @@ def keeps_momentum(optimizer: torch.optim.Optimizer) -> bool | None:
             # two-dimensional, as Muon requires
             param = torch.nn.Parameter(torch.ones(2, 2, device=device))
             param.grad = torch.ones_like(param)
-            try:
-                twin = stepped_twin(optimizer, {**group, "params": [param]})
-            except Exception:
-                # for example an optimizer that needs a closure, or custom attributes on each parameter
+            # most optimizers create their state in the first step, some (Adagrad in torch 2.6) in the constructor
+            for state in ({}, _state_for(param, optimizer, group)):
+                try:
+                    twin = stepped_twin(optimizer, {**group, "params": [param]}, state)
+                except Exception:
+                    # for example an optimizer that needs a closure, or custom attributes on each parameter
+                    continue
+                found = found or bool(momenta_of(twin, [param]))
+                break
+            else:
                 return None
-            found = found or bool(momenta_of(twin, [param]))
     return found
+
+
+def _state_for(param: Tensor, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    """The state that ``optimizer`` has for one parameter of the group, with zeros in the dummy parameter's shape."""
+    like = next((p for p in group["params"] if p.dim() and optimizer.state.get(p)), None)
+    if like is None:
+        return {}
+    return {
+        name: torch.zeros_like(param) if isinstance(value, Tensor) and value.shape == like.shape else deepcopy(value)
+        for name, value in optimizer.state[like].items()
+    }

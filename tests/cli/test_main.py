@@ -1,7 +1,9 @@
 """The command line: help, version and wrong use."""
 
 import importlib.util
+import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -86,6 +88,8 @@ class Interrupts:
         if name == "torch":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Interrupts())
+"""
+MAIN = """
 from lightning_gr_startup import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -94,6 +98,17 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.launch
 @pytest.mark.parametrize("flags", [["demo"], ["fit"], ["plot", "run"]])
 def test_ctrl_c_while_torch_is_imported(flags):
-    command = [sys.executable, "-c", IMPORTING, *flags]
+    command = [sys.executable, "-c", IMPORTING + MAIN, *flags]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "lightning-gr: interrupted\n")
+
+
+@pytest.mark.launch
+def test_ctrl_c_while_python_m_imports_the_package(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(IMPORTING)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "lightning_gr", "demo"]
+    environment = {**os.environ, "PYTHONPATH": path}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    # without a `main` that could return 130, Python ends by the signal, which a shell reports as 130
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "lightning-gr: interrupted\n")

@@ -71,6 +71,33 @@ def test_optimizers_without_one(name):
     assert keeps_momentum(WITHOUT[name](mlp().parameters())) is False
 
 
+class Early(torch.optim.Optimizer):
+    """Creates its state in the constructor, as Adagrad does in torch 2.6."""
+
+    def __init__(self, params, momentum=False):
+        super().__init__(params, {"lr": 0.1})
+        for param in self.param_groups[0]["params"]:
+            name = "exp_avg" if momentum else "sum"
+            self.state[param] = {"step": torch.tensor(0.0), name: torch.zeros_like(param), "sizes": [1]}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for param in self.param_groups[0]["params"]:
+            state = self.state[param]
+            state["step"] += 1
+            state["sizes"].append(2)
+            state["exp_avg" if "exp_avg" in state else "sum"].add_(param.grad)
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+def test_optimizers_that_create_their_state_early(momentum):
+    optimizer = Early(mlp().parameters(), momentum)
+    assert keeps_momentum(optimizer) is momentum
+    for state in optimizer.state.values():  # untouched
+        assert (state["step"].item(), state["sizes"]) == (0, [1])
+        assert not any(value.any() for value in state.values() if torch.is_tensor(value))
+
+
 def test_one_of_several_groups_is_enough():
     net = mlp()
     groups = [{"params": net[0].parameters()}, {"params": net[2].parameters(), "momentum": 0.9}]
