@@ -8,6 +8,7 @@ all candidates) and `generalisation.csv` (test accuracy with the selected consta
 import dataclasses
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -184,11 +185,34 @@ def show_rates(task: str, selection: list[dict], epochs: int) -> None:
     console.print(made)
 
 
+def labels_of(groups: Iterable[dict[str, list[dict]]]) -> list[str]:
+    """The labels of all tasks, in the order of ``METHODS``."""
+    found = set().union(*groups)
+    return [name for method in METHODS for name in (method, f"{method}, 2×") if name in found]
+
+
+def show_gains(tests: dict[str, list[dict]], epochs: dict[str, int]) -> None:
+    """Print how much each method gains on MNIST: a table for each training set, with a column for each network."""
+    sets: dict[tuple[int, float], dict[str, dict[str, list[dict]]]] = {}
+    for task, rows in tests.items():
+        groups = by_label(rows, epochs[task])
+        sets.setdefault((TASKS[task].sizes[1], TASKS[task].noise), {})[task.split("-")[1]] = groups
+    for (images, noise), networks in sets.items():
+        title = f"MNIST, {images:,} images, {f'{noise:.0%} of the labels random' if noise else 'clean labels'}"
+        caption = "plain: test accuracy in %; others: paired gains over it, in points"
+        made = new_table(title, ["method"], list(networks), caption)
+        for name in labels_of(networks.values()):
+            pairs = [gains(groups, name, "plain") for groups in networks.values()]
+            if name == "plain":
+                pairs = [[row["accuracy"] for row in groups["plain"]] for groups in networks.values()]
+            made.add_row(name, *(plus_minus(values) if values else "" for values in pairs))
+        console.print(made)
+
+
 def draw(args, tests: dict[str, list[dict]], epochs: dict[str, int], name: str) -> None:
     """Plot the test accuracy of each method, with one panel per task. A mean left of a panel is written there."""
     groups = {task: by_label(rows, epochs[task]) for task, rows in tests.items()}
-    labels = [method + suffix for method in METHODS for suffix in ("", ", 2×")]
-    labels = [one for one in labels if any(one in found for found in groups.values())][::-1]
+    labels = labels_of(groups.values())[::-1]
     wide = min(4, len(tests))
     high = math.ceil(len(tests) / wide)
     figure, axes = new_figure(high, wide, 3.6 * wide, (0.7 + 0.2 * len(labels)) * high)
@@ -284,6 +308,8 @@ def experiment() -> None:
             show_rates(task, selection, epochs[task])
     for name, on_mnist in (("generalisation", False), ("generalisation_mnist", True)):
         chosen = [task for task in tests if bool(STUDIES[task].rates) == on_mnist]
+        if chosen and on_mnist:
+            show_gains({task: tests[task] for task in chosen}, epochs)
         if chosen:
             draw(args, {task: tests[task] for task in chosen}, epochs, name)
         grids = {task: selections[task] for task in chosen if any(row["method"] == "F-GR" for row in selections[task])}
