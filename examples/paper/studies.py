@@ -26,8 +26,8 @@ class Study(NamedTuple):
         task: The data, the network and the training settings.
         grid: The candidates for the constants of each method.
         selection_seeds: Seeds that are different from those of the report.
-        rates: Candidates for the learning rate of plain training. The other methods choose among those from the best
-            of these to the task's own. If there are none, all methods use the task's.
+        rates: Candidates for the learning rate of plain training. The other methods choose between the best of these
+            and the task's own. If there are none, all methods use the task's.
     """
 
     task: Task
@@ -40,8 +40,7 @@ class Study(NamedTuple):
         own = self.task.learning_rate
         if method == "plain" and self.rates:
             return list(self.rates)
-        lower, upper = (own, own) if tuned is None else sorted((own, tuned))
-        return [rate for rate in self.rates or (own,) if lower <= rate <= upper]
+        return [own] if tuned in (None, own) else [tuned, own]
 
 
 def make(name: str, gamma=None, epsilon=None, rho=None, level=None) -> Method:
