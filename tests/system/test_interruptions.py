@@ -139,7 +139,7 @@ sys.exit(subprocess.run(command).returncode)
 @pytest.mark.slow
 def test_ctrl_c_in_a_job_in_the_background():
     signals = f"{ROOT}/tests/core/test_signals.py"
-    tests = [f"{__file__}::test_ctrl_c_is_not_ignored", f"{signals}::test_ctrl_c_is_not_held_back"]
+    tests = [f"{__file__}::test_ctrl_c_is_not_ignored", f"{signals}::test_ctrl_c_is_not_deferred"]
     command = [sys.executable, "-c", IN_BACKGROUND, *tests]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
     assert ended.returncode == 0, ended.stdout[-2000:]
