@@ -82,7 +82,7 @@ class Backward:
 class GradientNorms(Hooked):
     """A backward hook of a module."""
 
-    has_oracle = False  # the oracle weights its second gradient afterwards, so the hook would see another norm
+    has_oracle = False  # the oracle's second gradient is not weighted
 
     def put(self, net):
         net[2].grad_norms = []

@@ -40,7 +40,7 @@ def test_coefficients_of_gr_sum_to_one(gamma, epsilon, scheme, normalize, streng
     row = GRRule(gamma, epsilon, scheme, normalize).update(Context(strength))
     largest = max(1.0, *(abs(probe.weight) for probe in row.probes)) if row.probes else 1.0
     assert row.keep + sum(probe.weight for probe in row.probes) == pytest.approx(1.0, abs=1e-15 * largest)
-    # the coefficient of H d to first order is γ in every scheme
+    # the coefficient of H d to first order, which is the same in every scheme
     curvature = row.curvature + sum(probe.distance * probe.weight for probe in row.probes)
     assert curvature == pytest.approx(strength * gamma, rel=1e-12)
     assert {abs(probe.distance) for probe in row.probes} <= {epsilon}

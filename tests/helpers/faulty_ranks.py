@@ -32,7 +32,7 @@ class Case(NamedTuple):
     window: int = 1
     zeroes: bool = False  # whether gradients are set to zero instead of None
     parts: str = "all"  # which layers the loss of a micro-batch depends on, see `parts_of`
-    without: tuple = ()  # pairs of a rank and a micro-batch that is None there
+    without: tuple = ()  # pairs (rank, micro-batch) of batches that are None
     flooding: dict | None = None
     compiled: bool = False
     manual: bool = False

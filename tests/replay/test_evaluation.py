@@ -204,7 +204,7 @@ def test_muted_methods_do_nothing_in_the_second_pass():
 
 
 def test_gradients_left_behind_by_a_computation():
-    """On request, gradients of moved parameters are kept; those of other tensors are always restored."""
+    """Those of moved parameters are added unless they are to be dropped; those of other tensors are always restored."""
     net, extra = mlp(), torch.ones(2, requires_grad=True)
     holder = nn.Module()
     holder.net, holder.extra = net, [extra]
