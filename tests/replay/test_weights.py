@@ -53,7 +53,7 @@ def test_each_pass_starts_where_the_first_one_did(write, rule, probes):
     assert weight.item() == value.item()
 
 
-def test_a_weight_that_only_second_passes_write():
+def test_a_weight_that_only_second_passes_write_to():
     """Such as by clamping: only the displaced weight is out of range."""
     found = Record()
 

@@ -38,7 +38,7 @@ def test_loggers_checkpoints_and_bars_of_the_user_are_left_out(tmp_path):
     assert users[3] not in built.trainer.callbacks  # a copy for each training
 
 
-def test_without_a_logger_there_is_none(tmp_path):
+def test_no_logger_if_the_user_has_none(tmp_path):
     assert build(tmp_path, logger=False).trainer.loggers == []
 
 
