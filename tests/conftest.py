@@ -1,4 +1,4 @@
-"""What all tests start from."""
+"""Fixtures and settings shared by all tests."""
 
 import os
 import signal
@@ -8,27 +8,27 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
-# A job in the background (`pytest &`) ignores SIGINT, and so would the processes that tests start.
+# A background job (`pytest &`) ignores SIGINT, and so would the processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# tiny tensors: threads only get into each other's way
+# tensors are tiny, so threads would only add overhead
 torch.set_num_threads(1)
 
 settings.register_profile("small", deadline=None, max_examples=25, derandomize=True)
-# for mutmut, which runs the tests two thousand times and wants to know no smallest example
+# for mutmut, which runs the tests two thousand times and has no use for shrunk examples
 settings.register_profile("few", settings.get_profile("small"), max_examples=3, phases=[Phase.explicit, Phase.generate])
 settings.load_profile("small")
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers():
+def _fixed_seed():
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
-def _starts_no_process(request, monkeypatch):
-    """Keep the quick tests quick: processes are for tests with the marker `launch`."""
+def _no_processes(request, monkeypatch):
+    """Keep the quick tests quick: only tests marked `launch` may start processes."""
     if request.node.get_closest_marker("launch") or request.node.get_closest_marker("integration"):
         return
 
@@ -40,14 +40,14 @@ def _starts_no_process(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _ctrl_c_stays():
-    """Put back the handler of SIGINT, which a Trainer that has seen Ctrl-C leaves turned off."""
+def _restore_sigint_handler():
+    """Restore the SIGINT handler: a Trainer that was interrupted by Ctrl-C leaves SIGINT ignored."""
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
-def _ctrl_c(_ctrl_c_stays):
-    """Ctrl-C raises KeyboardInterrupt, whatever the handler was."""
+def _ctrl_c(_restore_sigint_handler):
+    """Let Ctrl-C raise KeyboardInterrupt, whatever the handler was."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""What each function of the compatibility layer relies on."""
+"""Assumptions of the compatibility layer about Lightning and torch; docstrings name the private APIs."""
 
 import _signal
 import _thread
@@ -39,15 +39,15 @@ from lightning_gr._compat import (
 )
 
 
-def test_fused_optimizers_say_that_they_unscale_by_themselves():
+def test_fused_optimizers_declare_that_they_unscale_gradients():
     """`_step_supports_amp_scaling` of torch's optimizers."""
     weight = [nn.Parameter(torch.zeros(2))]
     assert gradients_are_scaled(torch.optim.Adam(weight, fused=True))
     assert not gradients_are_scaled(torch.optim.Adam(weight))
 
 
-def test_lightning_has_asked_for_each_experiment_before_training():
-    """`_call_setup_hook` of Lightning: asking once more makes none."""
+def test_lightning_accesses_each_experiment_before_training():
+    """`_call_setup_hook` of Lightning creates them, so accessing them again creates none."""
     asked = []
 
     class Counts(DummyLogger):
@@ -63,7 +63,7 @@ def test_lightning_has_asked_for_each_experiment_before_training():
     assert trainer.logger.experiment in [owner for owner, _ in loggers_and_methods(trainer)]
 
 
-def test_clients_are_known_by_name_and_still_answer():
+def test_writers_are_recognized_by_name():
     class SummaryWriter:
         def add_scalar(self): ...
         def get_logdir(self): ...
@@ -75,8 +75,8 @@ def test_clients_are_known_by_name_and_still_answer():
     assert writing_methods(Own()) == ["add_scalar"]
 
 
-def test_the_attributes_of_the_trainer_that_a_step_may_write():
-    """`max_epochs`, `max_steps` and the dictionaries of metrics are where they are thought to be."""
+def test_attributes_of_the_trainer_that_a_step_may_change():
+    """`max_epochs`, `max_steps` and the dictionaries of metrics are in the expected places."""
     trainer = pl.Trainer(accelerator="cpu", logger=False)
     parts = trainer_parts(trainer)
     assert {"should_stop", "limit_val_batches"} <= parts["trainer"].keys()
@@ -124,7 +124,7 @@ def test_the_namespace_of_a_class():
     assert namespace_of(type("Own", (lightning.pytorch.LightningModule,), {})) == "lightning.pytorch"
 
 
-def test_an_alias_of_a_storage_counts_while_it_is_there():
+def test_aliases_of_a_storage_count_while_they_exist():
     """`torch._C._storage_Use_Count`."""
     param = nn.Parameter(torch.zeros(3))
     assert storage_uses(param) == 1
@@ -134,7 +134,7 @@ def test_an_alias_of_a_storage_counts_while_it_is_there():
     assert storage_uses(param) == 1
 
 
-def test_the_node_that_raises_is_known_by_its_name():
+def test_the_node_that_raises_is_recognized_by_its_name():
     class Once(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -154,14 +154,14 @@ def test_the_node_that_raises_is_known_by_its_name():
     assert [is_error_node(node) for node in nodes].count(True) == 1
 
 
-def test_what_lightning_gives_a_module_is_not_the_user_s():
+def test_attributes_set_by_lightning_are_not_the_users():
     """Instance attributes of a new LightningModule and of torch's Module."""
     own = vars(TinyModule()).keys() - lightning_attributes()
     assert own == {"loss", "optimizer", "scheduler", "gradients"}
 
 
-def test_the_results_that_log_writes_to():
-    """`trainer._results`, whose entries say their key; and the trainer's own plan to log."""
+def test_results_that_log_writes_to():
+    """`trainer._results`, whose entries contain their key, and whether the Trainer will log in this step."""
     found = []
 
     class Looks(TinyModule):
@@ -181,8 +181,8 @@ def test_the_results_that_log_writes_to():
     assert logged_results(TinyModule()) is None
 
 
-def test_threads_of_others_are_told_from_pythons():
-    """`threading._DummyThread`, by which Python knows a thread that a library has started."""
+def test_foreign_threads_are_distinguished_from_pythons():
+    """`threading._DummyThread`, which represents threads that a library has started."""
     found, done = [is_python_thread()], threading.Event()
 
     def ask():
@@ -199,8 +199,8 @@ def test_threads_of_others_are_told_from_pythons():
     assert found == [True, False, False, True]
 
 
-def test_hooks_run_as_they_stand_in_the_tables_of_a_tensor():
-    """`Tensor._backward_hooks` and `_post_accumulate_grad_hooks`, which C++ reads in each backward pass."""
+def test_hooks_can_be_replaced_in_the_tables_of_a_tensor():
+    """`Tensor._backward_hooks` and `_post_accumulate_grad_hooks` are read by C++ in each backward pass."""
     weight, seen = nn.Parameter(torch.ones(2)), []
     assert hook_tables(weight) == [{}, {}]
     first = weight.register_hook(lambda grad: seen.append("first"))
@@ -216,8 +216,8 @@ def test_hooks_run_as_they_stand_in_the_tables_of_a_tensor():
     assert hook_tables(weight) == [{}, {}]
 
 
-def test_a_subclass_of_tensor_is_answered_by_torch():
-    """`torch._C.DisableTorchFunctionSubclass`: results are plain tensors, and `__torch_function__` is not asked."""
+def test_tensor_subclasses_can_be_handled_by_torch_itself():
+    """`torch._C.DisableTorchFunctionSubclass`: results are plain tensors, and `__torch_function__` is not called."""
 
     class Asks(torch.Tensor):
         @classmethod
@@ -241,7 +241,7 @@ def test_tensors_with_hooks_of_either_kind_are_found():
     assert [any(hook_tables(tensor)) for tensor in tensors] == [False, True, False, True, False]
 
 
-def test_hooks_of_ddp_are_kept_with_their_states():
+def test_ddp_keeps_hooks_with_their_states():
     class Model:
         _comm_hooks = [(print, None), (print, True), (print, []), (print, dist.ProcessGroup(0, 1))]  # noqa: RUF012
 
@@ -256,14 +256,14 @@ def test_a_single_device_is_not_fsdp1():
     assert not _compat.is_fsdp1(make_trainer())
 
 
-def test_handlers_of_signals_are_those_of_the_public_function():
-    """`_signal.getsignal`, without the search for an enum."""
+def test_signal_handlers_equal_those_of_the_public_function():
+    """`_signal.getsignal`, which skips the conversion to an enum."""
     assert [signal_handler(n) for n in signal.valid_signals()] == [signal.getsignal(n) for n in signal.valid_signals()]
     assert signal_handler.__globals__["_getsignal"] is _signal.getsignal
 
 
 @pytest.mark.parametrize(("strategy", "spawns"), [("ddp_spawn", True), ("ddp_fork", True), ("auto", False)])
-def test_strategies_that_start_their_ranks_within_fit(strategy, spawns):
+def test_strategies_that_start_their_ranks_in_fit(strategy, spawns):
     """`_MultiProcessingLauncher` of Lightning."""
     devices = 1 if strategy == "auto" else 2
     trainer = pl.Trainer(strategy=strategy, devices=devices, accelerator="cpu", logger=False)

@@ -1,4 +1,4 @@
-"""The torchmetrics, in one process; on several ranks see tests/system/test_measured.py."""
+"""The torchmetrics in one process; see tests/system/test_measured.py for several ranks."""
 
 import pytest
 import torch

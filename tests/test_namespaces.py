@@ -1,4 +1,4 @@
-"""Packages that only we have imported are hidden, and come back whole, to whoever imports them or something in them."""
+"""Packages that only we have imported are hidden, and restored as soon as anything in them is imported."""
 
 import json
 import subprocess
@@ -13,14 +13,14 @@ pytestmark = pytest.mark.launch
 
 
 def run(program):
-    """What a program prints, as JSON, in a process of its own."""
+    """Run a program in another process and return the JSON that it prints."""
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
 
-def test_what_nobody_has_imported_is_hidden():
+def test_packages_that_only_we_import_are_hidden():
     roots = run("""
     import sys, json
     import lightning_gr
@@ -29,7 +29,7 @@ def test_what_nobody_has_imported_is_hidden():
     assert roots == []
 
 
-def test_what_the_user_has_imported_stays():
+def test_packages_imported_by_the_user_stay():
     found = run("""
     import sys, json
     import lightning.pytorch as pl
@@ -54,7 +54,7 @@ def test_what_the_user_has_imported_stays():
         "import importlib; Callback = importlib.import_module('lightning.pytorch.callbacks').Callback",
     ],
 )
-def test_any_import_finds_the_classes_that_ours_inherit_from(statement):
+def test_any_import_finds_the_base_classes_of_ours(statement):
     found = run(f"""
     import json, sys
     import lightning_gr
@@ -66,7 +66,7 @@ def test_any_import_finds_the_classes_that_ours_inherit_from(statement):
     assert found == [True, "SourceFileLoader", "SourceFileLoader"]
 
 
-def test_whether_it_is_installed_can_be_asked_and_does_not_count_as_an_import():
+def test_find_spec_works_and_does_not_count_as_an_import():
     found = run("""
     import importlib.util, json, sys
     import lightning_gr
@@ -76,7 +76,7 @@ def test_whether_it_is_installed_can_be_asked_and_does_not_count_as_an_import():
     assert found == [True, False]
 
 
-def test_all_of_them_are_back_and_the_finder_is_gone():
+def test_all_packages_are_restored_and_the_finder_is_removed():
     found = run("""
     import json, sys
     import lightning_gr
@@ -88,7 +88,7 @@ def test_all_of_them_are_back_and_the_finder_is_gone():
     assert found == [0, True, True, True]
 
 
-def test_an_error_of_ours_is_one_of_each_namespace():
+def test_our_error_is_a_subclass_of_those_of_each_namespace():
     found = run("""
     import json
     from lightning_gr._compat import MisconfigurationException as Ours
@@ -99,7 +99,7 @@ def test_an_error_of_ours_is_one_of_each_namespace():
     assert found == [True, True]
 
 
-def test_filters_that_were_put_in_front():
+def test_warning_filters_that_were_added_in_front():
     assert _added([1, 2, 3], [2, 3]) == [1]
     assert _added([3, 1, 2], [1, 2, 3]) == [3]
     assert _added([1, 2], [1, 2]) == []

@@ -1,4 +1,4 @@
-"""What `repr` says of a callback."""
+"""The `repr` of callbacks."""
 
 import pickle
 
@@ -39,7 +39,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("callback", "said"), CASES, ids=[said for _, said in CASES])
-def test_repr_is_what_one_would_type(callback, said):
+def test_repr_is_the_code_to_create_the_callback(callback, said):
     assert repr(callback) == str(callback) == said
     assert repr(eval(said, NAMES)) == said
     assert repr(pickle.loads(pickle.dumps(callback))) == said
@@ -61,6 +61,6 @@ def test_subclasses():
     assert repr(Forgets(1)) == "Forgets()"
 
 
-def test_one_whose_constructor_has_raised():
+def test_a_callback_whose_constructor_raised():
     half = SAM.__new__(SAM)
     assert repr(half) == "SAM()"

@@ -1,4 +1,4 @@
-"""Checks of single arguments. What the callbacks say of theirs is tested in ``callbacks/test_checks.py``."""
+"""Checks of single arguments; ``callbacks/test_checks.py`` tests those of the callbacks."""
 
 import re
 
@@ -28,7 +28,7 @@ def test_zero_is_not_positive(zero):
     refuses("a positive float", check_number, zero, positive=True)
 
 
-def test_numbers_that_are_taken():
+def test_valid_numbers():
     for value in (1, 1e-300, 1.5, 10**300):
         check_number("x", value, positive=True)
 

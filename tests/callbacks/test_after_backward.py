@@ -1,4 +1,4 @@
-"""Which hooks count, and when they run again. What becomes of gradients is in contract/test_written_gradients.py."""
+"""Which hooks count, and when they run again. For the gradients, see contract/test_written_gradients.py."""
 
 import lightning.pytorch
 import pytest
@@ -37,11 +37,11 @@ def look(module):
 
 class Mine(SAM):
     def on_after_backward(self, trainer, pl_module):
-        """A hook that a subclass of ours adds is none of those."""
+        """Hooks of our callbacks and their subclasses do not count."""
 
 
 def run(*callbacks, module=None, thorough=True):
-    """Backward pass, hooks, backward pass, hooks; returns the observer."""
+    """Run the hooks after a first and after a second backward pass; return the observer."""
     module = TinyModule() if module is None else module
     trainer = make_trainer(*callbacks)
     hooks = AfterBackward(trainer, module, lambda: list(module.parameters()))
@@ -68,11 +68,11 @@ def test_a_hook_runs_again_if_it_changes_gradients(change, expected):
     assert callback.calls == 1 + expected
 
 
-def test_a_write_through_data_is_seen_by_a_thorough_look():
+def test_a_write_through_data_is_only_detected_by_a_thorough_check():
     assert not run(Hooked(halve_data), thorough=False).change_gradients
 
 
-def test_the_hook_of_a_module_and_one_that_is_put_on_an_instance():
+def test_hooks_of_modules_and_hooks_set_on_an_instance_count():
     class Own(TinyModule):
         def on_after_backward(self):
             halve(self)
@@ -83,7 +83,7 @@ def test_the_hook_of_a_module_and_one_that_is_put_on_an_instance():
     assert run(module=module).change_gradients
 
 
-def test_lightning_s_own_hooks_and_ours_do_not_count():
+def test_hooks_of_lightning_and_of_our_callbacks_do_not_count():
     callbacks = [pl.Callback(), lightning.pytorch.Callback(), SAM(), pl.callbacks.ModelSummary()]
     assert callbacks_with_hook(make_trainer(*callbacks[:1], *callbacks[2:])) == []
     by_lambda = pl.callbacks.LambdaCallback(on_after_backward=lambda trainer, module: halve(module))

@@ -38,12 +38,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_gr import SAM, Flooding, GradientRegularization, regularized_backward
 from lightning_gr.callbacks.base import TwoPass
 
-LEVEL = 1.09  # among the losses, see test_two_pass
+LEVEL = 1.09  # lies between the losses, see core/test_two_pass.py
 EPOCHS = 3
 
 
 def by_hand(method, windows, optimizer=None, *, net=None, strength=lambda step: 1.0, parts=1, level=None):
-    """What ``method`` makes of a network in one step per window of micro-batches; strength None is a plain step."""
+    """Train with ``method``, one step per window of micro-batches; steps with strength None are plain."""
     net = mlp() if net is None else net
     losses = [reference.loss_of(net, cross_entropy, window, parts, level) for window in windows]
 
@@ -55,7 +55,7 @@ def by_hand(method, windows, optimizer=None, *, net=None, strength=lambda step: 
 
 
 def windows_of(size, batches, epochs):
-    """The accumulation windows of several epochs, the last one of an epoch being cut short."""
+    """Return the accumulation windows of several epochs; the last one of each epoch may be shorter."""
     return [batches[i : i + size] for _ in range(epochs) for i in range(0, len(batches), size)]
 
 
@@ -72,7 +72,7 @@ def loop(module, method, batches, epochs=1):
     return weights(module.net)
 
 
-# --- every row of the table
+# --- every method
 
 
 @pytest.mark.parametrize("level", [None, LEVEL])
@@ -123,17 +123,17 @@ def test_schedule(name, schedule, strengths):
     assert_near(weights(module.net), by_hand(METHODS[name], windows, strength=strengths.__getitem__))
 
 
-def test_the_first_step_of_a_warm_up_and_steps_outside_the_schedule_are_not_run_twice():
+def test_no_second_pass_at_strength_zero_and_outside_the_schedule():
     calls = outside.Record()
     counted = TinyModule(loss=lambda net, batch: calls.append(1) or cross_entropy(net, batch))
     fit(counted, GradientRegularization(0.1, start_step=3, warmup_steps=2, interval=2), max_epochs=EPOCHS)
-    assert len(calls) == 9 + 2  # steps 5 and 7, for at step 3 the strength is 0
+    assert len(calls) == 9 + 2  # at steps 5 and 7, since the strength is 0 at step 3
 
 
 @pytest.mark.parametrize(
     "callback", [GradientRegularization(0.0), SAM(0.0), SAM(0.1, start_step=100), SAM(0.1, warmup_steps=2, interval=50)]
 )
-def test_nothing_to_do_is_training_without_the_callback_bit_for_bit(callback):
+def test_without_second_passes_training_is_bit_identical(callback):
     plain, module = TinyModule(optimizer=adam), TinyModule(optimizer=adam)
     fit(plain, max_epochs=EPOCHS)
     fit(module, callback, max_epochs=EPOCHS)
@@ -164,7 +164,7 @@ def test_should_regularize_can_be_overridden_and_is_asked_once_per_optimizer_ste
 
 
 class CleanGradients(pl.Callback):
-    """Keeps the gradients of the first pass; to be listed first."""
+    """Keeps the gradients of the first pass; must come before other callbacks."""
 
     def __init__(self):
         self.seen = []
@@ -229,7 +229,7 @@ def test_accumulation_that_changes_between_epochs():
     assert_near(weights(module.net), expected)
 
 
-# --- what training steps return and take
+# --- arguments and results of training steps
 
 
 class ReturnsDict(TinyModule):
@@ -243,7 +243,7 @@ class WithoutBatchIdx(TinyModule):
 
 
 class Pops(TinyModule):
-    """Takes its dictionary apart."""
+    """Empties the dictionary that it gets as its batch."""
 
     def training_step(self, batch, batch_idx):
         return self.loss(self.net, (batch["inner"].pop("x"), batch.pop("y")))
@@ -270,7 +270,7 @@ class Record:
 
 @pytest.mark.parametrize("kind", [Pair, Record, UserDict])
 @pytest.mark.parametrize("name", SOME)
-def test_kinds_of_batches(name, kind):
+def test_types_of_batches(name, kind):
     def loss(net, batch):
         return cross_entropy(net, (batch["x"], batch["y"]) if kind is UserDict else batch)
 
@@ -282,17 +282,17 @@ def test_kinds_of_batches(name, kind):
 
 @pytest.mark.parametrize("kind", [ReturnsDict, WithoutBatchIdx, Pops, Kwargs])
 @pytest.mark.parametrize("name", SOME)
-def test_shapes_of_training_steps(name, kind):
+def test_forms_of_training_steps(name, kind):
     module, loader = kind(), make_loader()
     if kind is Pops:
-        # new dictionaries in each epoch, for these are emptied
+        # the step empties its batches, so each epoch needs new ones
         loader = DataLoader([{"inner": {"x": x}, "y": y} for x, y in make_batches() * EPOCHS], batch_size=None)
     fit(module, METHODS[name].callback(), loader=loader, max_epochs=1 if kind is Pops else EPOCHS)
     assert_near(weights(module.net), by_hand(METHODS[name], windows_of(1, make_batches(), EPOCHS)))
 
 
 class Holder:
-    """A batch that is no container, as those of graph libraries."""
+    """A batch that is not a container, as in graph libraries."""
 
     def __init__(self, x, y):
         self.x, self.y = x, y
@@ -334,7 +334,7 @@ def test_batches_without_a_loss_are_skipped(name, skipped):
 @pytest.mark.filterwarnings("ignore:.*returned `None`")
 @pytest.mark.parametrize("skipped", [(1,), (2,), (0, 5)], ids=["middle", "end", "ends"])
 @pytest.mark.parametrize("name", SOME)
-def test_windows_lose_the_batches_without_a_loss(name, skipped):
+def test_batches_without_a_loss_are_left_out_of_their_window(name, skipped):
     module = SometimesNone()
     module.skipped = skipped
     fit(module, METHODS[name].callback(), loader=make_loader(48), max_epochs=2, accumulate_grad_batches=3)
@@ -347,7 +347,7 @@ def test_windows_lose_the_batches_without_a_loss(name, skipped):
 
 
 class Stream(IterableDataset):
-    """Has no length."""
+    """A dataset without a length."""
 
     def __iter__(self):
         x, y = make_data(40)
@@ -390,7 +390,7 @@ def test_a_second_fit_continues_from_the_first():
         nn.utils.parameters_to_vector(by_hand(method, windows).values()), between.parameters()
     )
     assert_near(weights(module.net), by_hand(method, windows * 2, net=between))
-    # and the same Trainer goes on, with a new optimizer again
+    # the same Trainer can continue as well, also with a new optimizer
     before = copy.deepcopy(module.net)
     trainer.fit_loop.max_epochs = 3
     trainer.fit(module, make_loader())
@@ -415,7 +415,7 @@ def test_clipping_sees_the_final_gradient():
 
     def clipped(step, loss, theta):
         g = method.gradient(loss, theta)
-        factor = min(1.0, 0.05 / (reference.norm(g) + 1e-6))  # as torch's clip_grad_norm_ adds 1e-6
+        factor = min(1.0, 0.05 / (reference.norm(g) + 1e-6))  # like torch's clip_grad_norm_, which adds 1e-6
         return {name: factor * value for name, value in g.items()}
 
     assert_near(weights(module.net), reference.train(mlp(), losses, reference.SGD(), clipped))
@@ -468,7 +468,7 @@ def test_other_optimizers_equal_a_plain_loop_bit_for_bit(name, optimizer):
 
 
 class Counts(nn.Module):
-    """Depends on how often it was called."""
+    """A network whose output depends on the number of calls."""
 
     def __init__(self):
         super().__init__()
@@ -481,7 +481,7 @@ class Counts(nn.Module):
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_each_evaluation_of_lbfgs_has_a_second_pass_of_its_own(name):
+def test_each_evaluation_of_lbfgs_has_its_own_second_pass(name):
     modules = [TinyModule(Counts(), optimizer=lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3)) for _ in range(2)]
     fit(modules[0], METHODS[name].callback())
     assert_same(weights(modules[0].net), loop(modules[1], METHODS[name], make_batches()))
@@ -508,7 +508,7 @@ class Unused(nn.Module):
 
 
 class Tied(nn.Module):
-    """Uses one matrix twice."""
+    """A network that uses one weight matrix twice."""
 
     def __init__(self):
         super().__init__()
@@ -587,18 +587,18 @@ def test_parameters_outside_the_optimizer_are_not_perturbed(name):
     assert_near({n: weights(module.net)[n] for n in expected}, expected)
 
 
-# --- the life of a callback
+# --- lifetime of a callback
 
 
 def test_fit_leaves_nothing_behind():
     callback, module = SAM(0.2), TinyModule()
     trainer = fit(module, callback)
     assert "training_step" not in vars(trainer.strategy)
-    assert vars(callback).keys() - {"log", "log_dict"} == vars(SAM(0.2)).keys()  # these two are Lightning's
+    assert vars(callback).keys() - {"log", "log_dict"} == vars(SAM(0.2)).keys()  # set by Lightning
     assert len(callback._runs) == 0
 
 
-def test_an_exception_in_the_second_pass_leaves_the_weights_and_nothing_behind():
+def test_an_exception_in_the_second_pass_restores_the_weights_and_leaves_nothing_behind():
     calls, callback = outside.Counter(), SAM(0.5)
 
     def fails(net, batch):
@@ -630,7 +630,7 @@ def test_callbacks_can_be_copied_while_they_run(clone):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_arguments_are_those_of_the_rule(name):
+def test_the_rule_of_each_callback(name):
     callback = METHODS[name].callback()
     assert isinstance(callback, TwoPass)
     assert callback.rule == METHODS[name].rule

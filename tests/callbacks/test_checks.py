@@ -1,4 +1,4 @@
-"""What is refused: in one line, saying what was given and the way out, and before training starts."""
+"""Errors: one line that says what was given and what to do, raised before training starts."""
 
 import re
 
@@ -122,11 +122,11 @@ def test_integers_are_numbers():
     assert Flooding(1).level == 1.0
 
 
-# --- the context: at the start of fit
+# --- context: at the start of fit
 
 
 def refused(module, *callbacks, error=MisconfigurationException, loader=None, **kwargs):
-    """The message that training is refused with, before the first training step."""
+    """Check that training is refused before the first training step, and return the message."""
     started = []
     original = module.training_step
     module.on_train_batch_start = lambda batch, batch_idx: started.append(batch_idx)
@@ -142,7 +142,7 @@ def refused(module, *callbacks, error=MisconfigurationException, loader=None, **
 
 
 class MySAM(SAM):
-    """A user's own."""
+    """A custom subclass."""
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_two_methods(callbacks, names):
 
 @pytest.mark.parametrize("kind", [SAM, GradientRegularization])
 def test_the_same_method_twice_is_refused_by_lightning_itself(kind):
-    """In the constructor: both would have the same place in a checkpoint."""
+    """The Trainer's constructor raises, since both callbacks would have the same key in a checkpoint."""
     with pytest.raises(RuntimeError, match=f"more than one stateful callback of type `{kind.__name__}`"):
         make_trainer(kind(), kind())
 
@@ -245,7 +245,7 @@ def test_sparse_embeddings(kind):
 
 
 @pytest.mark.parametrize("scheme", ["forward", "central", "exact"])
-def test_the_way_out_for_sparse_embeddings_works(scheme):
+def test_the_suggested_solution_for_sparse_embeddings_works(scheme):
     trained = []
     for sparse in (False, True):
         torch.manual_seed(0)
@@ -260,7 +260,7 @@ REFUSED_STRATEGIES = [DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy]
 
 
 def with_strategy(monkeypatch, strategy, *callbacks):
-    """A Trainer that has this strategy, whose own requirements need not be installed."""
+    """Create a Trainer with this strategy, even if the strategy's requirements are not installed."""
     trainer = make_trainer(*callbacks)
     monkeypatch.setattr(trainer._accelerator_connector, "strategy", strategy.__new__(strategy))
     assert type(trainer.strategy) is strategy
@@ -270,7 +270,7 @@ def with_strategy(monkeypatch, strategy, *callbacks):
 @pytest.mark.parametrize("callback", [SAM, GradientRegularization])
 @pytest.mark.parametrize("strategy", REFUSED_STRATEGIES)
 def test_strategies_that_cannot_work(monkeypatch, strategy, callback):
-    # the real classes, for a look at the bases must not take XLAStrategy, a DDPStrategy, for one that is known to work
+    # uses the real classes: XLAStrategy is a subclass of DDPStrategy, but must not be accepted as one
     method = callback()
     trainer = with_strategy(monkeypatch, strategy, method)
     with pytest.raises(MisconfigurationException) as caught:
@@ -282,7 +282,7 @@ def test_strategies_that_cannot_work(monkeypatch, strategy, callback):
 
 
 class MyStrategy(SingleDeviceStrategy):
-    """A user's own."""
+    """A custom subclass."""
 
 
 @pytest.mark.parametrize("strategy", [SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, MyStrategy])
@@ -292,13 +292,13 @@ def test_strategies_that_work(monkeypatch, strategy):
 
 
 def test_a_strategy_is_refused_by_fit():
-    stub = type("SingleDeviceXLAStrategy", (SingleDeviceStrategy,), {})  # with the bases of the real one
+    stub = type("SingleDeviceXLAStrategy", (SingleDeviceStrategy,), {})  # the real one's name and base class
     message = refused(TinyModule(), SAM(), strategy=stub(device=torch.device("cpu")))
     assert "does not work with SingleDeviceXLAStrategy" in message
 
 
 @pytest.mark.parametrize("callback", [SAM(exclude=["unknown"]), Flooding(0.1)])
-def test_nothing_is_checked_where_nothing_is_trained(callback):
+def test_nothing_is_checked_without_training(callback):
     class Validates(Manual):
         def validation_step(self, batch, batch_idx):
             self.log("loss", self.loss(self.net, batch))
@@ -339,7 +339,7 @@ def test_a_batch_that_is_changed_in_place(scheme, accumulate):
     assert_same(weights(module.net), weights(mlp()))
 
 
-def test_a_tensor_inside_an_object_that_is_changed_in_place():
+def test_a_tensor_in_an_attribute_of_a_batch_that_is_changed_in_place():
     class Holder:
         def __init__(self, x, y):
             self.x, self.y = x, y
@@ -350,7 +350,7 @@ def test_a_tensor_inside_an_object_that_is_changed_in_place():
         fit(module, SAM(), loader=loader)
 
 
-def test_a_batch_may_be_changed_in_place_where_it_is_used_once():
+def test_a_batch_may_be_changed_in_place_without_a_second_pass():
     modules = [TinyModule(loss=writes_in_place) for _ in range(2)]
     fit(modules[0], Flooding(0.1), SAM(start_step=100))
     fit(modules[1], Flooding(0.1))
@@ -359,7 +359,7 @@ def test_a_batch_may_be_changed_in_place_where_it_is_used_once():
 
 @pytest.mark.parametrize("name", FIRST_ORDER)
 def test_a_second_pass_without_a_loss_leaves_the_clean_gradient(name):
-    """As of a training step that returns None where its loss is not finite, which may be at displaced weights only."""
+    """Such as when a step returns None for a loss that is not finite, which may happen at displaced weights only."""
 
     class Clean(TinyModule):
         def training_step(self, batch, batch_idx):
@@ -373,7 +373,7 @@ def test_a_second_pass_without_a_loss_leaves_the_clean_gradient(name):
     callback = METHODS[name].callback()
     with pytest.warns(UserWarning, match="returned None in a second pass") as caught:
         fit(module, callback)
-    assert sum("second pass" in str(warning.message) for warning in caught) == 1  # and not once for each step
+    assert sum("second pass" in str(warning.message) for warning in caught) == 1  # instead of once per step
     assert len(starts) == 3
     fit(plain)
     assert_near(weights(module.net), weights(plain.net), 1e-14)

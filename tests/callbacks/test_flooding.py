@@ -1,4 +1,4 @@
-"""The callback that floods the loss: the explicit formula, beside other callbacks, and the share that it logs."""
+"""The callback that floods the loss: against the explicit formula, with other callbacks, and what it logs."""
 
 import csv
 
@@ -8,7 +8,7 @@ from modules import METHODS, SOME, Manual, TinyModule, assert_same, cross_entrop
 
 from lightning_gr import SAM, Flooding, flood
 
-LEVEL = 1.09  # among the losses, see test_two_pass
+LEVEL = 1.09  # lies between the losses, see core/test_two_pass.py
 EPOCHS = 3
 EVERY = {"log_every_n_steps": 1}
 
@@ -24,7 +24,7 @@ def rows(folder):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_flooding_alone_is_the_explicit_formula_bit_for_bit(accumulate):
+def test_flooding_alone_equals_the_explicit_formula_bit_for_bit(accumulate):
     flooded = TinyModule(loss=lambda net, batch: flood(cross_entropy(net, batch), LEVEL))
     hooked = TinyModule()
     fit(flooded, max_epochs=EPOCHS, accumulate_grad_batches=accumulate)
@@ -40,7 +40,7 @@ def test_the_order_of_the_callbacks_does_not_matter(name):
     assert_same(weights(first.net), weights(last.net))
 
 
-def test_flooding_costs_no_second_pass_and_logs_the_loss_itself():
+def test_flooding_needs_no_second_pass_and_logs_the_original_loss():
     calls = []
 
     class Logging(TinyModule):
@@ -59,7 +59,7 @@ def test_flooding_costs_no_second_pass_and_logs_the_loss_itself():
 
 
 def test_share_of_flooded_losses(tmp_path):
-    """Since the last time that it was logged; of first passes only."""
+    """The share since it was last logged, over first passes only."""
     losses = []
 
     class Notes(TinyModule):

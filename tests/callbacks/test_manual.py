@@ -1,4 +1,4 @@
-"""The mixin's state between calls: per Trainer and optimizer, and never copied with the module."""
+"""The state of the mixin between calls: kept per Trainer and optimizer, and never copied with the module."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ from lightning_gr.callbacks.manual import ManualRun
 
 
 class Looks(Manual):
-    """Keeps the runs that its steps see."""
+    """Collects the run that each step gets."""
 
     def training_step(self, batch, batch_idx):
         super().training_step(batch, batch_idx)
@@ -25,7 +25,7 @@ RUNS = []
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_one_for_the_whole_training_with_a_copy_of_the_weights_for_each_optimizer(groups):
+def test_one_run_per_fit_with_a_weight_storage_per_optimizer(groups):
     RUNS.clear()
     module = Looks()
     module.groups = groups
@@ -43,7 +43,7 @@ def test_a_copy_is_empty(clone):
     assert vars(clone(RUNS[0])) == vars(ManualRun())
 
 
-def test_another_trainer_has_its_own_methods():
+def test_each_trainer_has_its_own_methods():
     module, expected = Manual(), Manual()
     fit(module, SAM(0.3))
     fit(module)
@@ -73,7 +73,7 @@ def test_the_optimizer_may_be_wrapped_or_not():
 SEEN = []
 
 
-def test_a_scaler_is_taken_out_of_the_gradients_and_put_back():
+def test_gradients_are_unscaled_and_scaled_again():
     class Unscales(Manual):
         def training_step(self, batch, batch_idx):
             run, optimizer = ManualRun.of(self, "here"), self.optimizers()
@@ -91,7 +91,7 @@ def test_a_scaler_is_taken_out_of_the_gradients_and_put_back():
     assert SEEN == [[1.0]] * 3
 
 
-def test_needs_manual_optimization_and_a_trainer_that_trains():
+def test_requires_manual_optimization_and_a_training_trainer():
     with pytest.raises(MisconfigurationException, match="`f` needs manual optimization"):
         ManualRun.of(TinyModule(), "f")
     with pytest.raises(MisconfigurationException, match="`f` only works in `training_step`"):

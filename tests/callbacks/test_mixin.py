@@ -1,4 +1,4 @@
-"""Manual optimization with the mixin equals automatic optimization with the callback, and the reference."""
+"""Manual optimization with the mixin equals automatic optimization with the callback and a reference implementation."""
 
 import copy
 import pickle
@@ -34,7 +34,7 @@ each_method = pytest.mark.parametrize("name", METHODS)
 
 
 class Manual(GradientRegularizationMixin, TinyModule):
-    """TinyModule by hand; ``options`` are those of the step."""
+    """TinyModule with manual optimization; ``options`` are passed to ``regularized_step``."""
 
     def __init__(self, *args, **options):
         super().__init__(*args)
@@ -87,7 +87,7 @@ def test_without_a_callback_it_is_plain_training():
     assert_same(manual.net.state_dict(), plain.net.state_dict())
 
 
-def test_the_loss_is_the_clean_one():
+def test_returns_the_clean_loss():
     module, plain = Manual(), []
     net = mlp()
     fit(module, SAM(0.5), Flooding(5.0))
@@ -99,7 +99,7 @@ def test_the_loss_is_the_clean_one():
 @pytest.mark.parametrize("accumulation", ["one call", "several calls"])
 @pytest.mark.parametrize("name", SOME)
 def test_micro_batches_are_one_large_batch(name, accumulation):
-    """A sequence of closures, and several calls for the sum of their separate effects."""
+    """With a list of closures; several calls instead add up their separate gradients."""
 
     class Accumulates(Manual):
         def training_step(self, batch, batch_idx):
@@ -126,7 +126,7 @@ def test_micro_batches_are_one_large_batch(name, accumulation):
     assert_near(weights(module.net), reference.train(mlp(), windows, reference.SGD(), by_parts))
 
 
-def test_several_calls_sum_up_at_the_same_direction():
+def test_several_calls_add_up_along_the_same_direction():
     """Each call uses the direction of its own loss, regardless of what is in ``.grad``."""
     module, seen = Manual(), []
 
@@ -144,7 +144,7 @@ def test_several_calls_sum_up_at_the_same_direction():
 # --- several optimizers
 
 
-PASSES = {}  # not in the module: what it notes in a second pass would be undone
+PASSES = {}  # not in the module, where records of a second pass would be undone
 
 
 class GAN(GradientRegularizationMixin, pl.LightningModule):
@@ -182,7 +182,7 @@ class GAN(GradientRegularizationMixin, pl.LightningModule):
 
 
 def gan_by_hand(regularize_generator):
-    """Two players with the functional float64 reference."""
+    """Train both players by hand in float64."""
     module = GAN()
     optimizers = module.configure_optimizers()
     for x, _ in make_batches():
@@ -226,7 +226,7 @@ def test_a_schedule_counts_the_steps_of_each_optimizer():
     assert PASSES["d"] == PASSES["g"] == [False, False, True] * 3
 
 
-def test_a_schedule_goes_on_after_a_resume(tmp_path):
+def test_a_schedule_continues_after_resuming(tmp_path):
     trainer = make_trainer(SAM(0.2, start_step=1, interval=2))
     trainer.fit(GAN(), make_loader())
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
@@ -237,7 +237,7 @@ def test_a_schedule_goes_on_after_a_resume(tmp_path):
     assert PASSES["d"] == [False, True, False, False, True]
 
 
-def test_rule_and_level_of_one_call():
+def test_rule_and_level_of_a_single_call():
     module, expected = Manual(rule=SAMRule(0.2), level=0.0), Manual()
     fit(module, GradientRegularization(0.1, 0.1), Flooding(9.0), max_epochs=2)
     fit(expected, SAM(0.2), max_epochs=2)
@@ -253,7 +253,7 @@ def test_excluded_parameters_keep_the_clean_gradient():
 
 @each_method
 def test_some_parameters_of_an_optimizer(name):
-    """The others keep the clean gradient, as those that are excluded do."""
+    """The other parameters keep the clean gradient, as if they were excluded."""
 
     class Backbone(Manual):
         def training_step(self, batch, batch_idx):
@@ -282,14 +282,14 @@ def clipped(kind, precision="64-true", **options):
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
-def test_clipping_equals_that_of_the_trainer(precision, algorithm):
+def test_clipping_equals_clipping_by_the_trainer(precision, algorithm):
     options = {"gradient_clip_val": 0.02, "gradient_clip_algorithm": algorithm}
     assert_same(clipped("manual", precision, **options), clipped("automatic", precision, **options))
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_clipping_under_a_gradient_scaler(algorithm):
-    """In the unit of the loss: as without the scaler, and the step of the scaler is as ever."""
+    """The threshold applies to unscaled gradients, so the result is the same as with a scale of 1."""
     options = {"gradient_clip_val": 0.02, "gradient_clip_algorithm": algorithm}
     ends = []
     for scale in (1.0, 2.0**12):
@@ -315,7 +315,7 @@ def test_compiled_equals_uncompiled(name):
 
 @pytest.mark.parametrize("bad_pass", [False, True])
 def test_overflow_under_a_gradient_scaler_skips_the_step(bad_pass):
-    """In either pass: the scale falls, the weights stay finite."""
+    """An overflow in either pass lowers the scale, and the weights stay finite."""
     seen = Record()
 
     def loss(net, batch):
@@ -331,7 +331,7 @@ def test_overflow_under_a_gradient_scaler_skips_the_step(bad_pass):
     assert all(p.isfinite().all() for p in module.net.parameters())
 
 
-# --- errors, and what leaves no trace
+# --- errors, hooks and copies
 
 
 def test_an_error_leaves_clean_weights():
@@ -348,7 +348,7 @@ def test_an_error_leaves_clean_weights():
     assert_same(weights(module.net), weights(mlp()))
 
 
-def test_hooks_fire_and_logs_are_taken_once():
+def test_hooks_run_and_values_are_logged_once():
     class Logs(Manual):
         def training_step(self, batch, batch_idx):
             def loss_fn():

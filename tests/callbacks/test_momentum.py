@@ -1,4 +1,4 @@
-"""Momentum-SAM in a Trainer: moved in the forward and the backward pass, and at no other moment."""
+"""Momentum-SAM in a Trainer: weights are moved in the forward and the backward pass only."""
 
 import pytest
 import pytorch_lightning as pl
@@ -18,7 +18,7 @@ HOOKS = [
 
 
 class Watched(TinyModule):
-    """Notes the weights wherever it can."""
+    """Records the weights in the forward and the backward pass."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -37,7 +37,7 @@ class Validated(Watched):
 
 
 class Clean(pl.Callback):
-    """In each hook the weights are those after the last optimizer step."""
+    """Checks that in each hook the weights are those after the last optimizer step."""
 
     def __init__(self, net):
         self.net, self.seen, self.expected = net, [], None
@@ -60,7 +60,7 @@ for hook in HOOKS:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_moved_in_the_passes_only(size, tmp_path):
+def test_weights_are_only_moved_in_the_passes(size, tmp_path):
     module = Validated()
     looks = Clean(module.net)
     trainer = pl.Trainer(
@@ -74,8 +74,8 @@ def test_moved_in_the_passes_only(size, tmp_path):
         assert_same(inside, back)
 
 
-def test_how_far_and_where_to():
-    """By the radius, along the step that was just taken."""
+def test_distance_and_direction():
+    """Weights are moved by the radius, along the last optimizer step."""
     module, starts = Watched(), []
 
     class Starts(pl.Callback):
@@ -92,7 +92,7 @@ def test_how_far_and_where_to():
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "before_backward"])
-def test_weights_are_back_after_an_error(where):
+def test_weights_are_restored_after_an_error(where):
     class Fails(Watched):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
@@ -121,7 +121,7 @@ def test_weights_are_back_after_an_error(where):
 
 @pytest.mark.parametrize("metrics", ["default", "all"])
 @pytest.mark.parametrize("manual", [False, True])
-def test_a_checkpoint_that_a_step_saves_holds_the_weights_themselves(manual, metrics, tmp_path):
+def test_a_checkpoint_saved_in_a_step_contains_the_clean_weights(manual, metrics, tmp_path):
     class Saves(Manual if manual else Watched):
         parts = 1
 
@@ -153,7 +153,7 @@ def test_a_checkpoint_that_a_step_saves_holds_the_weights_themselves(manual, met
 
 
 class NoMomentum(torch.optim.LBFGS):
-    """A first-order optimizer of which it cannot be found out beforehand."""
+    """An optimizer for which it cannot be determined in advance whether it has a momentum."""
 
     def step(self, closure=None):
         if closure is None:
@@ -180,7 +180,7 @@ def test_an_optimizer_without_momentum_is_refused(optimizer, name):
     assert len(module.forward_weights) == (name == "NoMomentum")
 
 
-def test_beside_sam_it_is_refused():
+def test_sam_in_addition_is_refused():
     with pytest.raises(MisconfigurationException, match="at most one method besides flooding"):
         fit(TinyModule(), MomentumSAM(RHO), SAM(0.1))
 
@@ -233,7 +233,7 @@ class Logged(pl.Callback):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_metrics(size, monkeypatch):
-    """The norm of the gradient that the optimizer gets, and L(ahead) − L(θ)."""
+    """The gradient norm is that of the optimizer's gradient, and the sharpness is L(ahead) − L(θ)."""
     module, logged, clean = Watched(), Logged(), []
 
     class Losses(pl.Callback):
@@ -252,10 +252,10 @@ def test_metrics(size, monkeypatch):
     assert abs(row["gr/sharpness"]) > 1e-4
     norm = torch.cat([g.flatten() for g in module.gradients[-1].values()]).norm()
     assert row["gr/grad_norm"] == pytest.approx(float(norm), rel=1e-5)
-    assert len(module.forward_weights) == 6  # the pass for the clean loss leaves no trace
+    assert len(module.forward_weights) == 6  # records of the pass for the clean loss are undone
 
 
-def test_no_further_pass_by_default():
+def test_no_additional_pass_by_default():
     module, logged = Watched(), Logged()
     fit(module, MomentumSAM(RHO), logged, log_every_n_steps=1)
     assert len(module.forward_weights) == 3
@@ -274,8 +274,8 @@ def test_manual_metrics():
     assert logged.rows[-1] == pytest.approx(expected.rows[-1])
 
 
-def test_another_rule_in_one_call():
-    """Without a callback, the mixin takes the rule itself."""
+def test_as_the_rule_of_a_single_call():
+    """Without a callback, the mixin accepts the rule itself."""
 
     class ByRule(GradientRegularizationMixin, TinyModule):
         def __init__(self):
@@ -302,7 +302,7 @@ class WithNorm(TinyModule):
 
 @pytest.mark.parametrize("update", [False, True])
 def test_statistics_of_batchnorm(update):
-    """Those of the moved weights, unless they are estimated again: then as by hand, and nothing else changes."""
+    """Statistics are those at the moved weights, unless they are recomputed at the end, which changes nothing else."""
     module, other = WithNorm(), WithNorm()
     fit(module, MomentumSAM(RHO, update_batchnorm=update), max_epochs=3)
     fit(other, MomentumSAM(RHO), max_epochs=3)
@@ -314,7 +314,7 @@ def test_statistics_of_batchnorm(update):
     assert module.net[1].momentum == 0.1
 
 
-def test_what_batchnorm_cannot_be_updated_with():
+def test_modules_and_batches_that_cannot_update_batchnorm():
     with pytest.raises(
         MisconfigurationException, match="runs the training data through `forward`, which TinyModule does"
     ):
@@ -341,8 +341,8 @@ def test_steps_without_a_loss():
         assert all(p.isfinite().all() for p in module.parameters())
 
 
-def test_adam_starts_as_without():
-    """Looking for a momentum puts nothing into the optimizer's state, which would break Adam."""
+def test_adam_starts_as_without_the_callback():
+    """Looking for a momentum must not create entries in the optimizer's state, which would break Adam."""
     module = TinyModule(mlp(), optimizer=torch.optim.Adam)
     fit(module, MomentumSAM(RHO), max_epochs=2)
     assert {len(state) for state in module.optimizers().state.values()} == {3}

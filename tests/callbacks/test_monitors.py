@@ -1,4 +1,4 @@
-"""Callbacks that only look: the right norm under scaling and clipping, the right sharpness, and no trace of either."""
+"""Callbacks that only monitor: correct norms under scaling and clipping, correct sharpness, and no side effects."""
 
 import pytest
 import pytorch_lightning as pl
@@ -36,7 +36,7 @@ def norm_of(grads):
 
 
 def first_norms(net):
-    """Of all and by layer, in the first batch."""
+    """Return the norm of the first batch's gradient, in total and by layer."""
     cross_entropy(net, make_batches()[0]).backward()
     own = gradients(net)
     layers = {i: norm_of(g for n, g in own.items() if n.startswith(i)) for i in "02"}
@@ -49,10 +49,10 @@ def test_norm_before_clipping():
     assert values(trainer) == pytest.approx(first_norms(mlp()), rel=1e-12)
 
 
-# Lightning refuses to clip what a fused optimizer gets
+# Lightning refuses to clip gradients of fused optimizers
 @pytest.mark.parametrize(("fused", "clip"), [(False, None), (False, 0.01), (True, None)])
 def test_norm_under_a_gradient_scaler(fused, clip):
-    """A fused optimizer gets gradients that are scaled still."""
+    """A fused optimizer gets gradients that are still scaled."""
     module = TinyModule(mlp(dtype=torch.float32), optimizer=lambda p: torch.optim.Adam(p, lr=1e-3, fused=fused))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     options = {"plugins": pl.plugins.MixedPrecision("16-mixed", "cpu", scaler), "gradient_clip_val": clip, **EVERY}
@@ -62,7 +62,7 @@ def test_norm_under_a_gradient_scaler(fused, clip):
     assert gradients_are_scaled(trainer.optimizers[0]) == fused
 
 
-def test_norm_by_hand_and_beside_a_method():
+def test_norm_in_manual_optimization_and_with_a_method():
     module = Manual()
     module.groups = 2
     found = values(fit(module, SAM(0.2), GradientNormMonitor(prefix="x/"), limit_train_batches=1, **EVERY))
@@ -76,7 +76,7 @@ def test_norm_by_hand_and_beside_a_method():
 
 
 @pytest.mark.parametrize("options", [{"barebones": True}, {"log_every_n_steps": 0}])
-def test_norm_is_not_measured_where_nothing_is_logged(options):
+def test_norm_is_not_measured_without_logging(options):
     default = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"))
     assert (
         values(fit(TinyModule(), GradientNormMonitor(), **default if "barebones" in options else {}, **options)) == {}
@@ -86,8 +86,8 @@ def test_norm_is_not_measured_where_nothing_is_logged(options):
 # --- sharpness
 
 
-class Shows(pl.Callback):
-    """What was logged after each epoch."""
+class EpochWeights(pl.Callback):
+    """Keeps the weights after each epoch."""
 
     def __init__(self):
         self.seen = []
@@ -97,11 +97,12 @@ class Shows(pl.Callback):
 
 
 def test_sharpness_is_that_of_the_dense_hessian():
-    module, monitor, shows = TinyModule(), SharpnessMonitor(every_n_epochs=2, tolerance=1e-5, samples=200), Shows()
-    trainer = fit(module, monitor, shows, max_epochs=5)
+    module, kept = TinyModule(), EpochWeights()
+    monitor = SharpnessMonitor(every_n_epochs=2, tolerance=1e-5, samples=200)
+    trainer = fit(module, monitor, kept, max_epochs=5)
     assert [epoch for epoch, _, _ in monitor.results] == [1, 3]
     net = mlp()
-    net.load_state_dict(shows.seen[3])
+    net.load_state_dict(kept.seen[3])
     hessian = dense_hessian(net, make_batches()[0])
     found = values(trainer)
     assert found["hessian/eigenvalue"] == pytest.approx(torch.linalg.eigvalsh(hessian)[-1].item(), rel=1e-6)
@@ -111,7 +112,7 @@ def test_sharpness_is_that_of_the_dense_hessian():
 
 
 class Stateful(TinyModule):
-    """Dropout, BatchNorm, counters, logs, and a batch that it takes apart."""
+    """Has Dropout, BatchNorm, counters and logs, and empties its batches."""
 
     def __init__(self):
         torch.manual_seed(0)
@@ -153,24 +154,24 @@ def test_measuring_leaves_no_trace(method):
         assert_same(plain, watched)
 
 
-def test_only_what_is_asked_for():
+def test_only_requested_quantities_are_measured():
     assert values(fit(TinyModule(), SharpnessMonitor(trace=False, prefix="h_"), **EVERY)).keys() == {"h_eigenvalue"}
     found = values(fit(TinyModule(), SharpnessMonitor(eigenvalue=False, samples=2)))
     assert found.keys() == {"hessian/trace", "hessian/trace_error"}
 
 
-def test_another_loss_by_hand():
-    class OfMine(SharpnessMonitor):
+def test_a_custom_loss_in_manual_optimization():
+    class CustomLoss(SharpnessMonitor):
         def loss(self, pl_module, batch):
             return cross_entropy(pl_module.net, batch)
 
-    found = values(fit(Manual(), OfMine(trace=False, tolerance=1e-6), max_epochs=1))
+    found = values(fit(Manual(), CustomLoss(trace=False, tolerance=1e-6), max_epochs=1))
     assert found["hessian/eigenvalue"] > 0
     with pytest.raises(MisconfigurationException, match=r"Manual uses manual .* override `SharpnessMonitor.loss"):
         fit(Manual(), SharpnessMonitor())
 
 
-def test_spread_parameters_are_refused():
+def test_sharded_parameters_are_refused():
     trainer = make_trainer(strategy=ModelParallelStrategy())
     with pytest.raises(MisconfigurationException, match=r"needs all parameters on each device.*strategy='ddp'"):
         SharpnessMonitor().setup(trainer, TinyModule(), "fit")

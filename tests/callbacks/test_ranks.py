@@ -1,4 +1,4 @@
-"""What ranks compare, in one process; what happens between them is in system/test_faults_between_ranks.py."""
+"""Comparisons between ranks, in a single process; system/test_faults_between_ranks.py uses two."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ from lightning_gr.rules import GSAMRule
         (Update("gradient", 1.0, (Probe(0.1, 0.0),)), 0),
     ],
 )
-def test_number_of_times_that_a_window_is_made_again(update, count):
+def test_number_of_additional_passes(update, count):
     assert passes_of(update) == count
 
 
@@ -47,7 +47,7 @@ class OwnRule(SAMRule):
 
 
 @pytest.mark.parametrize(("callback", "differs"), [(SAM(0.1), False), (Own(0.1), True), (TwoPass(OwnRule(0.1)), True)])
-def test_only_code_of_the_users_may_decide_differently(callback, differs):
+def test_only_custom_code_may_decide_differently_on_each_rank(callback, differs):
     assert may_differ(callback, TwoPass) is differs
 
 
@@ -79,7 +79,7 @@ def hooked(*states):
         (GSAMRule(), r"use `SAM`, or a hook without a state, such as `bf16_compress_hook`"),
     ],
 )
-def test_what_a_hook_that_feeds_back_would_bias_is_refused(rule, message):
+def test_methods_that_error_feedback_would_bias_are_refused(rule, message):
     with pytest.raises(MisconfigurationException, match=message):
         check_comm_hooks(hooked(Feedback()), rule.update(), local=False)
     with pytest.raises(MisconfigurationException, match=message):
@@ -104,7 +104,7 @@ def test_how_gradients_are_reduced(states, local, writes, expected):
     assert reduction(hooked(*states), local, writes) == expected
 
 
-def test_plain_tensors_are_whole_unless_a_group_shares_them():
+def test_plain_tensors_are_whole_without_a_sharding_group():
     trainer = make_trainer()
     with sharding(trainer, None):
         assert not plain_are_shards()

@@ -1,6 +1,6 @@
-"""What training steps do besides computing a loss: a second pass must neither do it twice nor undo it.
+"""Side effects of training steps: a second pass must neither repeat nor undo them.
 
-Most of these train with a learning rate of zero, beside a run without the callback, as in ``test_no_trace.py``.
+Most of these tests train with a learning rate of zero and compare with a run without the callback.
 """
 
 import copy
@@ -32,8 +32,8 @@ from lightning_gr.callbacks.recorder import surroundings_of
 from lightning_gr.replay.parameters import Parameters
 
 
-class Standing(TinyModule):
-    """Does not move, and keeps what ``seen`` says after each batch."""
+class ZeroLR(TinyModule):
+    """Trains with a learning rate of zero, and keeps the result of ``seen`` after each batch."""
 
     def __init__(self, net=None, optimizer=lambda params: torch.optim.SGD(params, lr=0.0)):
         super().__init__(net, optimizer=optimizer)
@@ -46,8 +46,8 @@ class Standing(TinyModule):
         self.after.append({name: value.detach().clone() for name, value in self.seen().items()})
 
 
-def assert_as_without(kind, name, **options):
-    """A run with the callback is seen to do what one without does."""
+def assert_same_as_without(kind, name, **options):
+    """Check that training has the same effects with the callback as without it."""
     runs = []
     for callbacks in ([], [METHODS[name].callback()]):
         torch.manual_seed(0)
@@ -59,7 +59,7 @@ def assert_as_without(kind, name, **options):
         assert_same(actual, expected)
 
 
-# --- tensors written to in place
+# --- tensors that are written to in place
 
 
 def lerp_(slow, fast):
@@ -70,8 +70,8 @@ def assign_data(slow, fast):
     slow.data = 0.9 * slow.data + 0.1 * fast.data
 
 
-class MomentumEncoder(Standing):
-    """Moves a frozen copy of its network towards it in the training step, as MoCo, BYOL and DINO do."""
+class MomentumEncoder(ZeroLR):
+    """Moves a frozen copy of its network towards the network in each step, as in MoCo, BYOL and DINO."""
 
     def __init__(self, update=lerp_):
         super().__init__()
@@ -95,10 +95,10 @@ STARTS = {}
 @pytest.mark.parametrize("name", SOME)
 def test_momentum_encoders_are_updated_once(name, update):
     STARTS.update({False: [], True: []})
-    assert_as_without(partial(MomentumEncoder, update), name)
+    assert_same_as_without(partial(MomentumEncoder, update), name)
     first, second = STARTS[False][len(STARTS[False]) // 2 :], STARTS[True]
     passes = len(second) // len(first)
-    # the very first step is where it is found out
+    # the writes are detected in the first step
     assert all(torch.equal(second[passes * i], first[i]) for i in range(1, len(first)))
 
 
@@ -114,11 +114,11 @@ class ByHand(GradientRegularizationMixin, MomentumEncoder):
 @pytest.mark.parametrize("name", SOME)
 def test_momentum_encoders_in_manual_optimization(name):
     STARTS.update({False: [], True: []})
-    assert_as_without(ByHand, name)
+    assert_same_as_without(ByHand, name)
 
 
-class Centered(Standing):
-    """Has a running mean that is no buffer."""
+class Centered(ZeroLR):
+    """Keeps a running mean that is not a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -135,10 +135,10 @@ class Centered(Standing):
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("name", SOME)
 def test_tensors_in_attributes_are_written_to_once(name, accumulate):
-    assert_as_without(Centered, name, accumulate_grad_batches=accumulate)
+    assert_same_as_without(Centered, name, accumulate_grad_batches=accumulate)
 
 
-class HalfFrozen(Standing):
+class HalfFrozen(ZeroLR):
     """Writes to a frozen layer, unfreezes it later and trains it."""
 
     def __init__(self):
@@ -167,8 +167,8 @@ def test_a_layer_that_is_unfrozen_later_is_perturbed_like_others():
     assert_near(weights(module.net), weights(net))
 
 
-class OldWeightNorm(Standing):
-    """Has a weight that a hook makes out of two parameters."""
+class OldWeightNorm(ZeroLR):
+    """Has a weight that a hook computes from two parameters."""
 
     def __init__(self):
         super().__init__(nn.Sequential(nn.utils.weight_norm(nn.Linear(5, 3)).double()))
@@ -180,13 +180,13 @@ class OldWeightNorm(Standing):
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 @pytest.mark.parametrize("name", SOME)
 def test_derived_weights_are_not_left_perturbed(name):
-    assert_as_without(OldWeightNorm, name)
+    assert_same_as_without(OldWeightNorm, name)
 
 
-# --- logs and lists, by other ways than usual
+# --- logs and lists in unusual ways
 
 
-class LogsByReference(Standing):
+class LogsByReference(ZeroLR):
     def __init__(self):
         super().__init__()
         self.log_mean = partial(self.log, on_step=False, on_epoch=True, reduce_fx="sum")
@@ -199,11 +199,11 @@ class LogsByReference(Standing):
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_logging_by_a_reference_that_was_taken_before(name):
-    assert_as_without(LogsByReference, name)
+def test_logging_by_an_earlier_reference(name):
+    assert_same_as_without(LogsByReference, name)
 
 
-class ClassList(Standing):
+class ClassList(ZeroLR):
     losses: ClassVar = []
 
     def training_step(self, batch, batch_idx):
@@ -216,19 +216,19 @@ class ClassList(Standing):
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_a_list_of_the_class_is_appended_to_once(name):
+def test_a_list_of_the_class_gets_one_item_per_step(name):
     def fresh():
         ClassList.losses.clear()
         return ClassList()
 
-    assert_as_without(fresh, name)
+    assert_same_as_without(fresh, name)
 
 
 # --- gradients that are not the optimizer's
 
 
-class InputGradient(Standing):
-    """Asks for the gradient of the input."""
+class InputGradient(ZeroLR):
+    """Computes the gradient of the input."""
 
     def training_step(self, batch, batch_idx):
         self.x = batch[0].requires_grad_()
@@ -238,8 +238,8 @@ class InputGradient(Standing):
         return {"x.grad": self.x.grad}
 
 
-class OutsideOptimizer(Standing):
-    """Has parameters with a gradient that the optimizer has not: it goes on growing, clean."""
+class OutsideOptimizer(ZeroLR):
+    """Has parameters outside the optimizer, whose clean gradients keep accumulating."""
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.net[2].parameters(), lr=0.0)
@@ -251,11 +251,11 @@ class OutsideOptimizer(Standing):
 @pytest.mark.parametrize("kind", [InputGradient, OutsideOptimizer])
 @pytest.mark.parametrize("name", SOME)
 def test_other_gradients_stay_clean(name, kind):
-    assert_as_without(kind, name)
+    assert_same_as_without(kind, name)
 
 
 class AccumulatesByHand(TinyModule):
-    """Zeroes the gradients only every third batch."""
+    """Zeroes gradients only at every third batch."""
 
     def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
         if batch_idx % 3 == 0:
@@ -263,7 +263,7 @@ class AccumulatesByHand(TinyModule):
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_gradients_that_are_not_zeroed_are_added_to(name):
+def test_gradients_that_are_not_zeroed_accumulate(name):
     module = AccumulatesByHand()
     fit(module, METHODS[name].callback(), max_epochs=1)
     net, total = mlp(), []
@@ -282,7 +282,7 @@ class OwnBackward(TinyModule):
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_an_own_backward_is_used_in_the_second_pass(name):
+def test_a_custom_backward_is_used_in_the_second_pass(name):
     module, net = OwnBackward(), mlp()
     fit(module, METHODS[name].callback())
     doubled = [reference.loss_of(net, lambda n, b: 2 * cross_entropy(n, b), [batch]) for batch in make_batches()]
@@ -290,14 +290,14 @@ def test_an_own_backward_is_used_in_the_second_pass(name):
     assert_near(weights(module.net), reference.train(net, doubled, reference.SGD(), lambda _, *at: gradient(*at)))
 
 
-def test_a_copy_of_the_module_in_training_has_nothing_of_ours():
+def test_a_copy_of_the_module_has_no_additional_attributes():
     module = MomentumEncoder()
     fit(module, SAM(0.2))
     assert set(vars(copy.deepcopy(module))) == set(vars(module))
 
 
-def test_each_device_of_a_module_has_its_random_numbers_repeated(monkeypatch):
-    """A module may be spread over several in one process, each with a generator of its own."""
+def test_random_numbers_are_repeated_on_each_device_of_a_module(monkeypatch):
+    """A module may use several devices in one process, each with its own generator."""
     names = ("cuda:1", "cuda:0", "cpu", "cuda:1", "meta")
     monkeypatch.setattr(Parameters, "of", lambda *_: [SimpleNamespace(device=torch.device(name)) for name in names])
     surroundings = surroundings_of(make_trainer(), TinyModule())

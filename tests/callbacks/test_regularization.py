@@ -1,4 +1,4 @@
-"""The callbacks by their arguments: what each is for, in which order, and how it is documented."""
+"""Arguments of the callbacks: their order, documentation and effect."""
 
 import inspect
 import re
@@ -25,13 +25,13 @@ def test_only_the_constants_of_the_paper_are_positional(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_argument_is_documented_and_only_these(kind):
+def test_exactly_the_arguments_are_documented(kind):
     arguments = inspect.getdoc(kind).split("Args:")[1].split("Raises:")[0]
     assert re.findall(r"^    (\w+): ", arguments, re.MULTILINE) == list(inspect.signature(kind).parameters)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_argument_arrives(kind):
+def test_each_argument_is_used(kind):
     callback = kind(**OTHERS)
     schedule = callback.schedule
     assert (schedule.start_step, schedule.interval, schedule.warmup_steps, schedule.lazy) == (3, 2, 4, True)
@@ -43,13 +43,13 @@ def test_each_argument_arrives(kind):
     assert callback.gradient_clip == (2.0, 1.0)
 
 
-def test_the_rule_is_made_of_the_arguments():
+def test_the_rule_has_the_arguments():
     assert GradientRegularization(0.1, 0.2, scheme="central", normalize=True).rule == GRRule(0.1, 0.2, "central", True)
     assert SAM(0.1, adaptive=True, eta=0.2).rule == SAMRule(0.1, True, 0.2)
     assert (GradientRegularization().rule, SAM().rule) == (GRRule(0.05, 0.05), SAMRule(0.05))
 
 
-def test_forward_with_gamma_epsilon_is_not_sam_but_unnormalized():
+def test_forward_gr_with_equal_constants_is_only_sam_if_normalized():
     modules = [TinyModule() for _ in range(3)]
     callbacks = [GradientRegularization(0.1, 0.1), GradientRegularization(0.1, 0.1, normalize=True), SAM(0.1)]
     for module, callback in zip(modules, callbacks, strict=True):

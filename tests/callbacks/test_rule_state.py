@@ -1,4 +1,4 @@
-"""What a rule keeps goes through checkpoints, and not into copies."""
+"""The state of a rule is saved in checkpoints, but not in copies of the callback."""
 
 import copy
 
@@ -17,7 +17,7 @@ def filled(module):
     return state
 
 
-def test_it_continues_from_what_was_loaded():
+def test_continues_from_loaded_state():
     module = TinyModule()
     saved = filled(module).state_dict()
     other = RuleState()
@@ -29,7 +29,7 @@ def test_it_continues_from_what_was_loaded():
         assert all((value == 2.0).all() for value in other.vectors.get("average"))
 
 
-def test_a_run_from_the_start_and_a_copy_are_empty():
+def test_new_runs_and_copies_have_no_state():
     module = TinyModule()
     state = filled(module)
     assert copy.deepcopy(state).state_dict() == {}

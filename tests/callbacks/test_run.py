@@ -1,4 +1,4 @@
-"""The state of one run: the point ahead, and the panel."""
+"""The state of a run: the point ahead, and the summary panel."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_the_panel_of_each_method(name):
     assert lines["schedule"] == "every step"
 
 
-def test_what_it_says_of_options():
+def test_the_panel_with_options():
     lines = panel(SAM(0.1, gradient_clip=(10.0, 1.0), interval=2))
     assert lines["clipping"] == "first gradient at 10, further ones at 1"
     assert lines["schedule"] == "every 2 steps"
@@ -36,7 +36,7 @@ def test_what_it_says_of_options():
     assert lines["passes"] == "2 per regularized step, each micro-batch separately"
 
 
-def test_the_point_ahead_is_that_of_the_update():
+def test_the_point_ahead_follows_the_update():
     net = mlp()
     optimizer, run = sgd(net.parameters()), Run({id(net[0].bias)})
     trainer = make_trainer()

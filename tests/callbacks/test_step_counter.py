@@ -11,7 +11,7 @@ from lightning_gr.callbacks.step_counter import StepCounter
 
 
 def ignore(regularized, due):
-    """Nobody is to be told."""
+    """Do nothing on a step."""
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def optimizers():
     return [sgd(mlp().parameters()) for _ in range(2)]
 
 
-def test_each_optimizer_is_counted_by_itself(optimizers):
+def test_optimizers_are_counted_separately(optimizers):
     first, second = optimizers
     steps = StepCounter()
     steps.attach(optimizers, restart=True, on_step=ignore)
@@ -31,13 +31,13 @@ def test_each_optimizer_is_counted_by_itself(optimizers):
     assert steps.made == [3, 1]
 
 
-def test_goes_on_or_begins_again(optimizers):
+def test_continues_or_restarts(optimizers):
     steps = StepCounter()
     steps.attach(optimizers, restart=True, on_step=ignore)
     optimizers[0].step()
     steps.attach(optimizers, restart=False, on_step=ignore)
     optimizers[0].step()
-    assert steps.made == [2, 0]  # counted once though it was begun twice
+    assert steps.made == [2, 0]  # attaching twice does not count twice
     steps.attach(optimizers, restart=True, on_step=ignore)
     assert steps.made == [0, 0]
     steps.attach(optimizers[:1], restart=False, on_step=ignore)
@@ -58,7 +58,7 @@ def test_a_step_that_a_gradient_scaler_skips_does_not_count(optimizers):
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda steps: pickle.loads(pickle.dumps(steps))])
-def test_a_copy_has_the_numbers_and_not_the_optimizers(optimizers, clone):
+def test_a_copy_has_the_counts_but_not_the_optimizers(optimizers, clone):
     steps = StepCounter()
     steps.attach(optimizers, restart=True, on_step=ignore)
     optimizers[1].step()
@@ -69,16 +69,16 @@ def test_a_copy_has_the_numbers_and_not_the_optimizers(optimizers, clone):
     assert steps.count_of(optimizers[1]) == 2
 
 
-def test_each_step_tells_once_whether_its_gradient_was_regularized(optimizers):
+def test_each_step_reports_once_whether_it_was_regularized(optimizers):
     told, steps = [], StepCounter()
     steps.attach(optimizers, restart=True, on_step=lambda *noted: told.append(noted))
     first, second = optimizers
-    for regularized in (True, False):  # two parts of one step
+    for regularized in (True, False):  # two parts of the same step
         steps.note(first, regularized, due=True)
     steps.note(second, False, due=False)
     second.step()
     assert told == [(False, False)]
     first.step()
     assert told == [(False, False), (True, True)]
-    first.step()  # of which nothing was said
+    first.step()  # without a note
     assert told == [(False, False), (True, True)]

@@ -1,4 +1,4 @@
-"""Accumulation: a window equals one large batch, and micro-batches by themselves equal the mean of their updates."""
+"""Accumulation: a window equals one large batch; separate micro-batches give the mean of their updates."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ EPOCHS = 2
 
 
 def micro_batch_training(rule, size, level=None, strength=1.0):
-    """Each micro-batch's own update, averaged over the window, in a plain loop."""
+    """Average each micro-batch's own update over the window, in a plain loop."""
     net = mlp()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     batches = make_batches(batch_size=4)
@@ -36,8 +36,8 @@ def micro_batch_training(rule, size, level=None, strength=1.0):
 @pytest.mark.parametrize("level", [None, 1.0])
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", SOME)
-def test_micro_batches_by_themselves(name, size, level):
-    # six micro-batches: with windows of four the last one is short, and Lightning divides it by four all the same
+def test_separate_micro_batches(name, size, level):
+    # with six micro-batches and windows of four, the last window is short, but Lightning still divides by four
     module = TinyModule()
     callbacks = [METHODS[name].callback(accumulation="micro_batch")]
     callbacks += [] if level is None else [Flooding(level)]
@@ -55,11 +55,11 @@ def test_no_batch_is_kept_after_a_step(accumulation):
 
     callback = METHODS["forward GR"].callback(accumulation=accumulation)
     fit(Look(), callback, loader=make_loader(batch_size=4), accumulate_grad_batches=3)
-    # asked after the first micro-batch of a window
+    # Lightning zeroes gradients after the first micro-batch of a window has been recorded
     assert kept == [1, 1]
 
 
-def test_micro_batches_of_one_are_windows():
+def test_single_micro_batches_are_windows():
     modules = [TinyModule(), TinyModule()]
     for module, accumulation in zip(modules, ["window", "micro_batch"], strict=True):
         fit(module, METHODS["SAM"].callback(accumulation=accumulation))

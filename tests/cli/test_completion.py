@@ -1,4 +1,4 @@
-"""The script that completes the command line: what a shell offers where."""
+"""The completion scripts: what a shell offers at each position."""
 
 import inspect
 import shutil
@@ -16,7 +16,7 @@ COMMANDS = [*TRAINING, "completion", "demo", "plot"]
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
-    """The script of each shell, made in a process, as a user does."""
+    """The script for each shell, printed by a separate process as for a user."""
     folder = tmp_path_factory.mktemp("scripts")
     code = "import sys; from lightning_gr.cli import main; main.main(['completion', sys.argv[1]])"
     made = {}
@@ -28,7 +28,7 @@ def scripts(tmp_path_factory):
 
 
 def offered(script, folder, *words):
-    """What bash offers for the last of ``words``."""
+    """Return what bash offers for the last of ``words``."""
     if shutil.which("bash") is None:
         pytest.skip("there is no bash")
     (folder / "script").write_text(script)
@@ -70,7 +70,7 @@ def test_flags_of_training(scripts, tmp_path):
     assert {"--config", "--model", "--data", "--trainer.max_epochs", "--ckpt_path", "--print_config"} <= found
     assert not [flag for flag in found if flag.startswith(("--print_shtab", "--print_completion"))]
     assert {"--monitor", "--trials", "--storage", "--model"} <= set(offered(scripts["bash"], tmp_path, "tune", "--"))
-    # no flags of classes that may not be the ones that are used
+    # no flags of default classes, which may not be the ones that are used
     assert {flag for flag in found if flag.startswith(("--model.", "--data."))} == {"--model.help", "--data.help"}
     assert set(offered(scripts["bash"], tmp_path, "fit", "--sam.adaptive", "")) == {"true", "false"}
     (tmp_path / "config.yaml").write_text("")

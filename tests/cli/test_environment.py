@@ -1,4 +1,4 @@
-"""Callbacks by the environment variable LIGHTNING_GR, in Trainers of both namespaces that know nothing of it."""
+"""Callbacks from the environment variable LIGHTNING_GR, in unmodified Trainers of both namespaces."""
 
 import importlib
 import logging
@@ -42,21 +42,21 @@ def trained(*callbacks):
         (" ", list),
     ],
 )  # fmt: skip
-def test_trains_as_with_the_callbacks_in_code(value, same, monkeypatch):
+def test_trains_as_with_callbacks_in_code(value, same, monkeypatch):
     expected = trained(*same())
     monkeypatch.setenv("LIGHTNING_GR", value)
     assert_same(trained(), expected)
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
-def test_both_namespaces_find_it_and_say_so_once(namespace, monkeypatch, caplog):
+def test_both_namespaces_use_it_and_log_it_once(namespace, monkeypatch, caplog):
     lightning = importlib.import_module(namespace)
     boring = importlib.import_module(f"{namespace}.demos.boring_classes").BoringModel
     monkeypatch.setenv("LIGHTNING_GR", "sam,rho=0.1")
     trainer = lightning.Trainer(
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
-    # the logger itself, since which one takes the lines, and whether it is quiet, depends on what was imported before
+    # patch the logger itself: which one is used, and whether it is quiet, depends on earlier imports
     caplog.set_level(logging.INFO, rank_zero.log.name)
     for name, value in {"handlers": [caplog.handler], "propagate": False, "disabled": False}.items():
         monkeypatch.setattr(rank_zero.log, name, value)
@@ -67,7 +67,7 @@ def test_both_namespaces_find_it_and_say_so_once(namespace, monkeypatch, caplog)
     assert caplog.text.count("LIGHTNING_GR is set: training with SAM(rho=0.1), g = ") == 1
 
 
-def test_a_second_fit_has_it_once(monkeypatch):
+def test_a_second_fit_does_not_add_it_again(monkeypatch):
     monkeypatch.setenv("LIGHTNING_GR", "gamma=0.1")
     trainer = fit(TinyModule())
     trainer.fit_loop.max_epochs = 2
@@ -82,7 +82,7 @@ def test_a_second_fit_has_it_once(monkeypatch):
         ("flooding,level=1", Flooding(2), "Flooding"),
     ],
 )
-def test_the_script_s_own_method_stays(value, own, stays, monkeypatch):
+def test_the_script_s_own_method_takes_precedence(value, own, stays, monkeypatch):
     expected = trained(own)
     monkeypatch.setenv("LIGHTNING_GR", value)
     with pytest.warns(UserWarning, match=f"LIGHTNING_GR requests .*, but the script's own {stays} takes precedence"):
@@ -112,13 +112,13 @@ def test_the_script_s_own_method_stays(value, own, stays, monkeypatch):
         ("flooding", "In LIGHTNING_GR: .*missing 1 required positional argument: 'level'"),
     ],
 )
-def test_a_wrong_value_is_refused_when_the_trainer_is_made(value, said, monkeypatch):
+def test_a_wrong_value_is_refused_by_the_constructor_of_the_trainer(value, said, monkeypatch):
     monkeypatch.setenv("LIGHTNING_GR", value)
     with pytest.raises(ValueError, match=said):
         pl.Trainer(accelerator="cpu", logger=False)
 
 
-def test_nothing_is_imported_where_nothing_is_asked_for(monkeypatch):
+def test_nothing_is_imported_without_the_variable(monkeypatch):
     monkeypatch.delenv("LIGHTNING_GR", raising=False)
     monkeypatch.setattr("builtins.__import__", None)
     assert lightning_gr_startup.callbacks() == []
@@ -132,7 +132,7 @@ def test_callbacks_can_be_pickled_for_spawned_processes():
 
 
 @pytest.mark.parametrize("value", ["gamma=0.1,exclude=nothing", "sam,exclude=net.0.*|nothing"])
-def test_what_the_callback_refuses_names_the_variable(value, monkeypatch):
+def test_errors_of_the_callback_name_the_variable(value, monkeypatch):
     monkeypatch.setenv("LIGHTNING_GR", value)
     with pytest.raises(SystemExit, match=r"^LIGHTNING_GR requests \w+\(.*\), but: Expected each pattern in `exclude`"):
         trained()

@@ -1,6 +1,6 @@
-"""LightningCLI of both namespaces: a stock one with our callbacks, and ours with its flag groups.
+"""LightningCLI of both namespaces: the stock one with our callbacks, and ours with its flag groups.
 
-Nearly all runs are in this process, since starting one that imports torch takes seconds.
+Nearly all runs are in this process, since starting another one that imports torch takes seconds.
 """
 
 import importlib
@@ -63,13 +63,13 @@ LOGGING = ("lightning_gr.report.step_report", "lightning_gr.report.step_log", "l
 
 
 def settings(owner):
-    """The public attributes, and those of what logs."""
+    """Return public attributes, including those of objects that log."""
     found = {name: value for name, value in vars(owner).items() if not name.startswith("_")}
     return {n: settings(value) if type(value).__module__ in LOGGING else value for n, value in found.items()}
 
 
 def ends(run, capsys):
-    """What is printed as the only line before the program ends with status 2."""
+    """Check that ``run`` prints a single line and exits with status 2; return the line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         run()
@@ -79,7 +79,7 @@ def ends(run, capsys):
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
-def test_stock_cli_takes_several_by_flags_and_prints_a_config_that_gives_the_same(namespace, capsys):
+def test_stock_cli_accepts_several_by_flags_and_round_trips_its_config(namespace, capsys):
     by_flags = ours(stock(namespace, GR_AND_FLOODING).trainer)
     assert by_flags[0].rule == GRRule(gamma=0.1, scheme="central")
     assert by_flags[0].exclude == ("*.bias",)
@@ -119,7 +119,7 @@ def test_help_explains_every_argument(kind, capsys, monkeypatch):
         stock("pytorch_lightning", [f"--trainer.callbacks.help={kind.__name__}"])
     said = capsys.readouterr().out
     for name in importlib.import_module("inspect").signature(kind).parameters:
-        # a comma, and another form of the flag, in Python 3.13
+        # in Python 3.13, a comma and another form of the flag follow
         explanation = re.split(rf"\n  --trainer\.callbacks\.{name}[ ,]", said)[1].split("\n  --trainer")[0]
         assert len(explanation.split("(type:")[0].split()) > 3, (name, explanation)
     assert max(map(len, said.splitlines()[2:])) <= 100
@@ -133,7 +133,7 @@ def test_help_explains_every_argument(kind, capsys, monkeypatch):
         ("gama=0.1", "'gama' is not"),
     ],
 )
-def test_stock_cli_refuses_what_the_type_forbids(flag, said, capsys):
+def test_stock_cli_refuses_wrong_types(flag, said, capsys):
     with pytest.raises(SystemExit) as ended:
         stock("pytorch_lightning", ["--trainer.callbacks+=GradientRegularization", f"--trainer.callbacks.{flag}"])
     assert ended.value.code == 2
@@ -141,12 +141,12 @@ def test_stock_cli_refuses_what_the_type_forbids(flag, said, capsys):
     assert any(part in error for part in said.split("|"))
 
 
-def test_stock_cli_says_which_value_is_out_of_range():
+def test_stock_cli_names_values_out_of_range():
     with pytest.raises(ValueError, match=r"Expected argument `gamma` to be a non-negative float but got -0\.1"):
         stock("pytorch_lightning", ["--trainer.callbacks+=GradientRegularization", "--trainer.callbacks.gamma=-0.1"])
 
 
-# --- ours
+# --- our subclass
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
@@ -193,7 +193,7 @@ def test_errors_of_the_model_are_not_hidden():
         GradientRegularizationCLI(Broken, args=QUIET, run=False)
 
 
-def test_a_subclass_can_fix_the_namespace_and_have_defaults_of_its_own():
+def test_a_subclass_can_fix_the_namespace_and_set_defaults():
     from lightning.pytorch.cli import LightningCLI
 
     class Own(GradientRegularizationCLI, LightningCLI):
@@ -218,7 +218,7 @@ def test_settings_as_objects(kind):
     assert ours(made.trainer)[0].rule == SAMRule(0.2)
 
 
-# --- lightning-gr fit and its like
+# --- lightning-gr fit, validate, test and predict
 
 MODULE = """
 from {namespace}.demos.boring_classes import BoringModel
@@ -240,7 +240,7 @@ TRAINING = [*QUIET, "--trainer.max_epochs=1", "--trainer.limit_train_batches=3",
 
 @pytest.fixture(params=NAMESPACES)
 def model(request, tmp_path, monkeypatch):
-    """The path of a class in a file of the current folder, in one of the namespaces."""
+    """The import path of a module class in the current folder, for each namespace."""
     name = f"own_{request.param.replace('.', '_')}"
     (tmp_path / f"{name}.py").write_text(MODULE.format(namespace=request.param))
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
@@ -256,7 +256,7 @@ def fitted(flags):
 
 
 @pytest.mark.slow
-def test_any_model_trains_and_its_saved_configuration_gives_the_same(model, tmp_path):
+def test_any_model_trains_and_its_saved_configuration_reproduces_the_run(model, tmp_path):
     flags = [f"--model={model}", "--model.rate=0.2", *TRAINING, "--gr.gamma=0.5", "--gr.epsilon=0.2"]
     plain = fitted([*flags[:-2], "--trainer.default_root_dir=plain"])
     regularized = fitted([*flags, "--trainer.default_root_dir=first"])
@@ -284,7 +284,7 @@ def test_every_subcommand_runs(model, capsys):
 @pytest.mark.parametrize("flags", [["fit", "--gr.help"], ["fit", "--help"], ["fit", "--trainer.callbacks.help=SAM"]])
 @pytest.mark.parametrize("own_program", [True, False])
 def test_help_in_an_encoding_without_greek(flags, encoding, own_program, monkeypatch):
-    """Also in a program that uses our class."""
+    """Both for our command and for programs that use our class."""
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
     with pytest.raises(SystemExit) as ended:
@@ -315,7 +315,7 @@ def test_a_misspelled_class_or_argument_is_one_line(flags, said, model, capsys):
 
 @pytest.mark.parametrize("command", ["fit", "test"])
 def test_missing_data_is_one_line(command, model, capsys, tmp_path):
-    """A module without loaders; it is Lightning that refuses it, in either namespace."""
+    """The error for a module without loaders, which Lightning raises in either namespace."""
     name = model.partition(".")[0]
     with (tmp_path / f"{name}.py").open("a") as file:
         file.write("\nclass Bare(Model):\n    train_dataloader = BoringModel.__mro__[1].train_dataloader\n")
@@ -339,7 +339,7 @@ def test_names_of_methods_in_any_case(model, capsys):
     ]
 
 
-def test_what_training_refuses_is_one_line(model, capsys):
+def test_errors_of_training_are_one_line(model, capsys):
     flags = ["fit", f"--model={model}", *TRAINING, "--trainer.default_root_dir=out"]
     assert cli.main([*flags, "--gr.exclude=['nothing']"]) == 2
     assert "Expected each pattern in `exclude` to match a parameter" in capsys.readouterr().err.splitlines()[-1]

@@ -42,7 +42,7 @@ def test_a_missing_extra_is_named_before_anything_runs(name, capsys, monkeypatch
     assert not (tmp_path / "folder").exists()
 
 
-def test_a_folder_that_cannot_be_made(capsys, tmp_path):
+def test_a_folder_that_cannot_be_created(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert cli.main(["demo", "--output", str(tmp_path / "file" / "folder")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -55,11 +55,11 @@ def test_module_runs_as_a_command():
     assert ended.stdout.strip() == f"lightning-gr {__version__}"
 
 
-def test_methods_of_the_flag_are_those_of_the_demonstration():
+def test_the_flag_has_the_methods_of_the_demonstration():
     assert list(DEMO_METHODS) == list(lightning_gr_startup.DEMO_NAMES)
 
 
-def test_help_texts_have_no_leftovers_of_formatting():
+def test_help_texts_have_no_unformatted_placeholders():
     parser = lightning_gr_startup.make_parser()
     (commands,) = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
     for each in (parser, *commands.values()):
@@ -110,5 +110,5 @@ def test_ctrl_c_while_python_m_imports_the_package(tmp_path):
     command = [sys.executable, "-m", "lightning_gr", "demo"]
     environment = {**os.environ, "PYTHONPATH": path}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
-    # without a `main` that could return 130, Python ends by the signal, which a shell reports as 130
+    # there is no `main` yet that could return 130, so Python ends by the signal, which shells report as 130
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "lightning-gr: interrupted\n")

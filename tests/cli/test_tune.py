@@ -14,7 +14,7 @@ BASE = [
 
 
 @pytest.fixture(autouse=True)
-def _no_flags_of_pytest(monkeypatch):
+def _without_flags_of_pytest(monkeypatch):
     monkeypatch.setattr("sys.argv", ["lightning-gr"])
 
 
@@ -32,7 +32,7 @@ def test_the_command_writes_a_configuration_for_fit(tmp_path, capsys, monkeypatc
     best = yaml.safe_load((output / "best.yaml").read_text())
     assert "monitor" not in best
     assert "methods" not in best
-    # also with a method in it, whether or not one helped here
+    # with a method in it as well, whether or not one helped here
     best["sam"] = {"rho": 0.1, "interval": 2}
     (tmp_path / "best.yaml").write_text(yaml.safe_dump(best))
     for config in (output / "best.yaml", tmp_path / "best.yaml"):
@@ -66,7 +66,7 @@ def test_wrong_use_is_one_line(flags, said, tmp_path, capsys):
 
 
 def test_several_methods_may_have_settings(tmp_path, capsys):
-    """Unlike in `fit`, where one method is trained."""
+    """Unlike in `fit`, which trains only one method."""
     flags = ["--monitor=nothing_loss", "--sam.interval=2", "--gr.interval=2", f"--output={tmp_path}"]
     assert cli.main([*BASE, *flags]) == 2
     assert "'nothing_loss' was not logged" in capsys.readouterr().err

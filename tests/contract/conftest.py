@@ -1,4 +1,4 @@
-"""The contract takes minutes, so it is not among the quick tests."""
+"""Mark all contract tests as slow, since together they take minutes."""
 
 from pathlib import Path
 

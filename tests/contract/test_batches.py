@@ -34,7 +34,7 @@ class ListSubclass(Wrapped):
 
 
 class Record(dict):
-    """A dictionary that needs an argument."""
+    """A dictionary whose constructor requires an argument."""
 
     def __init__(self, name, **entries):
         super().__init__(**entries)
@@ -61,9 +61,9 @@ SHARED = Mode()
 
 
 class ByIdentity(Wrapped):
-    """The step asks whether an object of the batch is a certain one."""
+    """The step compares objects in the batch by identity."""
 
-    has_oracle = False  # a deep copy is another object
+    has_oracle = False  # a deep copy has another identity
 
     def wrap(self, x, y):
         return {"x": x, "y": y, "mode": NORMAL, "task": SHARED, "where": [OTHER]}
@@ -74,7 +74,7 @@ class ByIdentity(Wrapped):
 
 
 class SameTensor(Wrapped):
-    """Two entries are one tensor."""
+    """Two entries are the same tensor."""
 
     def wrap(self, x, y):
         return {"x": x, "again": x, "y": y, "all": [x, y]}
@@ -85,7 +85,7 @@ class SameTensor(Wrapped):
 
 
 class Proxy:
-    """``__getattr__`` over ``self.data``, which recurses where there is no ``data`` yet."""
+    """``__getattr__`` reads ``self.data``, and so recurses infinitely before ``data`` is set."""
 
     def __init__(self, **data):
         self.data = data
@@ -95,7 +95,7 @@ class Proxy:
 
 
 class GetAttr(Wrapped):
-    has_oracle = False  # a deep copy recurses too
+    has_oracle = False  # a deep copy would recurse infinitely
 
     def wrap(self, x, y):
         return Proxy(x=x, y=y)
@@ -123,7 +123,7 @@ Point = namedtuple("Point", "x y")
 
 
 class Popped(Written):
-    """Taken apart in the step, on every level."""
+    """The step empties the containers in its batch, at every level."""
 
     def wrap(self, x, y):
         return {"input": [x], "deep": {"y": [y]}, "point": Point(x, [y]), "user": UserList([y])}
@@ -137,7 +137,7 @@ class Popped(Written):
 
 @dataclass
 class Graph:
-    """A graph library's batch: an object with a state that the step changes."""
+    """A batch as in graph libraries: an object with state that the step changes."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -156,7 +156,7 @@ class Stateful(Written):
 
 
 class Lock:
-    """Cannot be copied."""
+    """Holds a lock, which cannot be copied."""
 
     def __init__(self, x, y):
         import threading
@@ -184,8 +184,8 @@ test_leaves_no_trace, test_gradient = contract(*KINDS)
 
 
 @over(ByIdentity, GetAttr)
-def test_objects_that_a_deep_copy_changes(kind, form):
-    """The gradients are those of the same batches without the objects."""
+def test_objects_that_a_deep_copy_would_change(kind, form):
+    """The gradients are the same as for batches without such objects."""
 
     class Simple(Wrapped):
         def wrap(self, x, y):

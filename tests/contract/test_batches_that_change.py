@@ -26,7 +26,7 @@ from situations import Wrapped, Written
 
 @dataclass
 class Graph:
-    """A graph library's batch: an object with a state that the step changes."""
+    """A batch as in graph libraries: an object with state that the step changes."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -34,11 +34,11 @@ class Graph:
     extra: dict | None = None
 
 
-# --- what the step writes into the batch: right, or refused
+# --- steps that write to their batch: handled correctly or refused
 
 
 class Scaled(Written):
-    """Normalized in place."""
+    """The step scales its input in place."""
 
     def wrap(self, x, y):
         return [x, y]
@@ -54,7 +54,7 @@ class ScaledData(Scaled):
 
 
 class ScaledInPart(Scaled):
-    """Through ``.data``, and only at an entry that no cheap look would see."""
+    """Through ``.data``, and only in an entry that a sample would not include."""
 
     def pair(self, batch):
         batch[0].data[1, 0] *= 2.0
@@ -62,7 +62,7 @@ class ScaledInPart(Scaled):
 
 
 class Missing(Wrapped):
-    """Values that are missing are no change."""
+    """NaNs in the batch do not count as a change."""
 
     def wrap(self, x, y):
         x[0] = float("nan")
@@ -76,7 +76,7 @@ test_leaves_no_trace, test_gradient = contract(Missing)
 
 
 class Arrays(Written):
-    """NumPy arrays, written in place."""
+    """NumPy arrays that are written to in place."""
 
     def wrap(self, x, y):
         return {"x": x.numpy().copy(), "y": y.numpy().copy()}
@@ -99,12 +99,12 @@ WRITTEN = [Scaled, ScaledData, ScaledInPart, Arrays, ArraysInObject]
 
 
 @over(*WRITTEN)
-def test_a_batch_that_the_step_writes_is_right_or_refused(kind, form):
+def test_a_batch_that_the_step_writes_to_is_handled_or_refused(kind, form):
     right_or_refused(lambda: check_gradient(kind, form, FGR), "batch|in place|clone")
 
 
 class RequiresGrad(Wrapped):
-    """The input becomes a leaf of which the step asks the gradient."""
+    """The input becomes a leaf, for which the step computes a gradient."""
 
     has_oracle = False
 
@@ -168,7 +168,7 @@ def test_an_iterator_in_the_batch_is_refused(kind, form):
 
 
 class Refills:
-    """Writes each batch into the memory of the one before."""
+    """A loader that writes each batch into the memory of the previous one."""
 
     def __init__(self, batches, shared, fill):
         self.batches, self.shared, self.fill = batches, shared, fill
@@ -188,7 +188,7 @@ def fill_tensors(shared, batch):
 
 
 def fill_memory(shared, batch):
-    """Through NumPy: no version counter sees it."""
+    """Write through NumPy, which does not increase version counters."""
     for to, value in zip(shared, batch, strict=True):
         to.numpy()[:] = value.numpy()
 
@@ -198,7 +198,7 @@ class Last(Situation):
 
 
 def fill_part(shared, batch):
-    """Only what differs: an entry in the middle."""
+    """Write batches that only differ in one entry in the middle."""
     fill_memory(shared, [torch.zeros(4, 3).double(), torch.zeros(4, 2).double()])
     shared[0].numpy()[1, 0], shared[1].numpy()[0, 1] = batch[0][1, 0], batch[1][0, 1]
 
@@ -212,7 +212,7 @@ REFILLS = {
 
 @pytest.mark.parametrize("accumulate", [1, WINDOW])
 @pytest.mark.parametrize("name", REFILLS)
-def test_a_loader_that_refills_its_tensors_is_right_or_refused(name, accumulate):
+def test_a_loader_that_refills_its_tensors_is_handled_or_refused(name, accumulate):
     fill, make = REFILLS[name]
     expected = by_hand(Last, AUTOMATIC[accumulate > 1], FGR, 0.05)
 
@@ -222,7 +222,7 @@ def test_a_loader_that_refills_its_tensors_is_right_or_refused(name, accumulate)
         seed()
         batches = module.make_batches()
         make_trainer(FGR.callback(), accumulate_grad_batches=accumulate).fit(module, Refills(batches, make(), fill))
-        if name == "part":  # not the batches of the oracle
+        if name == "part":  # the oracle trains on other batches
             assert accumulate == 1
             return
         found = as_dict(dict(module.state_dict()))
@@ -233,8 +233,8 @@ def test_a_loader_that_refills_its_tensors_is_right_or_refused(name, accumulate)
         check()
 
 
-def test_refilled_tensors_are_what_plain_training_sees():
-    """Checks that the test above is meaningful."""
+def test_plain_training_works_with_refilled_tensors():
+    """The test above is only meaningful if this holds."""
     fill, make = REFILLS["tensors"]
     plain = train(Last, "accumulation", lr=0.05)
     seed()

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Norms(Situation):
-    """BatchNorm with a momentum and with a cumulative average, written by every forward pass."""
+    """BatchNorm with a momentum and with a cumulative average, both updated in every forward pass."""
 
     def prepare(self):
         self.norm, self.average = nn.BatchNorm1d(3).double(), nn.BatchNorm1d(3, momentum=None).double()
@@ -27,7 +27,7 @@ class Norms(Situation):
 
 
 class LazyNorm(Situation):
-    """Its buffers have no shape before the first step."""
+    """A layer whose buffers have no shape before the first step."""
 
     has_oracle = False
 
@@ -39,7 +39,7 @@ class LazyNorm(Situation):
 
 
 class LazyNormOfTheThirdStep(LazyNorm):
-    """Large ones, first used between two learning evaluations; the last one gets its weights as well."""
+    """Large lazy layers, first used between two learning evaluations; one of them has lazy weights as well."""
 
     def prepare(self):
         self.calls = 0
@@ -57,9 +57,9 @@ class LazyNormOfTheThirdStep(LazyNorm):
 
 
 class Graph(Situation):
-    """A sparse adjacency matrix that nobody writes."""
+    """A sparse adjacency matrix that is only read."""
 
-    has_oracle = False  # it cannot be copied
+    has_oracle = False  # cannot be deep-copied
 
     def prepare(self):
         self.register_buffer("adjacency", torch.eye(4).double().to_sparse_csr())
@@ -69,7 +69,7 @@ class Graph(Situation):
 
 
 class SparseWritten(Situation):
-    """A COO buffer: assigned, and another one in place."""
+    """Two COO buffers, one replaced by assignment and one written to in place."""
 
     def prepare(self):
         self.register_buffer("assigned", torch.eye(4).double().to_sparse())
@@ -84,7 +84,7 @@ class SparseWritten(Situation):
 
 
 class Ragged(Situation):
-    """A nested tensor."""
+    """A nested tensor that is only read."""
 
     has_oracle = False
 
@@ -96,7 +96,7 @@ class Ragged(Situation):
 
 
 class RaggedWritten(Situation):
-    """Nested tensors that each step writes in place."""
+    """A nested tensor that each step writes to in place."""
 
     has_oracle = False
 
@@ -110,7 +110,7 @@ class RaggedWritten(Situation):
 
 
 class Resized(Situation):
-    """As the observers of torch.ao do in their first call."""
+    """Buffers that are resized, as by the observers of torch.ao in their first call."""
 
     def prepare(self):
         self.register_buffer("low", torch.tensor([]).double())
@@ -130,7 +130,7 @@ class Resized(Situation):
 
 
 class Reassigned(Situation):
-    """Grown by assignment, and registered again."""
+    """Buffers that grow by assignment or are registered again."""
 
     def prepare(self):
         self.register_buffer("queue", torch.zeros(0, 2).double(), persistent=False)
@@ -141,12 +141,12 @@ class Reassigned(Situation):
         witness(self.state)
         self.queue = torch.cat([self.queue, self.net(batch[0]).detach()])[-6:]
         self.register_buffer("state", self.state + 1)
-        # bounded: with a loss that grows without limit the weights would not stay finite for nine steps
+        # the factor is bounded: otherwise the weights would not stay finite for nine steps
         return self.mse(batch) * (1 + 0.1 * torch.sin(self.queue.square().mean() + self.state.sum()))
 
 
 class Deleted(Situation):
-    """``del self.tmp``, and a buffer that is made in the step and removed in it."""
+    """Deletes a buffer, and creates and deletes another one within the step."""
 
     def prepare(self):
         self.register_buffer("tmp", torch.ones(3).double())
@@ -165,7 +165,7 @@ class Deleted(Situation):
 
 
 class PastTheCounter(Situation):
-    """Written through ``.data``, through NumPy and through a view of another buffer."""
+    """Writes through ``.data``, through NumPy and through a view of another buffer."""
 
     def prepare(self):
         self.register_buffer("data_", torch.zeros(3).double())
@@ -183,7 +183,7 @@ class PastTheCounter(Situation):
 
 
 class Kinds(Situation):
-    """Of other types and shapes, some written and some only read."""
+    """Buffers of other dtypes and shapes, some written to and some only read."""
 
     def prepare(self):
         self.register_buffer("flag", torch.tensor(False))
@@ -207,7 +207,7 @@ class Kinds(Situation):
 
 
 class BornInInference(Situation):
-    """Assigned in ``validation_step``, which Lightning runs in inference mode."""
+    """Buffers that are assigned in ``validation_step``, which Lightning runs in inference mode."""
 
     forms, has_oracle = LIGHTNING, False
 

@@ -18,7 +18,7 @@ class Number(Factor):
 
 
 class HParams(Factor):
-    """Annealing, as of a VAE's beta."""
+    """Annealing, as for a VAE's beta."""
 
     def prepare(self):
         self.hparams.beta = 1.0
@@ -45,7 +45,7 @@ class Counts(Factor):
 
     def factor(self, loss):
         self.counter["a"] += 1
-        self.counter.update(["b", round(loss, 6)])  # a key, which two ways to compute it must agree on
+        self.counter.update(["b", round(loss, 6)])  # rounded, as both ways to compute this key must agree
         return self.counter["a"]
 
 
@@ -60,7 +60,7 @@ class Array(Factor):
 
 
 class ArrayViews(Factor):
-    """Two names of one memory, one of them a tensor."""
+    """An array, a view of it and a tensor that share memory."""
 
     def prepare(self):
         self.array = np.zeros(4)
@@ -94,7 +94,7 @@ class TensorsInDict(Factor):
 
 
 class TensorAttribute(Factor):
-    """A plain attribute that is written in place, past the version counter, and through a view."""
+    """Tensors in plain attributes, written to in place, through NumPy and through a view."""
 
     def prepare(self):
         self.total, self.mean, self.flat = torch.zeros(2, 2), torch.zeros(2), torch.zeros(4)
@@ -109,7 +109,7 @@ class TensorAttribute(Factor):
 
 
 class Deques(Factor):
-    """A replay memory of a fixed length."""
+    """A replay memory of fixed length."""
 
     def prepare(self):
         self.memory, self.groups = deque([0.0] * 3, maxlen=3), defaultdict(list)
@@ -122,7 +122,7 @@ class Deques(Factor):
 
 
 class Order(Factor):
-    """What moves is the order of the entries."""
+    """Only the order of the entries changes."""
 
     def prepare(self):
         self.cache, self.names = OrderedDict(a=1.0, b=2.0, c=3.0), {"x": 1.0, "y": 2.0}
@@ -135,13 +135,13 @@ class Order(Factor):
 
 
 class Sets(Factor):
-    """As of scvi-tools: the order in which a set gives its entries.
+    """The result depends on the iteration order of a set, as in scvi-tools.
 
-    Of numbers, whose order is the same in each process. Where strings collide, a second pass may find another order,
-    but the set itself never changes: see ``replay/test_stand_ins.py``.
+    The items are numbers, whose order is the same in each process. With strings whose hashes collide, a second pass may
+    find another order, but the set itself never changes: see ``replay/test_stand_ins.py``.
     """
 
-    has_oracle = False  # a deep copy has another order
+    has_oracle = False  # a deep copy may have another order
 
     def prepare(self):
         self.seen = {7919 * index % 1000 for index in range(20)}

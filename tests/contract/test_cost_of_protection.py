@@ -1,4 +1,4 @@
-"""The cost of the contract: state that is only read is not copied, and no search between learning evaluations."""
+"""The cost of the contract: between learning steps, state that is only read is neither copied nor searched."""
 
 import sys
 
@@ -12,7 +12,7 @@ from lightning_gr import SAM
 
 
 class Large(pl.LightningModule):
-    """Much that is only read: a buffer, a frozen backbone, attributes and a dictionary of tensors."""
+    """Has large state that is only read: a buffer, a frozen backbone, attributes and a dictionary of tensors."""
 
     many = 3000
 
@@ -37,7 +37,7 @@ class Large(pl.LightningModule):
 
 
 class Sizes(TorchDispatchMode):
-    """Counts operations that read or write something large, by the step in which they run."""
+    """Records operations on large tensors, with the step in which they run."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ class Steps(pl.Callback):
 
 
 def count_large(*callbacks):
-    """The large operations between learning steps, which are the first and those of powers of two."""
+    """Return operations on large tensors, except in learning steps, which are those at powers of two."""
     seed()
     module, mode = Large(), Sizes()
     batches = [(torch.randn(4, 3), torch.randn(4, 2)) for _ in range(15)]
@@ -75,16 +75,16 @@ def count_large(*callbacks):
     return [name for step, name in mode.found if step >= 3 and step & (step - 1)]
 
 
-def test_what_is_only_read_is_not_copied_between_learning_steps():
+def test_state_that_is_only_read_is_not_copied_between_learning_steps():
     assert count_large(SAM(0.1, metrics=())) == count_large()
 
 
-def test_nothing_is_walked_where_there_is_no_second_pass():
+def test_nothing_is_searched_without_a_second_pass():
     same("operations", as_dict(count_large(SAM(0.1, start_step=100))), as_dict(count_large()))
 
 
 class Copied(TorchDispatchMode):
-    """Counts the bytes that copies take, by the step in which they are made."""
+    """Counts the bytes that are copied in each step."""
 
     NAMES = ("clone", "copy_", "_to_copy", "contiguous", "cat", "stack", "flatten", "_foreach_copy_")
 
@@ -102,7 +102,7 @@ class Copied(TorchDispatchMode):
 
 
 class Norms(Large):
-    """Much that is only read, in every layout, beside running means that are written."""
+    """Has large state that is only read, in every layout, and running means that are written to."""
 
     def __init__(self):
         super().__init__()
@@ -123,17 +123,17 @@ def copied(*callbacks):
     return [mode.bytes.get(step, 0) for step in range(1, 16)]
 
 
-def test_bytes_copied_between_learning_steps_are_those_of_what_is_written_and_small():
+def test_only_written_and_small_tensors_are_copied_between_learning_steps():
     steps, plain = copied(SAM(0.1, metrics=())), copied()
     between = [steps[n - 1] - plain[n - 1] for n in range(3, 16) if n & (n - 1)]
-    # weights there and back; running means, their counter, the batch's own tensors: four times at most
+    # weights are saved and restored; running means, their counter and the batch are copied four times at most
     assert max(between) < 4096
-    # a learning step takes copies of what might be written
+    # a learning step copies everything that might be written to
     assert steps[7] - plain[7] > 4 * Large.many
 
 
 class Deep(Large):
-    """Layers, each with weights, running means and a dozen attributes."""
+    """Has many layers, each with weights, running means and a dozen attributes."""
 
     def __init__(self, count):
         super().__init__()
@@ -144,7 +144,7 @@ class Deep(Large):
 
 
 class Calls:
-    """Counts calls of Python functions that are no part of the algorithm, by the step in which they are made."""
+    """Counts the calls of Python functions outside of the algorithm itself in each step."""
 
     PARTS = ("lightning_gr.replay.", "lightning_gr.callbacks.", "lightning_gr.core.hooks", "lightning_gr._compat")
 
@@ -157,7 +157,7 @@ class Calls:
 
 
 def called(count):
-    """The calls in the step between learning steps with the fewest."""
+    """Return the smallest number of calls in a step, except in learning steps."""
     seed()
     calls, batches = Calls(), [(torch.randn(4, 3), torch.randn(4, 2)) for _ in range(7)]
     trainer = make_trainer(SAM(0.1, metrics=()), Steps(calls))
@@ -170,7 +170,7 @@ def called(count):
     return min(calls.count[step] for step in (3, 5, 6, 7))
 
 
-def test_what_a_layer_costs_between_learning_steps_is_left_to_loops_in_c():
+def test_layers_hardly_add_python_calls_between_learning_steps():
     few, many = called(10), called(40)
-    # of three modules, with six tensors
+    # each added layer consists of three modules with six tensors
     assert (many - few) / 30 < 3

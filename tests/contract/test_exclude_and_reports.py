@@ -1,4 +1,4 @@
-"""The contract for ``exclude`` and for the numbers in reports: they mean what they say."""
+"""The contract for ``exclude`` and for the numbers in reports."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ class Plain(Situation):
 
 
 class Grows(Situation):
-    """A layer is added when the epoch begins, as by a finetuning callback."""
+    """Adds a layer at the start of the epoch, as a finetuning callback does."""
 
     forms = ("automatic", "accumulation")
 
@@ -48,7 +48,7 @@ def test_exclude_holds_for_layers_that_are_added_later(accumulate):
 
 
 @pytest.mark.parametrize("rule", ["trainer", GRRule(0.2, 0.5), SAMRule(0.3)])
-def test_a_rule_of_the_mixin_keeps_exclude(rule):
+def test_exclude_holds_for_rules_of_the_mixin(rule):
     class Chooses(GradientRegularizationMixin, Plain):
         def training_step(self, batch, batch_idx):
             self.regularized_step(self.optimizers(), lambda: self.evaluate(batch), rule=rule)

@@ -1,4 +1,4 @@
-"""The contract for random number generators, global ones and those reachable from the module."""
+"""The contract for random number generators, both global ones and those reachable from the module."""
 
 import random
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from torch.quasirandom import SobolEngine
 
 
 class Noise(Situation):
-    """Multiplies its input by noise: the second pass must draw the same."""
+    """Multiplies its input by noise, which the second pass must draw again."""
 
     def draw(self):
         raise NotImplementedError
@@ -25,7 +25,7 @@ class Noise(Situation):
 
 
 class Torch(Noise):
-    """A VAE's own generator."""
+    """A torch generator, as in a VAE."""
 
     def prepare(self):
         self.gen = torch.Generator().manual_seed(1)
@@ -72,7 +72,7 @@ class Sobol(Noise):
 
 
 class Augmentation:
-    """As in MONAI and braindecode: a plain object with a legacy generator."""
+    """A plain object with a legacy generator, as in MONAI and braindecode."""
 
     def __init__(self):
         self.R = np.random.RandomState(0)
@@ -136,7 +136,7 @@ class InPartial(Noise):
 
 
 class InBoundMethod(Noise):
-    """Only the method is kept, and with it the generator."""
+    """The generator is only reachable through one of its methods."""
 
     def prepare(self):
         self.sample = np.random.default_rng(3).normal
@@ -146,7 +146,7 @@ class InBoundMethod(Noise):
 
 
 class InLayer(Noise):
-    """On a layer of torch.nn, and drawn by its hook."""
+    """An attribute of a torch.nn layer, used by its hook."""
 
     class Draw:
         def __call__(self, layer, args):
@@ -163,7 +163,7 @@ class InLayer(Noise):
 
 
 class MadeLate(Noise):
-    """Made in the first step, as one does not know the device before."""
+    """Created in the first step, because the device is not known earlier."""
 
     def prepare(self):
         self.rng = None
@@ -175,7 +175,7 @@ class MadeLate(Noise):
 
 
 class UsedLate(Noise):
-    """First drawn from in the sixth step, between two learning steps."""
+    """First used in the sixth step, between two learning steps."""
 
     def prepare(self):
         self.rng, self.calls = np.random.default_rng(0), 0
@@ -186,7 +186,7 @@ class UsedLate(Noise):
 
 
 class Spawned(Noise):
-    """The generator itself is another one after each step."""
+    """Each step replaces the generator."""
 
     def prepare(self):
         self.gen = torch.Generator().manual_seed(4)
@@ -203,7 +203,7 @@ class Global(Noise):
 
 
 class Reseeded(Noise):
-    """The global generators are seeded in each step."""
+    """Each step seeds the global generators."""
 
     def prepare(self):
         self.calls = 0
@@ -216,7 +216,7 @@ class Reseeded(Noise):
 
 
 class Forked(Noise):
-    """``fork_rng`` puts back what the step draws; what is drawn before goes on."""
+    """``fork_rng`` restores the generator after the inner draws, but not after those before it."""
 
     def draw(self):
         before = torch.rand(3)

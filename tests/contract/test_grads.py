@@ -24,7 +24,7 @@ class Parabola(Situation):
 
 
 class InnerBackward(Parabola):
-    """Adversarial examples: ``backward`` for the sake of another gradient."""
+    """An inner backward pass, as for adversarial examples, also adds to the weights' gradients."""
 
     def step(self, batch):
         (5 * self.net.weight).sum().backward()
@@ -46,7 +46,7 @@ class ZeroGradInPlace(Parabola):
 
 
 class SetNone(Parabola):
-    """After the loss is computed."""
+    """Sets gradients to None after computing the loss."""
 
     def step(self, batch):
         loss = self.loss()
@@ -56,7 +56,7 @@ class SetNone(Parabola):
 
 
 class InnerThenZero(Parabola):
-    """It cleans up what it did."""
+    """Zeroes gradients after its inner backward pass."""
 
     def step(self, batch):
         (5 * self.net.weight).sum().backward()
@@ -65,15 +65,15 @@ class InnerThenZero(Parabola):
 
 
 FGR, SAM_ = forward(0.1, 1.0), sam(0.5)
-# of the parabola itself: 0.9 · 2 + 0.1 · 4, and 2 + 0.5
+# for the parabola itself: 0.9 · 2 + 0.1 · 4, and 2 + 0.5
 CLEAN = {"fgr": 2.2, "sam": 2.5}
-# of the last micro-batch alone, a third: g₀ = 2/3, θ + g₀ = 8/3
+# for the last micro-batch alone, weighted by a third: g₀ = 2/3, θ + g₀ = 8/3
 THIRD = {"fgr": 0.9 * 2 / 3 + 0.1 * 8 / 9, "sam": 2.5 / 3}
 CASES = [
     (InnerBackward, "automatic", CLEAN),
-    # micro-batches 2 and 3 are not zeroed: g₀ = 2 + 10, θ + g₀ = 14
+    # gradients are not zeroed before micro-batches 2 and 3: g₀ = 2 + 10, θ + g₀ = 14
     (InnerBackward, "accumulation", {"fgr": 0.9 * 12 + 0.1 * 24, "sam": 12.5}),
-    # in a closure nothing zeroes it: G = L' + 5
+    # gradients are not zeroed in a closure: G = L' + 5
     (InnerBackward, "mixin", {"fgr": 0.9 * 7 + 0.1 * 14, "sam": 7.5}),
     (InnerBackward, "functional", {"fgr": 0.9 * 7 + 0.1 * 14, "sam": 7.5}),
     *[(kind, form, CLEAN) for kind in (ZeroGrad, ZeroGradInPlace, SetNone, InnerThenZero) for form in FORMS[:1]],
@@ -84,16 +84,16 @@ CASES = [
 
 @pytest.mark.parametrize("name", ["fgr", "sam"])
 @pytest.mark.parametrize(("kind", "form", "expected"), [pytest.param(*c, id=f"{c[0].__name__}-{c[1]}") for c in CASES])
-def test_numbers(kind, form, expected, name):
+def test_values_by_hand(kind, form, expected, name):
     found = train(kind, form, {"fgr": FGR, "sam": SAM_}[name])
     assert [float(g["net.weight"]) for g in found.gradients] == pytest.approx([expected[name]] * len(found.gradients))
 
 
-# --- as users write it
+# --- typical programs
 
 
 class Adversarial(Situation):
-    """FGSM: an inner backward pass for the gradient of the input, which also lands in the weights."""
+    """FGSM: an inner backward pass for the gradient of the input also adds to the weights' gradients."""
 
     def step(self, batch):
         x = batch[0].clone().requires_grad_()
@@ -103,7 +103,7 @@ class Adversarial(Situation):
 
 
 class AdversarialZeroed(Adversarial):
-    """With ``zero_grad``, as most write it."""
+    """With ``zero_grad``, as in most implementations."""
 
     def step(self, batch):
         x = batch[0].clone().requires_grad_()
@@ -113,7 +113,7 @@ class AdversarialZeroed(Adversarial):
 
 
 class Virtual(Situation):
-    """VAT: power iteration by inner backward passes."""
+    """VAT: power iteration with inner backward passes."""
 
     def prepare(self):
         self.gen = torch.Generator().manual_seed(0)
@@ -131,7 +131,7 @@ class Virtual(Situation):
 
 
 class OnAttribute(Situation):
-    """Free adversarial training: the perturbation is a leaf on the module, whose ``.grad`` stays."""
+    """Free adversarial training: the perturbation is a leaf on the module and keeps its ``.grad``."""
 
     def prepare(self):
         self.delta = torch.zeros(4, 3).double().requires_grad_()
@@ -147,7 +147,7 @@ class OnAttribute(Situation):
 
 
 class LooksAtTheLast(Situation):
-    """Notes the norm of the gradient that the step before left, which Lightning zeroes after ``training_step``."""
+    """Looks for gradients left by the previous step, which Lightning zeroes after ``training_step``."""
 
     has_oracle = False
     forms = FORMS[:2]
@@ -162,7 +162,7 @@ class LooksAtTheLast(Situation):
 
 
 class Clips(Situation):
-    """An auxiliary loss with its own clipped gradient."""
+    """Adds the clipped gradient of an auxiliary loss."""
 
     def step(self, batch):
         self.mse(batch).backward()
@@ -185,11 +185,11 @@ test_leaves_no_trace, test_gradient = contract(
 )
 
 
-# --- graphs that were made before
+# --- graphs created before the second pass
 
 
 def shared(rule, pre):
-    """The gradient of a closure on top of that of a graph that is older than the second pass."""
+    """Return the sum of the gradients of a closure and of another loss, whose graph may precede the second pass."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     x = torch.randn(5, 3).double()
@@ -202,13 +202,13 @@ def shared(rule, pre):
 @pytest.mark.parametrize(
     "rule", [SAMRule(0.5), GRRule(0.1, 0.5), GRRule(0.1, 0.5, scheme="central"), GRRule(0.1, scheme="exact")]
 )
-def test_a_graph_made_before_the_second_pass_is_alive_after_it(rule):
+def test_a_graph_created_before_the_second_pass_stays_valid(rule):
     for found, expected in zip(shared(rule, True), shared(rule, False), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
 class _Retains(Situation):
-    """``retain_graph``: the loss is differentiated again, after the second pass."""
+    """Uses ``retain_graph`` and differentiates the loss again after the second pass."""
 
     forms = FORMS[:1]
 
@@ -241,7 +241,7 @@ def test_a_retained_graph_can_be_differentiated_again():
 
 
 class SharedEncoder(GradientRegularizationMixin, Situation):
-    """Two losses on one encoding: the second one's graph is older than the first one's second pass."""
+    """Two losses share an encoding, so the graph of the second precedes the second pass of the first."""
 
     def __init__(self):
         super().__init__()
@@ -254,7 +254,7 @@ class SharedEncoder(GradientRegularizationMixin, Situation):
         of_a.zero_grad()
         of_b.zero_grad()
         self.regularized_backward(lambda: self.a(z.detach()).square().mean(), of_a)
-        # through the encoder and through what the second pass moved
+        # through the encoder, and from the second batch on also through weights that the second pass moved
         self.manual_backward(self.b(z).square().mean() + self.a(z).square().mean() if batch_idx else self.b(z).sum())
         of_a.step()
         of_b.step()
@@ -271,8 +271,8 @@ def test_a_shared_encoder_in_manual_optimization():
 
 
 @pytest.mark.parametrize("scheme", ["forward", "central"])
-def test_a_graph_of_moved_weights_made_by_the_mixin(scheme):
-    """The older graph uses the very weights that are moved."""
+def test_an_older_graph_of_moved_weights_with_the_mixin(scheme):
+    """The older graph uses the same weights that the second pass moves."""
 
     class Older(GradientRegularizationMixin, Situation):
         def training_step(self, batch, batch_idx):

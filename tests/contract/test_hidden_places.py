@@ -1,4 +1,4 @@
-"""The contract for state that a search of attributes and containers alone would miss."""
+"""The contract for state that a search of only attributes and containers would miss."""
 
 import contextvars
 import functools
@@ -14,7 +14,7 @@ from torch import nn
 
 
 class Held:
-    """Something with a number."""
+    """An object with a counter."""
 
     def __init__(self):
         self.count = 0
@@ -46,7 +46,7 @@ class Registry:
 
 
 class ClassItself(Factor):
-    """A class is an attribute, without an object of it."""
+    """An attribute is a class rather than an instance."""
 
     has_oracle = False
 
@@ -59,7 +59,7 @@ class ClassItself(Factor):
 
 
 class LocalClass(Factor):
-    """The methods of a local class share variables of the function around it, also those of properties."""
+    """The methods and properties of a local class share variables of the enclosing function."""
 
     has_oracle = False
 
@@ -90,7 +90,7 @@ class LocalClass(Factor):
 
 
 class BoundToBuiltins(Factor):
-    """Methods of builtin objects, partials and defaults of keywords."""
+    """Methods of builtin objects, partials and defaults of keyword arguments."""
 
     has_oracle = False
 
@@ -99,7 +99,7 @@ class BoundToBuiltins(Factor):
         self.add, self.size = items.append, items.__len__
         self.set, self.get = functools.partial(setattr, held, "count"), functools.partial(getattr, held, "count")
 
-        def remember(*, memo=[0]):  # noqa: B006 - it is what is tested
+        def remember(*, memo=[0]):  # noqa: B006 - mutable on purpose
             memo[0] += 1
             return memo[0]
 
@@ -112,7 +112,7 @@ class BoundToBuiltins(Factor):
 
 
 class Cache(Factor):
-    """What ``functools.cache`` and ``cached_property`` keep."""
+    """Values kept by ``functools.cache`` and ``cached_property``."""
 
     has_oracle = False
 
@@ -131,7 +131,7 @@ class Cache(Factor):
 
 
 class Views(Factor):
-    """What can be reached through a view only."""
+    """State that is only reachable through views."""
 
     has_oracle = False
 
@@ -148,7 +148,7 @@ class Views(Factor):
 
 
 class OnTensors(Factor):
-    """Attributes of tensors and of weights."""
+    """Attributes of tensors and parameters."""
 
     has_oracle = False
 
@@ -182,7 +182,7 @@ class TensorSubclass(Factor):
 
 
 class InMemory(Factor):
-    """Files in memory, a context variable and a local of the thread."""
+    """Files in memory, a context variable and a thread-local variable."""
 
     has_oracle = False
 
@@ -220,7 +220,7 @@ class PrivateSlots(Factor):
 
 
 class Arrays(Factor):
-    """With fields, with a mask, of objects in a field, without dimensions."""
+    """Arrays with fields, with a mask, with objects in a field, and without dimensions."""
 
     def prepare(self):
         self.fields = np.zeros(3, dtype=[("x", "f8"), ("n", "i4")])
@@ -239,11 +239,11 @@ class Arrays(Factor):
         return total + len(self.inner) + self.objects["x"].sum()
 
 
-# --- of tensors and layers
+# --- tensors and layers
 
 
 class WantsGradient(Situation):
-    """``requires_grad`` is switched in each step."""
+    """``requires_grad`` is toggled in each step."""
 
     def prepare(self):
         self.extra = nn.Parameter(torch.zeros(1).double())
@@ -255,7 +255,7 @@ class WantsGradient(Situation):
 
 
 class Layers(Factor):
-    """Mode, options and attributes of layers of torch, first written between two learning evaluations."""
+    """Mode, options and attributes of torch's layers, first changed between two learning evaluations."""
 
     def prepare(self):
         self.drop, self.calls = nn.Dropout(0.5), 0
@@ -299,7 +299,7 @@ class Modules(Factor):
 
 
 class PointedElsewhere(Factor):
-    """Two buffers change places by ``.data``, and ``set_`` and ``resize_`` give tensors other memory."""
+    """Two tensors swap their ``.data``; ``set_`` and ``resize_`` give others new memory."""
 
     size = 2
 
@@ -334,7 +334,7 @@ class OtherTypes(Factor):
 
 
 class Parts(Factor):
-    """Tensors of which several entries lie at one address, and the values inside of sparse ones."""
+    """Tensors with several entries at the same address, and the values inside sparse tensors."""
 
     has_oracle = False
 

@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Hooked(Situation):
-    """Hooks are objects, so that a deep copy has its own."""
+    """Hooks are objects, so that deep copies get copies of them."""
 
     def prepare(self):
         self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
@@ -31,7 +31,7 @@ class Output:
 
 
 class Activations(Hooked):
-    """Feature extraction: the hook keeps the output on the layer."""
+    """Feature extraction: a hook keeps the output on the layer."""
 
     def put(self, net):
         net[0].register_forward_hook(Output())
@@ -64,7 +64,7 @@ class Running:
 
 
 class RunningMean(Hooked):
-    """A tensor on the layer, written past its version counter."""
+    """A tensor on the layer, written to through ``.data``."""
 
     def put(self, net):
         net[0].running = torch.zeros(4).double()
@@ -82,7 +82,7 @@ class Backward:
 class GradientNorms(Hooked):
     """A backward hook of a module."""
 
-    has_oracle = False  # the second gradient of the oracle is not weighted
+    has_oracle = False  # the oracle's second gradient is not weighted
 
     def put(self, net):
         net[2].grad_norms = []
@@ -93,7 +93,7 @@ class GradientNorms(Hooked):
 
 
 class OnTensor(Hooked):
-    """A hook that the step puts on an activation, as Grad-CAM does."""
+    """A hook that the step registers on an activation, as in Grad-CAM."""
 
     has_oracle = False
 
@@ -112,9 +112,9 @@ class OnTensor(Hooked):
 
 
 class Pruned(Hooked):
-    """``torch.nn.utils.prune`` recreates the weight in a hook in each call."""
+    """``torch.nn.utils.prune`` computes the weight in a hook in each call."""
 
-    has_oracle = False  # a deep copy of a weight with a graph is refused
+    has_oracle = False  # torch refuses to deep-copy a weight with a graph
 
     def put(self, net):
         nn.utils.prune.random_unstructured(net[0], "weight", 0.5)
@@ -126,7 +126,7 @@ class Pruned(Hooked):
 
 
 class Spectral(Hooked):
-    """The old spectral norm: a buffer and a plain attribute, by a hook."""
+    """The old spectral norm: a hook updates a buffer and sets the weight as a plain attribute."""
 
     has_oracle = False
 

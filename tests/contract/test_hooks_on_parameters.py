@@ -28,7 +28,7 @@ from lightning_gr import GradientRegularization, GRRule, hessian_eigenvalue, reg
 
 
 class Clamp:
-    """A function would be shared with a deep copy."""
+    """A hook as an object, since deep copies would share a function."""
 
     def __init__(self, limit):
         self.limit = limit
@@ -38,7 +38,7 @@ class Clamp:
 
 
 class Clamped(Situation):
-    """The recipe for recurrent networks: each gradient is clipped where it arrives."""
+    """Clips each gradient as it arrives, as is common for recurrent networks."""
 
     def hook(self):
         for param in self.net.parameters():
@@ -46,7 +46,7 @@ class Clamped(Situation):
 
 
 class Partly(Situation):
-    """On one of the parameters only, and doubled there."""
+    """Clips and then doubles the gradient of only one parameter."""
 
     def hook(self):
         self.net.weight.register_hook(Clamp(0.3))
@@ -54,7 +54,7 @@ class Partly(Situation):
 
 
 class Normalized(Situation):
-    """Normalized gradient: only its direction counts."""
+    """Normalizes gradients, so that only their direction counts."""
 
     def hook(self):
         for param in self.net.parameters():
@@ -67,7 +67,7 @@ class Sign(Situation):
 
 
 class Masked(Situation):
-    """A linear one: some of the entries stay what they are."""
+    """A linear hook that only lets some entries pass."""
 
     def hook(self):
         mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]).double()
@@ -75,14 +75,14 @@ class Masked(Situation):
 
 
 class Noisy(Situation):
-    """Draws noise in the backward pass: the same in both."""
+    """Adds noise in the backward pass, which must be the same in both passes."""
 
     def hook(self):
         self.net.weight.register_hook(lambda grad: grad + 0.1 * torch.randn(2, 3).double())
 
 
 class AfterAccumulation(Situation):
-    """``register_post_accumulate_grad_hook``: what has been accumulated is clipped in place."""
+    """Clips the accumulated gradient in place."""
 
     def hook(self):
         for param in self.net.parameters():
@@ -94,7 +94,7 @@ class AfterAccumulation(Situation):
 
 
 class InPlace(Situation):
-    """Returns nothing, and clips where the gradient is."""
+    """Clips gradients in place and returns nothing."""
 
     def hook(self):
         for param in self.net.parameters():
@@ -106,7 +106,7 @@ class InPlace(Situation):
 
 
 class PastCounter(Situation):
-    """In place through ``.data``, which moves no version counter."""
+    """Clips through ``.data``, which does not increase the version counter."""
 
     def hook(self):
         for param in self.net.parameters():
@@ -118,7 +118,7 @@ class PastCounter(Situation):
 
 
 class OnlyLarge(Situation):
-    """Returns nothing for small gradients, which the first one may be and the second not."""
+    """Returns nothing for small gradients, which may only be the case in one of the passes."""
 
     def hook(self):
         limit = 0.9
@@ -139,7 +139,7 @@ class OnlyLargeInPlace(OnlyLarge):
 
 
 class Adaptive(Situation):
-    """Clips at the mean of the norms that it has seen, which the module keeps."""
+    """Clips at the mean of all earlier norms, which the module keeps."""
 
     def prepare(self):
         self.norms = {}
@@ -155,7 +155,7 @@ class Adaptive(Situation):
 
 
 class Counts(Situation):
-    """In variables of the hook itself, which nothing else can reach."""
+    """Keeps state in variables of the hook itself, which are reachable in no other way."""
 
     has_oracle = False
     step = Situation.mse
@@ -180,7 +180,7 @@ class Counts(Situation):
 
 
 class RegisteredInStep(Situation):
-    """By each step, one after the other, and never removed: a deep copy loses those of earlier steps."""
+    """Each step registers more hooks and never removes them; deep copies lose those of earlier steps."""
 
     has_oracle = False
 
@@ -192,7 +192,7 @@ class RegisteredInStep(Situation):
 
 
 class ScaledAfterAccumulation(Situation):
-    """Not idempotent, and by a new tensor."""
+    """Replaces the accumulated gradient by a new tensor, and is not idempotent."""
 
     def hook(self):
         for param in self.net.parameters():
@@ -204,7 +204,7 @@ class ScaledAfterAccumulation(Situation):
 
 
 class Reversal(torch.autograd.Function):
-    """A layer whose backward pass is linear: gradient reversal."""
+    """Gradient reversal, a layer with a linear backward pass."""
 
     @staticmethod
     def forward(ctx, x):
@@ -247,7 +247,7 @@ test_leaves_no_trace, test_gradient = contract(*HOOKED, Counts, RegisteredInStep
 
 @over(*HOOKED)
 def test_with_other_methods(kind, form):
-    """With a ratio that reversed the step if a hook clipped the sum of both gradients."""
+    """Including a ratio γ/ε at which clipping the combined gradient would reverse the step."""
     for method in (forward(5.0, 0.5), CENTRAL, sam(0.3)):
         check_gradient(kind, form, method, lr=0.01)
 
@@ -267,15 +267,15 @@ class Parabola(Situation):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_clipping_does_not_turn_the_step_round(form):
-    """γ/ε = 10: −9 · 0.1 + 10 · 0.1, which was −9 · 0.1 + 0.1."""
+def test_clipping_does_not_reverse_the_step(form):
+    """With γ/ε = 10 the result is −9 · 0.1 + 10 · 0.1, and not −9 · 0.1 + 0.1."""
     # each micro-batch arrives separately as a third of the window: 1/3 is also clipped at 0.1
     value = 0.1 * (WINDOW if form == "accumulation" else 1)
     found = train(Parabola, form, forward(1.0, 0.1))
     assert [float(g["net.weight"]) for g in found.gradients] == pytest.approx([value] * len(found.gradients))
 
 
-def test_hooks_that_only_look_see_the_gradient_of_each_first_pass_once():
+def test_hooks_that_only_read_see_each_first_gradient_once():
     """``wandb.watch(model, log="gradients")``: one histogram per step and parameter."""
     seen = []
     for method in (None, FGR, sam(0.5)):
@@ -295,12 +295,12 @@ class Watched(Situation):
 
     def hook(self):
         for param in self.net.parameters():
-            # as wandb does: it looks, and returns nothing
+            # like wandb, which reads gradients and returns nothing
             param.register_hook(lambda grad: HISTOGRAMS.append(grad.detach().clone()))
 
 
 class WatchedByClass(Situation):
-    """As wandb's: an object counts the calls, and says something each time that a counter says so."""
+    """An object with a counter that decides which calls to record, as in wandb."""
 
     step = Situation.mse
 
@@ -339,7 +339,7 @@ class WatchedAfterAccumulation(Situation):
 
 
 class WatchedAndClipped(Situation):
-    """Before and after the one that clips; the first gives its argument back."""
+    """Reads gradients before and after another hook clips them; the first reader returns its argument."""
 
     step = Situation.mse
 
@@ -353,7 +353,7 @@ class WatchedAndClipped(Situation):
 
 
 @over(Watched, WatchedByClass, WatchedAfterAccumulation, WatchedAndClipped)
-def test_hooks_that_only_look_change_nothing(kind, form):
+def test_hooks_that_only_read_change_nothing(kind, form):
     check_gradient(kind, form)
     for method in (None, FGR):
         HISTOGRAMS.clear()
@@ -361,8 +361,8 @@ def test_hooks_that_only_look_change_nothing(kind, form):
         assert len(HISTOGRAMS) == getattr(kind, "histograms", 18)
 
 
-def test_hooks_after_accumulation_are_refused_where_both_gradients_are_reduced_as_one(monkeypatch):
-    """With ``ascent_sync=False``. Hooks that see a gradient on its way are right there: see test_hooks_over_ranks."""
+def test_hooks_after_accumulation_are_refused_if_gradients_are_reduced_together(monkeypatch):
+    """With ``ascent_sync=False``; hooks that run before accumulation are correct there: see test_hooks_over_ranks."""
     module = build(AfterAccumulation, "automatic")
     callback = GradientRegularization(0.1, 0.5, ascent_sync=False)
     trainer = make_trainer(callback)
@@ -384,7 +384,7 @@ def test_ascent_sync_does_not_matter_on_one_device():
 
 
 class Scaled(Parabola):
-    """L = w²/2 + 3 v²/2 at 1, whose v is left out and has a hook that must not run twice on its gradient."""
+    """L = w²/2 + 3 v²/2 at 1, where v is excluded and has a hook that must not run twice on its gradient."""
 
     def prepare(self):
         super().prepare()
@@ -403,7 +403,7 @@ class Scaled(Parabola):
 
 
 def test_a_hook_that_removes_itself_runs_in_both_passes_of_its_step():
-    """w = 1, F-GR: 0.5 · 0.6 + 0.4 · 0.5 (1 + 0.5 · 0.5), and then 0.6 + 0.4 (1 + 0.5)."""
+    """F-GR at w = 1 gives 0.5 · 0.6 + 0.4 · 0.5 (1 + 0.5 · 0.5), and then 0.6 + 0.4 (1 + 0.5)."""
 
     class Once(Parabola):
         def hook(self):
@@ -425,7 +425,7 @@ def test_hooks_after_accumulation_on_excluded_parameters_run_once():
 
 
 @pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
-def test_exact_scheme_beside_hooks(hook):
+def test_exact_scheme_with_hooks(hook):
     """The gradient of the penalty, γ H ∇L, is separate: L = w²/2, g = clip(1) + clip(γ · 1 · clip(1))."""
     weight = nn.Parameter(torch.ones(1).double())
 
@@ -441,7 +441,7 @@ def test_exact_scheme_beside_hooks(hook):
     regularized_backward(lambda: weight.square().sum() / 2, [weight], GRRule(0.5, scheme="exact"))
 
 
-def test_the_hessian_is_that_of_the_loss_and_runs_no_hooks():
+def test_the_hessian_ignores_hooks():
     weight, seen = nn.Parameter(torch.ones(3).double()), Record()
     weight.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
     weight.register_hook(lambda grad: seen.append(grad))
@@ -455,7 +455,7 @@ def test_the_hessian_is_that_of_the_loss_and_runs_no_hooks():
 
 
 def test_a_hook_that_is_removed_after_each_backward_pass_is_gone():
-    """It was registered in the second pass as well, whose handle nobody has."""
+    """The second pass registers the hook as well, and its handle is lost."""
 
     class Removes(Situation):
         def step(self, batch):

@@ -25,7 +25,7 @@ class Interrupter:
         self.left = count
 
     def __enter__(self):
-        self.before = sys.gettrace()  # of a measurement of coverage
+        self.before = sys.gettrace()  # set by coverage, if it is being measured
         sys.settrace(self.trace)
 
     def __exit__(self, *exc):
@@ -44,7 +44,7 @@ class Interrupter:
 
 @pytest.fixture
 def received(_ctrl_c):
-    """What the program's own handlers have got."""
+    """The signals that the program's own handlers received, and the handler."""
     seen = Record()
 
     def note(number, frame):
@@ -57,7 +57,7 @@ def received(_ctrl_c):
 
 
 class Net(nn.Linear):
-    """Writes to itself: past a version counter, to a list and to a generator."""
+    """Changes its state in each call: a buffer through ``.data``, a list and a generator."""
 
     def __init__(self):
         super().__init__(3, 1)
@@ -76,7 +76,7 @@ class Net(nn.Linear):
 
 
 def interrupted(rule, loss_fn, check):
-    """Interrupt a step at some bytecodes, which are no period of anything, and look each time."""
+    """Interrupt a step at bytecodes spread over all of it, and check the state each time."""
     torch.manual_seed(0)
     x, weight = torch.randn(4, 3).double(), torch.randn(1, 3).double()
 
@@ -99,7 +99,7 @@ def interrupted(rule, loss_fn, check):
         finally:
             torch.set_grad_enabled(True)  # torch.no_grad may be interrupted too
         left = net.state()
-        # before, in or after the first pass, and nowhere else
+        # as before the step or after its first pass, and nothing else
         assert any(str(left) == str(state) for state in (before, *states)), f"after bytecode {count}"
         assert torch.equal(net.weight, weight)
         check(count, hit)
@@ -116,7 +116,7 @@ def loss_of(net, x):
 
 
 @pytest.mark.parametrize("rule", [SAMRule(0.1), GRRule(0.1, 0.1, scheme="central")])
-def test_handlers_are_back_wherever_ctrl_c_comes(rule, received):
+def test_handlers_are_restored_wherever_ctrl_c_hits(rule, received):
     seen, note = received
 
     def check(count, hit):
@@ -130,8 +130,8 @@ def test_handlers_are_back_wherever_ctrl_c_comes(rule, received):
     interrupted(rule, loss_of, check)
 
 
-def test_no_signal_is_lost_wherever_ctrl_c_comes(received):
-    """One that arrives in the second pass is delivered, once."""
+def test_no_signal_is_lost_wherever_ctrl_c_hits(received):
+    """A signal that arrives in the second pass is delivered once."""
     seen, note = received
     raised = Record()
 
@@ -151,7 +151,7 @@ def test_no_signal_is_lost_wherever_ctrl_c_comes(received):
 
 
 def test_a_handler_that_raises(received):
-    """A timeout of a test runner, say: what it raises does not swallow the others."""
+    """Such as the timeout of a test runner: its exception must not prevent the other handlers from running."""
     seen, note = received
 
     class TimedOutError(Exception):
@@ -182,7 +182,7 @@ def test_a_handler_that_raises(received):
 
 @pytest.fixture
 def _sigint():
-    # Lightning turns Ctrl-C off when it has seen one
+    # Lightning ignores Ctrl-C after the first one
     handler = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, handler)
@@ -206,10 +206,10 @@ def test_ctrl_c_in_a_trainer(received):
 
 
 def test_a_handler_installed_in_the_step_stays(received):
-    """As long as it does in plain training, at whose end Lightning puts back its own."""
+    """As long as in plain training, at the end of which Lightning restores the earlier handlers."""
 
     def other(number, frame):
-        """Nothing."""
+        """Do nothing."""
 
     class Installs(Situation):
         def prepare(self):

@@ -1,4 +1,4 @@
-"""The contract for the search for state: it runs no code of the module, and neither does the import."""
+"""The contract for the search for state, which runs no code of the module, and for side effects of the import."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ TOUCHED = []
 
 
 class Properties(Situation):
-    """Properties that do something, raise, or are computed once."""
+    """Properties that have side effects, raise, or are computed once."""
 
     @property
     def counted(self):
@@ -43,7 +43,7 @@ class Properties(Situation):
 
 
 class Lazy:
-    """Makes whatever it is asked for, as a proxy or a mock does."""
+    """Creates any attribute on access, as a proxy or a mock does."""
 
     def __init__(self):
         self.made = {}
@@ -57,7 +57,7 @@ class Lazy:
 
 
 class Odd:
-    """Says something when it is compared, measured, shown or asked for its length."""
+    """Records when it is compared, iterated, printed or converted, or its length is taken."""
 
     def __eq__(self, other):
         TOUCHED.append("eq")
@@ -83,7 +83,7 @@ class Odd:
 
 
 class Proxies(Properties):
-    """In attributes, in a list and in a layer of torch.nn."""
+    """Such objects in attributes, in a list and in a torch.nn layer."""
 
     def prepare(self):
         self.lazy, self.odd = Lazy(), [Odd()]
@@ -92,7 +92,7 @@ class Proxies(Properties):
 
 
 class Layer(nn.Module):
-    """A layer that notices whatever is not there."""
+    """A layer that records accesses to missing attributes."""
 
     def __getattr__(self, name):
         if name not in ("weight", "_forward_hooks"):
@@ -110,7 +110,7 @@ class Layers(Properties):
         self.layer = Layer()
 
     def on_train_start(self):
-        # what Lightning itself looks for
+        # Lightning itself accesses some attributes
         TOUCHED.clear()
 
 
@@ -121,7 +121,7 @@ def test_no_code_of_the_module_runs(kind, form):
         TOUCHED.clear()
         train(kind, form, method)
         seen.append(sorted(set(TOUCHED)))
-    # the fingerprint at the end looks at what it may
+    # not empty, since the fingerprint at the end accesses some attributes
     assert seen[1] == seen[0]
     assert not {"counted", "broken", "expensive", "metric_state"} & set(seen[1])
 
@@ -138,7 +138,7 @@ def test_no_code_of_the_module_runs(kind, form):
     ],
 )
 def test_compute_groups_stay_shared(callback):
-    """A property of MetricCollection, which ``hasattr`` runs, unshares them: a recall became another one."""
+    """``hasattr`` on a property of MetricCollection would unshare them and change the values of metrics."""
     values = []
     for callbacks in ([], [callback]):
         seed()
@@ -175,8 +175,8 @@ def test_compute_groups_with_a_second_pass(kind, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_versions_of_what_is_only_read_stay(form):
-    """What nobody writes is not written by us either: a graph that was made from it lives on."""
+def test_version_counters_of_tensors_that_are_only_read_stay(form):
+    """Tensors that are only read must not be written to, so that graphs that use them stay valid."""
 
     class Reads(Situation):
         def prepare(self):
@@ -226,13 +226,13 @@ def look_after(*imports):
     [(), *[(name,) for name in NAMESPACES], ("lightning_fabric",), NAMESPACES, NAMESPACES[::-1]],
     ids=lambda names: " then ".join(names) or "nothing",
 )
-def test_importing_changes_nothing_global(others):
-    """Wherever among the imports of a program ours is."""
+def test_importing_changes_no_global_state(others):
+    """At whichever position among a program's imports ours is."""
     expected = look_after(*others)
     for position in range(len(others) + 1):
         found = look_after(*others[:position], "lightning_gr", *others[position:])
         if position < len(others):
-            # an import of Lightning draws from Python's generator, which ours puts back
+            # importing Lightning draws from Python's generator, whose state our import restores
             found["numbers"] = expected["numbers"]
         assert found == expected, position
 
@@ -240,7 +240,7 @@ def test_importing_changes_nothing_global(others):
 @pytest.mark.launch
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.parametrize("name", NAMESPACES)
-def test_the_level_that_a_user_set_counts(name, ours_first):
+def test_the_log_level_set_by_the_user_counts(name, ours_first):
     imports = [f"import {name} as pl", "import lightning_gr"]
     program = f"""
     import logging
@@ -260,8 +260,8 @@ def run(program, errors=False):
     return done.stderr + done.stdout if errors else done.stdout
 
 
-def test_a_fingerprint_of_ours_runs_no_code_either():
-    """Or the tests above would blame the package for it."""
+def test_the_fingerprint_of_these_tests_runs_no_code():
+    """Otherwise the tests above would blame the package for it."""
     TOUCHED.clear()
     same("nothing", as_dict(TOUCHED), as_dict([]))
     fingerprint(Properties())

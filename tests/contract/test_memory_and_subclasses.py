@@ -1,4 +1,4 @@
-"""Memory that is shared with other processes, and classes of tensors with methods of their own."""
+"""The contract for memory shared with other processes, and for tensor subclasses with their own methods."""
 
 import ctypes
 import multiprocessing
@@ -11,7 +11,7 @@ from situations import Factor
 
 
 class Shared(Factor):
-    """The cursor and the lengths of a replay memory (torchrl). A deep copy of it is not made by ``copy``."""
+    """The cursor and the lengths of a replay memory (torchrl), which cannot be deep-copied."""
 
     has_oracle = False
 
@@ -28,7 +28,7 @@ class Shared(Factor):
 
 
 class Labelled(torch.Tensor):
-    """PINA's tensors with labels, without which they refuse much."""
+    """Tensors with labels as in PINA, which reject many methods without them."""
 
     @staticmethod
     def __new__(cls, values, labels):
@@ -53,7 +53,7 @@ class Labelled(torch.Tensor):
 
 
 class Labels(Situation):
-    """As a small and as a larger attribute, read and written, and in the batch."""
+    """Small and large attributes, read or written to, and tensors of the batch."""
 
     def prepare(self):
         self.small = Labelled(torch.zeros(2).double(), ["a", "b"])
@@ -78,7 +78,7 @@ test_leaves_no_trace, test_gradient = contract(Shared, Labels)
 
 @over(Shared, forms=("automatic", "accumulation", "functional"))
 def test_gradient_with_shared_memory(kind, form):
-    """As with plain attributes in its place."""
+    """The gradient is the same as with plain attributes instead."""
 
     class Plain(kind):
         has_oracle = True
@@ -98,7 +98,7 @@ def test_gradient_with_shared_memory(kind, form):
         torch.testing.assert_close(a, b)
 
 
-def test_pointers_of_c_are_not_touched():
+def test_ctypes_pointers_are_not_touched():
     class Pointer(Factor):
         def prepare(self):
             self.names = (ctypes.c_char_p * 1)(b"a")

@@ -1,4 +1,4 @@
-"""The contract for torchmetrics anywhere, and for modules and metrics created late, in any hook."""
+"""The contract for torchmetrics in any place, and for modules and metrics that are created late, in any hook."""
 
 import torch
 from contract import LIGHTNING, Situation, contract, witness
@@ -9,7 +9,7 @@ from torchmetrics.wrappers import Running
 
 
 class Measured(Situation):
-    """Updates metrics by the loss and by outputs."""
+    """Updates metrics with the loss."""
 
     def metrics(self):
         raise NotImplementedError
@@ -17,7 +17,7 @@ class Measured(Situation):
     def step(self, batch):
         loss = self.mse(batch)
         for metric in self.metrics():
-            if not isinstance(metric, CatMetric):  # long lists may be stood in for by empty ones
+            if not isinstance(metric, CatMetric):  # a second pass may find an empty list instead of a long one
                 witness(metric.update_count)
             metric(loss.detach().float())
         return loss
@@ -32,7 +32,7 @@ class InDict(Measured):
 
 
 class InList(Measured):
-    """A list state and one of a wrapper."""
+    """A metric with a list state, and a wrapped metric."""
 
     def prepare(self):
         self.many = [CatMetric(), MinMaxMetric(MeanMetric())]
@@ -65,7 +65,7 @@ class InObject(Measured):
 
 
 class Attribute(Measured):
-    """Where they belong."""
+    """Metrics as attributes of the module, as intended."""
 
     def prepare(self):
         self.mean, self.kept = MeanMetric(), CatMetric()
@@ -75,7 +75,7 @@ class Attribute(Measured):
 
 
 class Collection(Situation):
-    """Shares states in compute groups from the second update on; in a plain list."""
+    """Collections, one of them in a plain list, which share state in compute groups from the second update on."""
 
     def prepare(self):
         self.hidden = [MetricCollection([MeanSquaredError(), MeanAbsoluteError()])]
@@ -90,7 +90,7 @@ class Collection(Situation):
 
 
 class Logged(Situation):
-    """By ``self.log``, from a dictionary."""
+    """One metric is logged by ``self.log``, another one is kept in a dictionary."""
 
     forms, has_oracle = LIGHTNING, False
 
@@ -107,7 +107,7 @@ class Logged(Situation):
         return loss
 
 
-# --- made late
+# --- created late
 
 
 class Late(Situation):
@@ -115,7 +115,7 @@ class Late(Situation):
 
 
 class Tracked(Late):
-    """torchmetrics' documented use: ``increment`` at the start of each epoch."""
+    """The documented use of MetricTracker: ``increment`` at the start of each epoch."""
 
     def prepare(self):
         self.tracker = MetricTracker(MetricCollection([MeanSquaredError(), MeanAbsoluteError()]))
@@ -139,7 +139,7 @@ class NormOfTheEpoch(Late):
 
 
 class MetricOfTheBatch(Late):
-    """A new one for each batch, in a dictionary."""
+    """A new metric for each batch, kept in a dictionary."""
 
     def prepare(self):
         self.found = {}
@@ -156,7 +156,7 @@ class MetricOfTheBatch(Late):
 
 
 class MadeInStep(Situation):
-    """What depends on the shape of the data: a metric, a BatchNorm and a buffer of the first step."""
+    """A metric, a BatchNorm and a buffer, created in the first step for the shape of the data."""
 
     def prepare(self):
         self.norm = None
@@ -175,7 +175,7 @@ class MadeInStep(Situation):
 
 
 class MadeInFifthStep(Situation):
-    """The tree of modules grows between two learning steps."""
+    """Modules are added between two learning steps."""
 
     def prepare(self):
         self.calls, self.norms = 0, nn.ModuleList()
@@ -192,7 +192,7 @@ class MadeInFifthStep(Situation):
 
 
 class MadeInLaterSteps(Situation):
-    """Modules, metrics, buffers and lists, large ones too, made in steps of which most are not learning evaluations."""
+    """Modules, metrics, and large buffers and lists, created in steps that mostly are not learning steps."""
 
     def prepare(self):
         self.calls, self.meters = 0, {}
@@ -217,7 +217,7 @@ class MadeInLaterSteps(Situation):
 
 
 class FilledBuffer(Situation):
-    """``register_buffer("run", None)`` that is filled in the step."""
+    """``register_buffer("run", None)``, which the step fills."""
 
     def prepare(self):
         self.register_buffer("run", None)
@@ -230,7 +230,7 @@ class FilledBuffer(Situation):
 
 
 class Temperature(Late):
-    """Set by a hook for each micro-batch: each second evaluation starts from its own."""
+    """Set by a hook for each micro-batch, so each second evaluation must start from its own value."""
 
     def on_train_batch_start(self, batch, batch_idx):
         self.temperature = 10.0 * (batch_idx + 1)

@@ -1,4 +1,4 @@
-"""The contract for other tensors that a step writes, such as target and teacher networks."""
+"""The contract for other tensors that a step writes to, such as target and teacher networks."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 class Teacher(Situation):
-    """A frozen copy of the network that the step moves towards it, before the loss is taken."""
+    """A frozen copy of the network, which the step moves towards the network before it computes the loss."""
 
     trainable = False
 
@@ -36,7 +36,7 @@ class Teacher(Situation):
 
 
 class ThroughData(Teacher):
-    """DINO, BYOL: no version counter sees it."""
+    """DINO, BYOL: the update does not increase version counters."""
 
     def update(self):
         for t, p in self.pairs():
@@ -55,13 +55,13 @@ class Load(Teacher):
 
 
 class LoadTrainable(Load):
-    """In the optimizer too, as ``self.parameters()`` has it."""
+    """The target is also in the optimizer, since ``self.parameters()`` contains it."""
 
     trainable = True
 
 
 class EverySeventh(Teacher):
-    """A hard update every 7 steps: on most learning steps there is nothing to be seen."""
+    """A hard update every 7 steps, so that most learning steps see no write."""
 
     def prepare(self):
         super().prepare()
@@ -84,7 +84,7 @@ class EveryFifthByLoad(EverySeventh):
 
 
 class Rebound(Teacher):
-    """``.data`` is given another tensor."""
+    """``.data`` is replaced by another tensor."""
 
     def update(self):
         for t, p in self.pairs():
@@ -104,14 +104,14 @@ class Vector(Teacher):
 
 
 class Copied(Teacher):
-    """Another module each time."""
+    """A new module in each step."""
 
     def update(self):
         self.teacher = copy.deepcopy(self.net).requires_grad_(False)
 
 
 class Hidden(Situation):
-    """In a list, so that it is neither trained nor saved."""
+    """A teacher in a list, so that it is neither trained nor saved."""
 
     def prepare(self):
         self.hidden = [copy.deepcopy(self.net)]
@@ -125,7 +125,7 @@ class Hidden(Situation):
 
 
 class HiddenAttribute(Situation):
-    """Set past ``nn.Module``, by ``object.__setattr__``."""
+    """A teacher that is set by ``object.__setattr__``, so that it is not registered as a module."""
 
     def prepare(self):
         object.__setattr__(self, "teacher", copy.deepcopy(self.net))
@@ -138,7 +138,7 @@ class HiddenAttribute(Situation):
 
 
 class Averaged(Situation):
-    """torch's own averages, counter included."""
+    """torch's own weight averaging, including its counter."""
 
     def prepare(self):
         self.average = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
@@ -151,7 +151,7 @@ class Averaged(Situation):
 
 
 class Shadow(Situation):
-    """The averages of timm and of many a repository: tensors in a dictionary of a plain object."""
+    """Weight averages as in timm and many other repositories: tensors in a dictionary of a plain object."""
 
     class Average:
         def __init__(self, net):
@@ -173,9 +173,9 @@ class Shadow(Situation):
 
 
 class Prototypes(Situation):
-    """SwAV: what is trained is normalized in the step."""
+    """SwAV: the step normalizes trained weights."""
 
-    has_oracle = False  # from where the weights are moved, the start or the normalized ones, is a matter of taste
+    has_oracle = False  # weights could be moved from the start or from the normalized ones
 
     def step(self, batch):
         with torch.no_grad():
@@ -184,7 +184,7 @@ class Prototypes(Situation):
 
 
 class Clipped(Prototypes):
-    """Wasserstein GAN: the weights are clipped."""
+    """Wasserstein GAN: the step clips trained weights."""
 
     def step(self, batch):
         for param in self.net.parameters():

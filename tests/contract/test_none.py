@@ -1,4 +1,4 @@
-"""The contract for steps without a loss, and for guards that only apply at the displaced weights."""
+"""The contract for steps without a loss, and for guards that only fire at the displaced weights."""
 
 import warnings
 
@@ -25,7 +25,7 @@ from oracle import FGR, sam
 
 from lightning_gr import SAM, Flooding, GradientRegularization, SharpnessMonitor, in_second_pass
 
-# Lightning's own
+# a warning of Lightning
 pytestmark = pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
 DEFAULTS = {"SAM": SAM, "GradientRegularization": GradientRegularization}
 
@@ -40,7 +40,7 @@ class Skips(Situation):
         self.calls = 0
 
     def step(self, batch):
-        # counted before, so that a second pass sees its own number
+        # counted before returning, and restored for second passes
         index, self.calls = self.calls, self.calls + 1
         return None if index in self.none else self.mse(batch)
 
@@ -58,7 +58,7 @@ def run(kind, *callbacks, **options):
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_none_on_a_step_that_is_logged(name):
+def test_none_in_a_logged_step(name):
     callback = DEFAULTS[name]()
     assert run(skips(49, steps=60), callback).global_step == 60
     assert report(callback) == (59, 60)
@@ -67,7 +67,7 @@ def test_none_on_a_step_that_is_logged(name):
 @pytest.mark.parametrize("options", [{}, {"metrics": "all"}, {"metrics": ()}])
 @pytest.mark.parametrize("none", [(0,), (1, 2), (8,), tuple(range(9))])
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_none_where_each_step_is_logged(name, none, options):
+def test_none_with_each_step_logged(name, none, options):
     callback = DEFAULTS[name](**options)
     assert run(skips(*none), callback, log_every_n_steps=1).global_step == 9
     assert report(callback) == (9 - len(none), 9)
@@ -105,7 +105,7 @@ def test_a_monitor_whose_first_batch_has_no_loss():
 
 
 class Guarded(Situation):
-    """L = −log(c − w²) at w = 1.5, where c is 4 or 100: finite here, and not at w + 1 where c is 4."""
+    """L = −log(c − w²) at w = 1.5, where c is 4 or 100: finite here, but not at w + 1 if c is 4."""
 
     wide = frozenset()
 
@@ -125,7 +125,7 @@ class Guarded(Situation):
 
 
 class GuardedByItem(Guarded):
-    """Another way to write it, which counts what it skips."""
+    """A guard that counts what it skips."""
 
     def prepare(self):
         super().prepare()
@@ -139,7 +139,7 @@ class GuardedByItem(Guarded):
 
 
 class GuardedSometimes(Guarded):
-    """Regularized in the steps between."""
+    """The loss is finite at the moved weights in some steps."""
 
     wide = frozenset({1, 4, 5, 7})
 
@@ -157,7 +157,7 @@ def moved(c):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_guard_that_fires_at_the_moved_weights_only(kind, form):
+def test_a_guard_that_only_fires_at_the_moved_weights(kind, form):
     method = sam(1.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -165,7 +165,7 @@ def test_a_guard_that_fires_at_the_moved_weights_only(kind, form):
     cs = [float(c) for c in kind.make_batches(kind())]
     size = WINDOW if form == "accumulation" else 1
     windows = [cs[start : start + size] for start in range(0, len(cs), size)]
-    # a window of which a part is missing at the moved weights keeps its clean gradient as a whole
+    # a whole window keeps its clean gradient if one of its losses is missing at the moved weights
     expected = [sum(map(clean if 4.0 in window else moved, window)) / size for window in windows]
     assert [float(g["net.weight"]) for g in found.gradients] == pytest.approx(expected)
     ours = [
@@ -180,7 +180,7 @@ def test_a_guard_that_fires_at_the_moved_weights_only(kind, form):
 
 
 class Raises(Situation):
-    """A library that checks for itself, as torch.distributions does."""
+    """A library that checks its arguments, as torch.distributions does."""
 
     def step(self, batch):
         if in_second_pass():
@@ -189,7 +189,7 @@ class Raises(Situation):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_error_at_the_moved_weights_says_so(form):
+def test_an_error_at_the_moved_weights_has_a_note(form):
     with pytest.raises(ValueError, match="constraint") as caught:
         train(Raises, form, sam(0.5))
     assert any("second pass" in note for note in getattr(caught.value, "__notes__", ["second pass"]))
@@ -197,7 +197,7 @@ def test_an_error_at_the_moved_weights_says_so(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_error_in_the_first_pass_has_no_such_note(form):
+def test_an_error_in_the_first_pass_has_no_note(form):
     class Breaks(Situation):
         def step(self, batch):
             raise ValueError("constraint")
@@ -208,7 +208,7 @@ def test_an_error_in_the_first_pass_has_no_such_note(form):
 
 
 class NotFinite(Situation):
-    """The gradient of some steps is not finite: it is passed on, and the step is not counted as regularized."""
+    """Some gradients are not finite; they are passed on, and their steps do not count as regularized."""
 
     def prepare(self):
         self.calls = 0
@@ -223,7 +223,7 @@ class NotFinite(Situation):
 
 
 class Ignores(torch.optim.SGD):
-    """Steps over gradients that are not finite, as one writes it by hand."""
+    """Skips steps with gradients that are not finite, as in hand-written code."""
 
     def step(self, closure=None):
         loss = None if closure is None else closure()

@@ -13,7 +13,7 @@ from situations import Factor
 
 
 class Helper(Factor):
-    """A plain object with a state and a way back to its owner."""
+    """A plain object with state and a reference back to its owner."""
 
     class Schedule:
         def __init__(self, owner):
@@ -64,7 +64,7 @@ class Slots(Factor):
 
 
 class ClassAttributes(Factor):
-    """On the class and not on the instance."""
+    """State on the class instead of the instance."""
 
     has_oracle = False  # a deep copy shares it
 
@@ -80,7 +80,7 @@ class ClassAttributes(Factor):
 
 
 class Mappings(Factor):
-    """A custom mapping, and those of the standard library."""
+    """A dictionary subclass with attributes, and a UserDict."""
 
     class Table(dict):
         def __init__(self, owner):
@@ -98,7 +98,7 @@ class Mappings(Factor):
 
 
 class Long(Factor):
-    """Too long to be copied in each step, and written in its middle."""
+    """A list that is too long to be copied in each step, and changes in its middle."""
 
     def prepare(self):
         self.priorities = [0.0] * 5000
@@ -124,7 +124,7 @@ class Heap(Factor):
 
 
 class Queue(Factor):
-    """Holds locks, which nobody can copy."""
+    """Holds locks, which cannot be copied."""
 
     has_oracle = False
 
@@ -160,7 +160,7 @@ class Closure(Factor):
 
 
 class Deleted(Factor):
-    """Attributes come and go, and change their kind."""
+    """Attributes that are added, deleted and change their type."""
 
     def prepare(self):
         self.kept, self.value = [1.0], None
@@ -178,7 +178,7 @@ class Deleted(Factor):
 
 
 class WrittenLate(Factor):
-    """First written in the sixth step, between two learning steps, and once more in the eighth."""
+    """First written to in the sixth step, between two learning steps, and again in the eighth."""
 
     def prepare(self):
         self.calls, self.deep, self.weights = 0, {"a": [[0.0]]}, torch.zeros(3)

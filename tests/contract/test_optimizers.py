@@ -1,4 +1,4 @@
-"""The contract for optimizers and callbacks that bypass the second pass, and for reports: nothing fails silently."""
+"""The contract for optimizers and callbacks that bypass the second pass, which must not fail silently."""
 
 import functools
 import warnings
@@ -74,7 +74,7 @@ def test_backward_with_create_graph_is_refused(kind, callback):
 
 
 @pytest.mark.parametrize("kind", [SecondOrder, Sophia])
-def test_backward_with_create_graph_works_where_nothing_is_due(kind):
+def test_backward_with_create_graph_works_without_a_second_pass(kind):
     seed()
     module = kind()
     make_trainer(SAM(0.1, start_step=100)).fit(module, Batches(module.make_batches()))
@@ -94,7 +94,7 @@ def test_backward_with_create_graph_is_refused_in_the_functional_form():
 
 
 class InBackward(Situation):
-    """Each parameter is stepped as soon as its gradient is there, which is dropped then."""
+    """Updates each parameter as soon as its gradient is complete, and then drops the gradient."""
 
     step = Situation.mse
 
@@ -111,7 +111,7 @@ class InBackward(Situation):
 
 
 class Fused(InBackward):
-    """A custom kernel, like LOMO's: version counters do not change, and gradients are dropped as they arrive."""
+    """Like a custom kernel such as LOMO's: version counters do not change, and gradients are dropped as they arrive."""
 
     def hook(self):
         for param in self.net.parameters():
@@ -122,7 +122,7 @@ class Fused(InBackward):
 
 
 class KeepsGradients(InBackward):
-    """Steps and leaves the gradients, for the sake of a norm that is logged."""
+    """Updates parameters but keeps their gradients, so that their norm can be logged."""
 
     def hook(self):
         for param in self.net.parameters():
@@ -146,13 +146,13 @@ class ByTorch(Situation):
 @pytest.mark.parametrize("kind", [InBackward, Fused, KeepsGradients, ByTorch])
 def test_an_optimizer_in_backward_is_refused(kind, form):
     if kind is ByTorch and form != "automatic":
-        pytest.skip("the same as the other")
+        pytest.skip("the same as InBackward in other forms")
     with refused("backward|hook"):
         train(kind, form, sam(0.1))
 
 
 class WithoutGradients(Situation):
-    """A loss of no parameter where a batch has nothing to learn from, as detectors return it."""
+    """Some losses depend on no parameter, as in detectors for batches without objects."""
 
     none = frozenset({1, 2, 5})
 
@@ -169,7 +169,7 @@ class NeverGradients(WithoutGradients):
 
 
 @pytest.mark.parametrize(("form", "expected"), [("automatic", (6, 9)), ("accumulation", (3, 3)), ("mixin", (6, 9))])
-def test_a_loss_of_no_parameter_is_as_in_plain_training(form, expected):
+def test_a_loss_without_parameters_is_as_in_plain_training(form, expected):
     plain, found = train(WithoutGradients, form), train(WithoutGradients, form, HUGE)
     same("what is left", found.state, plain.state)
     assert [bool(g) for g in found.gradients] == [bool(g) for g in plain.gradients]
@@ -177,12 +177,12 @@ def test_a_loss_of_no_parameter_is_as_in_plain_training(form, expected):
 
 
 @pytest.mark.parametrize("form", ["automatic", "accumulation", "mixin"])
-def test_a_training_of_which_no_step_could_be_regularized_says_so(form):
+def test_warns_if_no_step_could_be_regularized(form):
     with pytest.warns(UserWarning, match="SAM regularized no optimizer step, although [39] were due"):
         train(NeverGradients, form, sam(0.1))
 
 
-# --- what goes past the callback
+# --- callbacks that are bypassed
 
 
 def is_one_line(error, word):
@@ -208,8 +208,8 @@ class ForgetsBackward(SAM):
 
 
 @pytest.mark.parametrize("kind", [Forgets, ForgetsBatch, ForgetsBackward])
-def test_a_hook_overridden_without_super_is_right_or_refused(kind):
-    """Regularized all the same, an error, or a warning with a report that says so; never silently nothing."""
+def test_a_hook_overridden_without_super_is_handled_or_refused(kind):
+    """Training is either regularized, refused, or warned about with a report of no steps, but never silently plain."""
     expected = by_hand(Plain, "automatic", sam(0.3), 0.05)
     module = build(Plain, "automatic", 0.05)
     seed()
@@ -241,7 +241,7 @@ OURS = {
 
 
 @pytest.mark.parametrize(("kind", "hook"), [(kind, hook) for kind, hooks in OURS.items() for hook in hooks])
-def test_any_hook_without_super_is_refused_and_with_it_is_not(kind, hook):
+def test_hooks_without_super_are_refused_and_with_super_accepted(kind, hook):
     def silent(self, *args):
         self.seen = True
 
@@ -249,7 +249,7 @@ def test_any_hook_without_super_is_refused_and_with_it_is_not(kind, hook):
         return args
 
     class Mixed:
-        """Without its own base class, listed before ours."""
+        """A mixin without a base class, listed before ours."""
 
     setattr(Mixed, hook, silent)
     arguments = (0.1,) if kind is Flooding else ()
@@ -266,7 +266,7 @@ def test_any_hook_without_super_is_refused_and_with_it_is_not(kind, hook):
 
 
 class Outer(Plain):
-    """Trains another module in the middle of its own training."""
+    """Trains another module in the middle of its training."""
 
     def on_train_batch_start(self, batch, batch_idx):
         if batch_idx == 4:
@@ -275,13 +275,13 @@ class Outer(Plain):
             make_trainer(*callbacks).fit(inner, Batches(inner.make_batches()))
 
 
-def test_the_same_callback_in_an_inner_trainer_is_right_or_refused():
+def test_the_same_callback_in_an_inner_trainer_is_handled_or_refused():
     found = []
     for callbacks in ([sam(0.3).callback()], [sam(0.3).callback(), None]):
         module = build(Outer, "automatic", 0.05)
         seed()
         batches = module.make_batches()
-        if None in callbacks:  # its own callback for the inner one
+        if None in callbacks:  # without inner training
             callbacks.remove(None)
             module.on_train_batch_start = lambda batch, batch_idx: None
         trainer = make_trainer(*callbacks)
@@ -296,7 +296,7 @@ def test_the_same_callback_in_an_inner_trainer_is_right_or_refused():
 
 
 class OuterByHand(GradientRegularizationMixin, Outer):
-    """Both optimize manually, so that each step of each optimizer is counted."""
+    """Both modules optimize manually, where the steps of each optimizer are counted."""
 
     def training_step(self, batch, batch_idx):
         self.regularized_step(self.optimizers(), lambda: self.evaluate(batch))
@@ -311,13 +311,13 @@ class OuterByHand(GradientRegularizationMixin, Outer):
 
 class InnerByHand(OuterByHand):
     def on_train_batch_start(self, batch, batch_idx):
-        """No training within this one."""
+        """Do not train a third module."""
 
 
 REPORTS = []
 
 
-def test_the_schedule_and_the_count_of_each_trainer_are_its_own():
+def test_each_trainer_has_its_own_schedule_and_counts():
     REPORTS.clear()
     callbacks = [SAM(0.3, start_step=5), Flooding(0.0)]
     module = OuterByHand(0.05)
@@ -326,15 +326,15 @@ def test_the_schedule_and_the_count_of_each_trainer_are_its_own():
     trainer.fit(module, Batches(module.make_batches()))
     assert REPORTS == [[(0, 4)]]
     assert report(callbacks[0]) == (4, 9)
-    # those of both passes of four steps are no losses more
+    # only the losses of its own nine first passes count
     assert callbacks[1].counter.count == 9
 
 
-# --- optimizers and gradients of the module's own
+# --- optimizers within the module
 
 
 class Inner(Situation):
-    """vector-quantize-pytorch: its own optimizer steps inside ``forward``."""
+    """An inner optimizer that steps within ``forward``, as in vector-quantize-pytorch."""
 
     def prepare(self):
         self.codes = nn.Parameter(torch.zeros(2).double(), requires_grad=False)

@@ -1,4 +1,4 @@
-"""The oracle itself, against numbers from a piece of paper, and the comparison, which must see what it is for."""
+"""Tests of the oracle, against values computed by hand, and of the comparison that the contract tests rely on."""
 
 import copy
 from collections import Counter
@@ -23,7 +23,7 @@ class Parabola(Situation):
 
 
 class Inner(Parabola):
-    """A step with its own backward pass."""
+    """A step with an inner backward pass."""
 
     def step(self, batch):
         (5 * self.net.weight).sum().backward()
@@ -38,7 +38,7 @@ def test_forward_differences_and_sam(form):
 
 
 @pytest.mark.parametrize(("form", "value"), [("automatic", 2.2), ("accumulation", 13.2), ("functional", 7.7)])
-def test_a_backward_pass_of_the_step(form, value):
+def test_an_inner_backward_pass(form, value):
     assert float(by_hand(Inner, form, forward(0.1, 1.0), 0.0).gradients[0]["net.weight"]) == pytest.approx(value)
 
 
@@ -54,8 +54,8 @@ class Counts(Parabola):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_by_hand_the_first_pass_is_that_of_lightning(form):
-    """A second pass of weight zero is plain training."""
+def test_the_first_pass_by_hand_is_that_of_lightning(form):
+    """A second pass with weight zero gives plain training."""
     zero = Method(1.0, ((0.1, 0.0),), True, None)
     found, plain = by_hand(Counts, form, zero, 0.1), train(Counts, form, lr=0.1)
     assert differences(found.state, plain.state) == []
@@ -65,7 +65,7 @@ def test_by_hand_the_first_pass_is_that_of_lightning(form):
 
 
 class Box:
-    """Something of everything."""
+    """An object with many kinds of state."""
 
     def __init__(self):
         self.tensor, self.array, self.deep = torch.zeros(3), np.zeros(3), [[{"a": (1, [2])}]]
@@ -88,7 +88,7 @@ class Box:
         lambda box: setattr(box.tensor, "mark", 1),
     ],
 )
-def test_the_comparison_sees(change):
+def test_the_comparison_detects_changes(change):
     box = Box()
     before = fingerprint(box)
     assert differences(fingerprint(copy.deepcopy(box)), before) == []

@@ -1,4 +1,4 @@
-"""The contract in real programs: they train as without the callback, and with the oracle's gradient."""
+"""The contract for realistic programs: no trace of second passes, and the oracle's gradient."""
 
 import copy
 import random
@@ -36,7 +36,7 @@ class FGSM(Situation):
 
 
 class PGD(FGSM):
-    """Several steps of attack in eval mode, as most libraries do, by ``autograd.grad``."""
+    """An attack of several steps in eval mode by ``autograd.grad``, as in most libraries."""
 
     def step(self, batch):
         x, y = batch
@@ -52,7 +52,7 @@ class PGD(FGSM):
 
 
 class DQN(Situation):
-    """Acts in a small environment, remembers, learns from memory; the target is replaced every fourth step."""
+    """Acts in a small environment and learns from a replay memory; the target is replaced every fourth step."""
 
     steps = 18
 
@@ -105,7 +105,7 @@ class DQN(Situation):
 
 
 class DINO(Situation):
-    """Student and teacher of multi-crop views, a center, a momentum that grows and a temperature that is annealed."""
+    """Student and teacher on multi-crop views, with a center, a growing momentum and an annealed temperature."""
 
     steps = 12
 
@@ -137,7 +137,7 @@ class DINO(Situation):
 
 
 class DINOWithCancelledGradients(DINO):
-    """The last layer is frozen at first, by dropping its gradients in ``on_after_backward``."""
+    """The last layer is frozen at first by dropping its gradients in ``on_after_backward``."""
 
     forms, has_oracle = AUTOMATIC, False
 
@@ -147,7 +147,7 @@ class DINOWithCancelledGradients(DINO):
 
 
 class VAE(Situation):
-    """Its own generator for the latent noise, and a weight that is annealed."""
+    """Has its own generator for the latent noise, and an annealed weight."""
 
     def prepare(self):
         self.net = nn.Linear(3, 4).double()
@@ -170,7 +170,7 @@ class VAE(Situation):
 
 
 class MAML(Situation):
-    """An inner step that the outer gradient goes through, on tasks that are drawn."""
+    """Differentiates through an inner step, on randomly drawn tasks."""
 
     def prepare(self):
         self.net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)).double()
@@ -192,7 +192,7 @@ class MAML(Situation):
 
 
 class Reptile(MAML):
-    """First-order: a copy of the network is trained in the step, and the network moved towards it by its loss."""
+    """First-order meta-learning: the step trains a copy of the network, and the loss moves the network towards it."""
 
     def step(self, batch):
         x, y = batch
@@ -211,7 +211,7 @@ class Reptile(MAML):
 
 
 class MoCo(Situation):
-    """A queue of keys with a pointer, an encoder that follows."""
+    """A queue of keys with a pointer, and a momentum encoder."""
 
     def prepare(self):
         self.encoder = copy.deepcopy(self.net).requires_grad_(False)
@@ -276,7 +276,7 @@ def test_quantization_aware_training(form):
 
 @pytest.mark.parametrize("kind", [FGSM, PGD, DQN, DINO, VAE, MAML, Reptile, MoCo])
 def test_the_second_pass_makes_a_difference(kind):
-    """Or the tests above would show nothing."""
+    """Otherwise the tests above would be meaningless."""
     plain, found = train(kind, "automatic", lr=0.05), by_hand(kind, "automatic", FGR, 0.05)
     before, after = (list(run.module.net.parameters()) for run in (plain, found))
     assert all(p.isfinite().all() for p in after)

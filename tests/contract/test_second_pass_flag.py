@@ -25,7 +25,7 @@ SEEN = Record()
 
 
 class Asks(Situation):
-    """Asks before and after something nested."""
+    """Asks before and after a nested call."""
 
     def step(self, batch):
         before = in_second_pass()
@@ -34,7 +34,7 @@ class Asks(Situation):
         return self.mse(batch)
 
     def nest(self, batch):
-        """A method that does nothing."""
+        """Do nothing, unless overridden."""
 
 
 class Trace(Asks):
@@ -48,7 +48,7 @@ class Eigenvalue(Asks):
 
 
 class Nested(Asks):
-    """A step of another network, as of a meta-learner."""
+    """Takes a step with another network, as in meta-learning."""
 
     def nest(self, batch):
         other, inside = nn.Linear(3, 2).double(), Record()
@@ -59,11 +59,11 @@ class Nested(Asks):
 
         regularized_backward(loss_fn, other, GRRule(0.1, 0.1))
         assert inside[1]
-        assert inside[0] == in_second_pass()  # its first pass is part of what runs around it
+        assert inside[0] == in_second_pass()  # its first pass belongs to the pass around it
 
 
 class NestedPlain(Asks):
-    """A rule that has nothing to do."""
+    """A nested rule without a second pass."""
 
     def nest(self, batch):
         other = nn.Linear(3, 2).double()
@@ -71,7 +71,7 @@ class NestedPlain(Asks):
 
 
 class NestedFails(Asks):
-    """The nested second pass ends with an error, which the step catches."""
+    """The nested second pass raises an error, which the step catches."""
 
     def nest(self, batch):
         other, calls = nn.Linear(3, 2).double(), Counter()
@@ -86,7 +86,7 @@ class NestedFails(Asks):
 
 
 class InHook(Asks):
-    """A tensor's hook runs in the backward pass."""
+    """Asks in the backward pass, in a hook of a tensor."""
 
     def step(self, batch):
         loss = self.mse(batch)
@@ -96,7 +96,7 @@ class InHook(Asks):
 
 
 @over(Asks, Trace, Eigenvalue, Nested, NestedPlain, NestedFails, InHook)
-def test_it_is_what_it_was_after_something_nested(kind, form):
+def test_the_flag_is_restored_after_nested_calls(kind, form):
     for method, probes in ((sam(0.5), 1), (CENTRAL, 2)):
         SEEN.clear()
         train(kind, form, method)
@@ -107,7 +107,7 @@ def test_it_is_what_it_was_after_something_nested(kind, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_after_an_error_it_is_off(form):
+def test_the_flag_is_off_after_an_error(form):
     class Fails(Situation):
         def step(self, batch):
             if in_second_pass():
@@ -120,7 +120,7 @@ def test_after_an_error_it_is_off(form):
 
 
 def test_a_monitor_and_its_loss():
-    """Measuring is a pass that leaves no trace: whatever it says meanwhile, it is off afterwards."""
+    """The flag may be set or not while the sharpness is measured, but it must be off afterwards."""
     seed()
     module = Asks()
     SEEN.clear()
@@ -131,7 +131,7 @@ def test_a_monitor_and_its_loss():
 
 
 def test_threads():
-    """Each of two loops in two threads sees its own passes."""
+    """Two loops in two threads each see their own passes."""
     wrong, barrier = Record(), threading.Barrier(2, timeout=60)
 
     def loop():
@@ -156,8 +156,8 @@ def test_threads():
     assert len(wrong) == 0
 
 
-def test_a_plain_loop_beside_a_regularized_one():
-    """One thread makes second passes, the other none."""
+def test_a_plain_loop_in_parallel_with_a_regularized_one():
+    """Only one of two threads makes second passes."""
     wrong, barrier = [], threading.Barrier(2, timeout=60)
 
     def regularized():
@@ -207,8 +207,8 @@ def test_two_trainers_in_two_threads():
     assert wrong == []
 
 
-def test_a_plain_trainer_beside_a_regularized_one():
-    """In a thread that has no second passes the answer is no, whatever others do."""
+def test_a_plain_trainer_in_parallel_with_a_regularized_one():
+    """In a thread without second passes the flag stays off, whatever other threads do."""
     seen, running = Record(), threading.Event()
 
     class Slow(Situation):
@@ -234,7 +234,7 @@ def test_a_plain_trainer_beside_a_regularized_one():
     assert seen == [False] * 200
 
 
-def test_a_thread_that_a_step_starts_is_told_in_the_context_of_the_step():
+def test_a_thread_with_a_copied_context_sees_the_flag_of_its_step():
     net, x, seen = nn.Linear(3, 1).double(), torch.randn(4, 3).double(), Record()
 
     def ask():

@@ -14,7 +14,7 @@ from lightning_gr import SAM, SharpnessMonitor, hessian_eigenvalue, hessian_trac
 
 
 class Teacher(Situation):
-    """Moved in the step, past its version counters."""
+    """A teacher that is moved in each step through ``.data``."""
 
     def prepare(self):
         self.teacher = nn.Linear(3, 2).double().requires_grad_(False)
@@ -72,7 +72,7 @@ class Metrics(Situation):
 
 
 class Logs(Situation):
-    """Through ``self.log`` and to the logger."""
+    """Logs through ``self.log`` and directly to the logger."""
 
     def prepare(self):
         self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)).double()
@@ -87,7 +87,7 @@ class Logs(Situation):
 
 
 class SameContent(Target):
-    """By a write that the first evaluation cannot see: the teacher starts as a copy, and follows past its counters."""
+    """The first evaluation cannot see the write: the teacher starts as a copy, and follows through ``.data``."""
 
     def prepare(self):
         super().prepare()
@@ -100,7 +100,7 @@ class SameContent(Target):
 
 
 class Trainable(SameContent):
-    """One that is in the optimizer, as of a DQN whose target was not frozen."""
+    """A teacher that is in the optimizer, as in a DQN whose target was not frozen."""
 
     def prepare(self):
         super().prepare()
@@ -118,7 +118,7 @@ class Clips(Situation):
 
 
 class Adversarial(Situation):
-    """A backward pass within the step leaves gradients behind."""
+    """An inner backward pass leaves gradients behind."""
 
     def step(self, batch):
         x = batch[0].clone().requires_grad_()
@@ -143,7 +143,7 @@ def fit(kind, *callbacks, **options):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_is_what_it_is_without(kind, method):
+def test_training_is_the_same_as_without_the_monitor(kind, method):
     monitor = SharpnessMonitor(samples=2, max_iterations=3, method=method)
     trainer, found = fit(kind, monitor)
     same("what is left", found, fit(kind)[1])
@@ -152,7 +152,7 @@ def test_training_is_what_it_is_without(kind, method):
 
 
 @pytest.mark.parametrize("kind", [Teacher, Target, SameContent, Trainable])
-def test_beside_sam(kind):
+def test_together_with_sam(kind):
     _, found = fit(kind, SAM(0.1), SharpnessMonitor(samples=2, max_iterations=3))
     same("what is left", found, fit(kind, SAM(0.1))[1])
 
@@ -171,7 +171,7 @@ def test_functions(kind, method):
 
 
 class Doubles(Situation):
-    """Changes its batch in place: each evaluation of it is of another loss."""
+    """Changes its batch in place, so that each evaluation has another loss."""
 
     def prepare(self):
         self.net = nn.Linear(3, 1, bias=False).double()
@@ -185,7 +185,7 @@ class Doubles(Situation):
 
 
 class DoublesData(Doubles):
-    """Past the version counter."""
+    """Changes its batch through ``.data``."""
 
     def step(self, batch):
         batch.data.mul_(1.1)
@@ -193,7 +193,7 @@ class DoublesData(Doubles):
 
 
 class DoublesEntry(Doubles):
-    """In a dictionary, where the entry is replaced, and a tensor of it changed."""
+    """Replaces an entry of its batch, and changes another one in place."""
 
     def make_batches(self):
         return [{"x": x, "n": torch.ones(1).double()} for x in super().make_batches()]
@@ -207,7 +207,7 @@ class DoublesEntry(Doubles):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", [Doubles, DoublesData, DoublesEntry])
 def test_a_batch_that_the_step_changes_in_place(kind, method):
-    """λ is that of the loss of the first batch, or an error says that the batch was changed."""
+    """Either λ is correct for the loss of the first batch, or an error says that the batch was changed."""
     seed()
     first = kind().make_batches()
     seed()
@@ -234,7 +234,7 @@ def test_batches_without_a_loss_do_not_end_the_run(none):
             return None if batch_idx in none else self.step(batch)
 
     class First(Skips):
-        """What the monitor calls: by its batch."""
+        """Decides by the batch itself, since the monitor measures the first batch."""
 
         def make_batches(self):
             return [(x + 100 * (index in none), y) for index, (x, y) in enumerate(super().make_batches())]

@@ -1,4 +1,4 @@
-"""Weights that the optimizer trains and that the step itself writes as well: a second pass starts where it started."""
+"""The contract for trained weights that the step writes to: second passes start where the first one did."""
 
 import torch
 from contract import Situation, contract, witness
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Clamped(Situation):
-    """Weights are clipped at the start of the step, as those of a critic."""
+    """Clips weights at the start of the step, as in a critic."""
 
     def step(self, batch):
         witness(torch.get_rng_state().sum())
@@ -20,7 +20,7 @@ class Clamped(Situation):
 
 
 class Shrunk(Clamped):
-    """By something that is not idempotent, through ``.data``."""
+    """Writes through ``.data``, and is not idempotent."""
 
     def write(self):
         for param in self.net.parameters():
@@ -28,14 +28,14 @@ class Shrunk(Clamped):
 
 
 class Normalized(Clamped):
-    """Prototypes (SwAV): ``.data`` is another tensor afterwards."""
+    """Prototypes (SwAV): replaces ``.data`` by another tensor."""
 
     def write(self):
         self.net.weight.data = nn.functional.normalize(self.net.weight.data, dim=-1)
 
 
 class Late(Shrunk):
-    """First in the fourth call, which is one to learn from."""
+    """Writes for the first time in the fourth step, which is a learning step."""
 
     def prepare(self):
         self.calls = 0
@@ -47,7 +47,7 @@ class Late(Shrunk):
 
 
 class InnerOptimizer(Situation):
-    """A codebook with its own Adam, which steps before the loss is computed."""
+    """A codebook with its own Adam, which steps before the loss is computed, as in vector quantization."""
 
     forms = ("automatic", "mixin", "functional")
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.s
 
 
 class InTrainer(Situation):
-    """Has effects on its Trainer, on the way to an ordinary loss."""
+    """Has side effects on its Trainer while it computes its loss."""
 
     forms, has_oracle = LIGHTNING, False
 
@@ -57,7 +57,7 @@ class DecaysByLoss(InTrainer):
 
 
 class Scheduled(InTrainer):
-    """A scheduler stepped in the step."""
+    """A scheduler that is stepped in the training step."""
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
@@ -68,7 +68,7 @@ class Scheduled(InTrainer):
 
 
 class Plateau(InTrainer):
-    """A scheduler of the module's own that looks at the loss."""
+    """The module's own scheduler, which depends on the loss."""
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
@@ -81,7 +81,7 @@ class Plateau(InTrainer):
 
 
 class OptimizerState(InTrainer):
-    """Writes the optimizer's state: resets momentum, and keeps a counter."""
+    """Changes the optimizer's state: resets momentum, and keeps a counter there."""
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
@@ -94,7 +94,7 @@ class OptimizerState(InTrainer):
 
 
 class StateInPlace(OptimizerState):
-    """A tensor that is written in place."""
+    """Writes in place to a tensor of the optimizer's state."""
 
     def affect(self, loss):
         state = self.trainer.optimizers[0].state[self.net.weight]
@@ -104,7 +104,7 @@ class StateInPlace(OptimizerState):
 
 
 class NewState(OptimizerState):
-    """Starts over, as after a change of the task."""
+    """Clears the optimizer's state, as after a change of tasks."""
 
     def affect(self, loss):
         optimizer = self.trainer.optimizers[0]
@@ -115,7 +115,7 @@ class NewState(OptimizerState):
 
 
 class TrainerAttributes(InTrainer):
-    """Longer training, different limits, and a custom attribute."""
+    """Extends the training, changes limits, and sets a custom attribute."""
 
     def affect(self, loss):
         trainer = self.trainer
@@ -141,7 +141,7 @@ class Data(pl.LightningDataModule):
 
 
 class Stops(InTrainer):
-    """Asks to stop where the loss is very large, which it is at the moved weights only."""
+    """Requests to stop if the loss is very large, which only happens at the moved weights."""
 
     def affect(self, loss):
         if loss > 100:
@@ -149,7 +149,7 @@ class Stops(InTrainer):
 
 
 class Logs(InTrainer):
-    """In every way that ``self`` has."""
+    """Logs in every way that the module offers."""
 
     def affect(self, loss):
         self.log("loss", loss, on_step=True, on_epoch=True)
@@ -157,7 +157,7 @@ class Logs(InTrainer):
 
 
 class CallbackMetrics(InTrainer):
-    """Written past ``self.log``."""
+    """Writes metrics without ``self.log``."""
 
     def affect(self, loss):
         self.trainer.callback_metrics["mine"] = loss.detach()
@@ -167,7 +167,7 @@ class CallbackMetrics(InTrainer):
 
 
 class MetricsInPlace(InTrainer):
-    """A tensor among them that is written in place."""
+    """Writes to a metric in place."""
 
     def affect(self, loss):
         metrics = self.trainer.callback_metrics
@@ -196,7 +196,7 @@ del _
 
 @pytest.mark.parametrize("form", LIGHTNING)
 def test_the_datamodule(form):
-    """Its attributes, and not what is in its data."""
+    """Attributes of the datamodule are restored."""
 
     class Curriculum(InTrainer):
         def affect(self, loss):
@@ -227,14 +227,14 @@ def test_the_state_of_the_optimizer(kind, form):
 
 
 class Saves(InTrainer):
-    """Over the good file, in each step."""
+    """Overwrites its checkpoint in each step."""
 
     def affect(self, loss):
         self.trainer.save_checkpoint(PLACE["path"] / f"{PLACE['name']}.ckpt")
 
 
 class SavesTheBest(InTrainer):
-    """Under the name of its loss: a checkpoint of the second pass would be another file."""
+    """Names checkpoints by their loss, so that one of a second pass would be another file."""
 
     def affect(self, loss):
         self.trainer.save_checkpoint(PLACE["path"] / f"{PLACE['name']} {float(loss.detach()):.6f}.ckpt", True)
@@ -244,7 +244,7 @@ PLACE = {}
 
 
 @over(Saves, SavesTheBest)
-def test_checkpoints_hold_the_clean_weights(kind, form, tmp_path):
+def test_checkpoints_contain_the_clean_weights(kind, form, tmp_path):
     folders = []
     for index, method in enumerate((None, HUGE)):
         PLACE.update(path=tmp_path / str(index), name="good")
@@ -260,7 +260,7 @@ def test_checkpoints_hold_the_clean_weights(kind, form, tmp_path):
 
 
 class Recording(Logger):
-    """Keeps what it is given, as a service does."""
+    """A logger that keeps everything it gets, like a remote service."""
 
     def __init__(self):
         super().__init__()
@@ -279,11 +279,11 @@ class Recording(Logger):
             self.rows.append((direct, step))
 
     def log_hyperparams(self, *args, **kwargs):
-        """Nothing of interest."""
+        """Ignore hyperparameters."""
 
 
 class Run:
-    """A client such as wandb's or a SummaryWriter; what it was sent is out of reach."""
+    """A client such as wandb's or a SummaryWriter, which cannot take back what it has sent."""
 
     def log(self, values):
         SENT.append(values)
@@ -307,7 +307,7 @@ class ByExperiment(InTrainer):
 
 
 class OwnWriter(InTrainer):
-    """A writer of the module's own, in a plain object."""
+    """The module's own writer, in a dictionary."""
 
     def prepare(self):
         self.tools = {"writer": SummaryWriter()}
@@ -317,7 +317,7 @@ class OwnWriter(InTrainer):
 
 
 class SummaryWriter(Run):
-    """As that of TensorBoard: known by its name."""
+    """Recognized by its name, like TensorBoard's."""
 
 
 class ByAllLoggers(InTrainer):
@@ -328,7 +328,7 @@ class ByAllLoggers(InTrainer):
 
 
 class KeptExperiment(InTrainer):
-    """A reference that was taken before: ``self.writer``."""
+    """Keeps a reference to the experiment: ``self.writer``."""
 
     def on_train_start(self):
         self.writer = self.logger.experiment
@@ -350,14 +350,14 @@ def test_loggers_that_are_called_directly_get_one_row(kind, form):
 
 
 class ByCSV(InTrainer):
-    """A logger of Lightning's own, whose experiment has a state."""
+    """A logger of Lightning whose experiment has state."""
 
     def affect(self, loss):
         self.logger.experiment.log_metrics({"direct": float(loss.detach())}, self.global_step)
 
 
 @over(ByCSV)
-def test_a_logger_of_lightning(kind, form, tmp_path):
+def test_a_csv_logger(kind, form, tmp_path):
     texts = []
     for index, method in enumerate((None, FGR)):
         train(kind, form, method, logger=CSVLogger(tmp_path, version=index), log_every_n_steps=100)
@@ -380,8 +380,8 @@ def test_printing_is_muted(capsys):
     assert outputs == [9, 9]
 
 
-def test_several_optimizers_of_a_mixin():
-    """The rate of the other one, and its scheduler."""
+def test_several_optimizers_with_the_mixin():
+    """A closure for one optimizer steps the scheduler of the other one."""
 
     class Both(GradientRegularizationMixin, InTrainer):
         def configure_optimizers(self):
@@ -406,8 +406,8 @@ def test_several_optimizers_of_a_mixin():
     assert trainer.optimizers[0].param_groups[0]["seen"] == 9
 
 
-def test_the_comparison_of_trainers_sees_what_a_step_does():
-    """Or the tests above would show nothing."""
+def test_the_comparison_of_trainers_detects_effects_of_steps():
+    """Otherwise the tests above would be meaningless."""
     plain = train(Decays, "automatic")
     assert plain.trainer.optimizers[0].param_groups[0]["decay"] == pytest.approx(0.9**9)
     with pytest.raises(pytest.fail.Exception):

@@ -1,4 +1,4 @@
-"""The contract for iterators, files and other state that cannot be rewound: one warning names it."""
+"""The contract for iterators, files and other state that cannot be rewound: a single warning names it."""
 
 import ctypes
 import hashlib
@@ -19,21 +19,21 @@ PLACE = {}
 OPEN = []
 
 
-def opened(thing):
-    """Something that the test closes at its end: what is left open is reported in the test in which it is collected."""
+def closed_later(thing):
+    """Register ``thing`` to be closed after the test; otherwise some later test would get a warning about it."""
     OPEN.append(thing)
     return thing
 
 
 @pytest.fixture(autouse=True)
-def _all_is_closed():
+def _close_everything():
     yield
     while OPEN:
         OPEN.pop().close()
 
 
 def warned(kind, form, method=HUGE):
-    """What the package has to say about a training."""
+    """Train, and return the run and the package's warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = train(kind, form, method)
@@ -43,12 +43,12 @@ def warned(kind, form, method=HUGE):
 
 
 class Writes(Situation):
-    """A line of a file per step."""
+    """Writes a line to a file in each step."""
 
     attribute = "stream"
 
     def prepare(self):
-        self.stream = opened((PLACE["path"] / "losses.txt").open("w"))
+        self.stream = closed_later((PLACE["path"] / "losses.txt").open("w"))
 
     def step(self, batch):
         self.stream.write("a line of some length\n")
@@ -57,13 +57,13 @@ class Writes(Situation):
 
 
 class WritesInLayer(Writes):
-    """Deeper: the warning names the path."""
+    """The file is in a deeper object, whose path the warning names."""
 
     attribute = "stream"
 
     class Log:
         def __init__(self):
-            self.stream = opened((PLACE["path"] / "losses.txt").open("w"))
+            self.stream = closed_later((PLACE["path"] / "losses.txt").open("w"))
 
     def prepare(self):
         self.head = nn.Identity()
@@ -76,7 +76,7 @@ class WritesInLayer(Writes):
 
 
 class Generator(Situation):
-    """A running generator, advanced by ``next``."""
+    """A running generator, which each step advances by ``next``."""
 
     attribute = "noise"
 
@@ -88,7 +88,7 @@ class Generator(Situation):
 
 
 class IteratorOfALoader(Situation):
-    """A second loader, from which each step takes a batch: a common way to mix in unlabelled data."""
+    """A second loader, from which each step takes a batch, as is common for unlabelled data."""
 
     attribute = "unlabelled"
 
@@ -104,11 +104,11 @@ class IteratorOfALoader(Situation):
 
 
 @over(Writes, WritesInLayer, Generator, IteratorOfALoader)
-def test_one_warning_names_what_cannot_be_put_back(kind, form, tmp_path):
+def test_one_warning_names_what_cannot_be_restored(kind, form, tmp_path):
     PLACE["path"] = tmp_path
     found, texts = warned(kind, form)
     ours = [text for text in texts if kind.attribute in text]
-    if form == "functional":  # each call is separate, and Python shows a warning from the same line once
+    if form == "functional":  # each call warns, but Python shows a warning from the same line once
         ours = sorted(set(ours))
     assert len(ours) == 1
     assert ours == sorted(set(texts)) if form == "functional" else ours == texts
@@ -120,7 +120,7 @@ def test_one_warning_names_what_cannot_be_put_back(kind, form, tmp_path):
 
 
 class Guarded(Writes):
-    """The way out: the step asks."""
+    """The documented solution: the step asks whether it is in a second pass."""
 
     def step(self, batch):
         if not in_second_pass():
@@ -130,13 +130,13 @@ class Guarded(Writes):
 
 
 class OnlyHeld(Situation):
-    """What is there and not written: a file, a socket, a lock, a generator, an iterator, a connection."""
+    """Objects that exist but do not change: a file, a socket, a digest, generators, iterators, a connection."""
 
     def prepare(self):
-        self.stream = opened((PLACE["path"] / "read.txt").open("w"))
+        self.stream = closed_later((PLACE["path"] / "read.txt").open("w"))
         self.noise, self.count = (value for value in range(3)), itertools.count()
         self.files = {"one": iter([1, 2]), "two": zip([1], [2], strict=True)}
-        self.socket, self.base = opened(socket.socket()), opened(sqlite3.connect(":memory:"))
+        self.socket, self.base = closed_later(socket.socket()), closed_later(sqlite3.connect(":memory:"))
         self.digest = hashlib.sha256()
 
     def step(self, batch):
@@ -157,7 +157,7 @@ def test_no_warning_without_need(kind, form, tmp_path):
         assert list(found.module.files["one"]) == [1, 2]
 
 
-# --- put back, or named
+# --- restored or warned about
 
 
 class Digest(Situation):
@@ -180,7 +180,7 @@ class Database(Situation):
     attribute = "base"
 
     def prepare(self):
-        self.base = opened(sqlite3.connect(":memory:"))
+        self.base = closed_later(sqlite3.connect(":memory:"))
         self.base.execute("create table losses (value real)")
 
     def step(self, batch):
@@ -192,7 +192,7 @@ class Database(Situation):
 
 
 class Counter(Situation):
-    """``itertools.count``, of which the state can be read."""
+    """``itertools.count``, whose state can be read."""
 
     attribute = "counter"
 
@@ -219,7 +219,7 @@ class DataOfC(Counter):
 
 
 class Queue(Counter):
-    """Its items are in an extension."""
+    """A queue whose items are in an extension."""
 
     def prepare(self):
         self.counter = queue.SimpleQueue()
@@ -246,7 +246,7 @@ class ListIterator(Counter):
 
 
 @over(Digest, Database, Counter, DataOfC, Queue, ListIterator)
-def test_put_back_or_named(kind, form):
+def test_restored_or_warned_about(kind, form):
     plain = train(kind, form).module.state()
     found, texts = warned(kind, form)
     if found.module.state() != plain:
@@ -256,8 +256,8 @@ def test_put_back_or_named(kind, form):
         assert texts == []
 
 
-def test_a_warning_comes_once_in_all_of_a_run():
-    """Also where it goes on for long, with many learning steps."""
+def test_warns_once_per_run():
+    """Even in a longer run with more learning steps."""
 
     class Long(Generator):
         steps = 40
@@ -268,8 +268,8 @@ def test_a_warning_comes_once_in_all_of_a_run():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_rest_is_put_back_beside_it(form, tmp_path):
-    """Something that cannot be put back does not keep others from it."""
+def test_everything_else_is_restored(form, tmp_path):
+    """State that cannot be restored must not prevent other state from being restored."""
 
     class Beside(Writes):
         def prepare(self):

@@ -1,4 +1,4 @@
-"""DESIGN §3, row ".grad": what hooks of Lightning's and later micro-batches do to gradients belongs to both passes."""
+"""The contract for changes of gradients by Lightning's hooks and by later micro-batches, which apply in both passes."""
 
 import pytest
 import pytorch_lightning as pl
@@ -28,7 +28,7 @@ class Plain(Situation):
 
 
 class Cancels(Plain):
-    """lightly's DINO cancels the gradients of its last layer in ``on_after_backward``: no part of the direction."""
+    """Cancels the gradients of a layer in ``on_after_backward``, like lightly's DINO, so it is not in the direction."""
 
     has_oracle = False
     forms = ("automatic", "accumulation", "mixin")
@@ -56,7 +56,7 @@ class CancelsInPlace(Cancels):
 
 
 class CancelsLate(Cancels):
-    """Begins between two looks."""
+    """Starts to cancel gradients between two learning steps."""
 
     def change(self):
         if self.hooked > 5:
@@ -74,7 +74,7 @@ class ClipsByNorm(Cancels):
 
 
 class Scales(Cancels):
-    """A smaller rate for one layer."""
+    """Scales the gradients of one layer, as for a smaller learning rate."""
 
     def change(self):
         for param in self.last.parameters():
@@ -82,7 +82,7 @@ class Scales(Cancels):
 
 
 class Replaces(Cancels):
-    """Signs, in tensors of their own."""
+    """Replaces gradients by new tensors with their signs."""
 
     def change(self):
         for param in self.parameters():
@@ -93,7 +93,7 @@ HOOKED = [Cancels, CancelsInPlace, CancelsLate, ClipsByValue, ClipsByNorm, Scale
 
 
 def gradient_of(module, batches):
-    """What plain training has after the hooks of a window: its gradient as a function of the weights."""
+    """Return the gradient of a window after the hooks, as in plain training, at the current weights."""
     module.zero_grad()
     for batch in batches:
         (module.step(batch) / len(batches)).backward()
@@ -102,14 +102,14 @@ def gradient_of(module, batches):
 
 
 def by_hand_with_hooks(kind, form, method):
-    """F-GR and its like for that function; parameters without a gradient stay where they are."""
+    """Apply ``method`` to the gradient after the hooks; parameters without a gradient are not moved."""
     module = build(kind, form)
     seed()
     batches, found = module.make_batches(), []
     size = 3 if form == "accumulation" else 1
     for start in range(0, len(batches), size):
         window = batches[start : start + size]
-        # as many calls of the hook as there have been in first passes, before each window
+        # the number of calls of the hook before this window, in first passes only
         counted = type(module).change is CancelsLate.change
         module.hooked = start + 1 if counted and size == 1 else 9 if counted and start >= 5 else start
         clean = gradient_of(module, window)
@@ -131,9 +131,9 @@ def by_hand_with_hooks(kind, form, method):
 
 @pytest.mark.parametrize("method", [forward(0.2, 0.5), central(0.2, 0.5), sam(0.3)], ids=["fgr", "central", "sam"])
 @over(*HOOKED)
-def test_what_the_module_itself_does_to_gradients_belongs_to_the_function(kind, form, method):
+def test_changes_by_hooks_of_the_module_apply_in_both_passes(kind, form, method):
     if kind is CancelsLate and form == "accumulation":
-        pytest.skip("begins in the midst of a window")
+        pytest.skip("starts in the middle of a window")
     found = train(kind, form, method)
     expected = by_hand_with_hooks(kind, form, method)
     same("gradients", as_dict(found.gradients), as_dict(expected), 1e-9)
@@ -143,7 +143,7 @@ def test_what_the_module_itself_does_to_gradients_belongs_to_the_function(kind, 
 
 
 class CancelsByCallback(pl.Callback):
-    """The same, from outside; listed before or after ours."""
+    """Cancels the same gradients in another callback."""
 
     def __init__(self):
         self.calls = 0
@@ -159,7 +159,7 @@ class Quiet(Cancels):
 
 @pytest.mark.parametrize("first", [True, False])
 @over(Quiet)
-def test_what_another_callback_does_to_gradients_does_so_as_well(kind, form, first):
+def test_changes_by_other_callbacks_apply_in_both_passes(kind, form, first):
     method, other = forward(0.2, 0.5), CancelsByCallback()
     module = build(kind, form, mixin=form == "mixin")
     seed()
@@ -178,7 +178,7 @@ def test_what_another_callback_does_to_gradients_does_so_as_well(kind, form, fir
 
 
 class Looks(Cancels):
-    """A hook that logs a norm runs once for each step."""
+    """Records the norm of the gradient in its hook."""
 
     def change(self):
         CALLS.append(float(torch.stack([p.grad.norm() for p in self.parameters()]).norm()))
@@ -188,7 +188,7 @@ CALLS = []
 
 
 @over(Looks)
-def test_a_hook_that_only_looks_runs_once(kind, form):
+def test_a_hook_that_only_reads_gradients_runs_once(kind, form):
     seen = []
     for method in (None, HUGE):
         CALLS.clear()
@@ -199,7 +199,7 @@ def test_a_hook_that_only_looks_runs_once(kind, form):
 
 
 class Partly(Plain):
-    """Zeroes, in each step, what earlier micro-batches left for one of two layers."""
+    """Zeroes the gradients of one of two layers in each step, and so those of earlier micro-batches."""
 
     def prepare(self):
         self.last = nn.Linear(2, 2).double()
@@ -218,7 +218,7 @@ class PartlyByData(Partly):
 
 
 class Normalizes(Partly):
-    """Reads and writes all of them."""
+    """Reads and changes all gradients of earlier micro-batches."""
 
     def step(self, batch):
         grads = [p.grad for p in self.parameters() if p.grad is not None]
@@ -228,14 +228,14 @@ class Normalizes(Partly):
 
 
 @over(Partly, PartlyByData, Normalizes, forms=("accumulation",))
-def test_steps_that_write_to_gradients_of_earlier_micro_batches(kind, form):
+def test_steps_that_change_gradients_of_earlier_micro_batches(kind, form):
     for method in (FGR, central(0.2, 0.5), sam(0.3)):
         check_gradient(kind, form, method)
 
 
 @pytest.mark.parametrize("kind", [Partly, Normalizes])
-def test_closures_that_write_to_gradients_of_earlier_ones(kind):
-    """Micro-batches of the mixin are those of a window."""
+def test_closures_that_change_gradients_of_earlier_ones(kind):
+    """A list of closures with the mixin is treated like a window."""
 
     class Micro(GradientRegularizationMixin, kind):
         def training_step(self, window, batch_idx):
@@ -252,7 +252,7 @@ def test_closures_that_write_to_gradients_of_earlier_ones(kind):
 
 
 class Routed(Plain):
-    """A parameter that gets a gradient at the displaced weights only, as an expert of a mixture: it is left alone."""
+    """A layer that only gets a gradient at displaced weights, such as an expert in a mixture, stays unchanged."""
 
     def prepare(self):
         self.expert = nn.Linear(2, 2).double()
@@ -265,7 +265,7 @@ class Routed(Plain):
 
 
 @over(Routed)
-def test_a_parameter_without_a_first_gradient_gets_no_second_one(kind, form):
+def test_a_parameter_without_a_first_gradient_gets_no_second_gradient(kind, form):
     for method in (FGR, HUGE):
         found = train(kind, form, method)
         assert found.gradients

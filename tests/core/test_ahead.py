@@ -1,4 +1,4 @@
-"""The point ahead along the momentum: which momentum, and weights that come back bit for bit."""
+"""The point ahead along the momentum: which momentum is used, and that weights are restored bit for bit."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ WITHOUT = {
 
 
 class Lion(torch.optim.Optimizer):
-    """An optimizer of a user's own, with attributes and random numbers of its own."""
+    """A custom optimizer that has attributes and draws random numbers."""
 
     def __init__(self, params, lr=0.1):
         super().__init__(params, {"lr": lr})
@@ -67,7 +67,7 @@ def test_optimizers_with_a_momentum(name):
 
 
 @pytest.mark.parametrize("name", WITHOUT)
-def test_optimizers_without_one(name):
+def test_optimizers_without_a_momentum(name):
     assert keeps_momentum(WITHOUT[name](mlp().parameters())) is False
 
 
@@ -93,7 +93,7 @@ class Early(torch.optim.Optimizer):
 def test_optimizers_that_create_their_state_early(momentum):
     optimizer = Early(mlp().parameters(), momentum)
     assert keeps_momentum(optimizer) is momentum
-    for state in optimizer.state.values():  # untouched
+    for state in optimizer.state.values():  # the check must not change it
         assert (state["step"].item(), state["sizes"]) == (0, [1])
         assert not any(value.any() for value in state.values() if torch.is_tensor(value))
 
@@ -105,8 +105,8 @@ def test_one_of_several_groups_is_enough():
     assert keeps_momentum(optimizer)
 
 
-def test_looking_leaves_an_optimizer_alone():
-    """Its state, attributes, hooks, scheduler and the random numbers."""
+def test_keeps_momentum_leaves_the_optimizer_unchanged():
+    """Its state, attributes, hooks and scheduler stay as they are, and no random numbers are drawn."""
     net, calls = mlp(), []
     before = weights(net)
     optimizer = Lion(net.parameters())
@@ -120,13 +120,13 @@ def test_looking_leaves_an_optimizer_alone():
     assert optimizer.param_groups[0]["params"] == list(net.parameters())
 
 
-def test_what_cannot_be_found_out():
+def test_unknown_for_optimizers_that_need_a_closure():
     assert keeps_momentum(torch.optim.LBFGS(mlp().parameters())) is None
 
 
 @pytest.mark.parametrize("host", [True, False])
-@pytest.mark.parametrize("size", [8, 300])  # copied, and swapped
-def test_the_point_and_the_way_back(host, size):
+@pytest.mark.parametrize("size", [8, 300])  # small weights are copied, large ones swapped
+def test_displaced_and_restored(host, size):
     net = nn.Sequential(nn.Linear(size, size), nn.Linear(size, 3))
     optimizer = stepped(WITH["SGD"], net)
     before = weights(net)
@@ -145,7 +145,7 @@ def test_the_point_and_the_way_back(host, size):
     assert_same({n: optimizer.state[p]["momentum_buffer"] for n, p in net.named_parameters()}, momenta)
 
 
-def test_an_error_in_between():
+def test_weights_are_restored_after_an_error():
     net = mlp()
     optimizer = stepped(WITH["AdamW"], net)
     before = weights(net)
@@ -162,7 +162,7 @@ def test_an_error_in_between():
 
 
 def test_suspended():
-    """The weights themselves for a while, also after an error there."""
+    """Inside, the weights are back at their own values; afterwards they are displaced again, even after an error."""
     net = mlp()
     optimizer = stepped(WITH["SGD"], net)
     before = weights(net)
@@ -205,10 +205,10 @@ def test_a_momentum_of_zero_moves_nothing():
         assert_same(weights(net), before)
 
 
-@pytest.mark.parametrize("size", [8, 300])  # copied, and swapped
+@pytest.mark.parametrize("size", [8, 300])  # small weights are copied, large ones swapped
 @pytest.mark.parametrize("written", ["nothing", "weight", "momentum", "storage", "elsewhere"])
 def test_the_backward_pass_takes_place_at_the_same_point(written, size):
-    """What has changed since the forward pass is seen, and what has not is not computed again."""
+    """Changes since the forward pass are taken into account, and nothing is recomputed without need."""
     net = nn.Sequential(nn.Linear(size, size), nn.Linear(size, 3))
     optimizer, storage = stepped(WITH["SGD"], net), WeightStorage()
     ahead = Ahead(optimizer, net.parameters(), 0.5, storage)
@@ -227,7 +227,7 @@ def test_the_backward_pass_takes_place_at_the_same_point(written, size):
             net[0].weight.data = 2.0 * net[0].weight
     before = weights(net)
     fresh = Ahead(optimizer, net.parameters(), 0.5, WeightStorage())
-    fresh._factor = ahead._factor  # ‖v‖ belongs to the whole window
+    fresh._factor = ahead._factor  # ‖v‖ is computed once per window
     with fresh.displaced():
         expected = weights(net)
     with ahead.displaced(again=True):

@@ -1,4 +1,4 @@
-"""Gradients that are kept apart: clipped each by its norm, and what is left after an error."""
+"""First and second gradients that are kept apart: clipping each by its norm, combining them, and errors."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_a_zero_gradient_stays_zero():
 
 @pytest.mark.parametrize("error", [RuntimeError, NoLossError])
 @pytest.mark.parametrize("probes", [(Probe(0.1, 1.0),), (Probe(0.1, 0.5), Probe(-0.1, 0.5))])
-def test_the_first_gradient_is_left_after_an_error(error, probes):
+def test_the_first_gradient_remains_after_an_error(error, probes):
     net, batch = started()
     clean, before, calls = gradients(net), weights(net), []
     update = Update("normalized", 0.3, probes, clip=(1e6, 1e6))
@@ -82,7 +82,7 @@ def test_a_rule_gets_both_gradients():
     assert_near(gradients(net), {name: 2 * g for name, g in gradients(moved).items()})
 
 
-def test_without_a_probe_the_first_one_is_combined():
+def test_without_probes_the_first_gradient_is_combined():
     net, _ = started()
     clean = gradients(net)
 

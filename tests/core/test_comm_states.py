@@ -1,4 +1,4 @@
-"""What communication hooks keep is put back in place, whatever it is made of."""
+"""The state of communication hooks is restored in place, whatever it consists of."""
 
 import numpy as np
 import torch
@@ -22,11 +22,11 @@ class Own:
         self.inner, self.itself, self.layer = Slotted(), self, nn.Linear(1, 1)
 
 
-def test_everything_is_what_it_was():
+def test_everything_is_restored():
     own, slotted = Own(), Slotted()
     group, error, inner = slotted.group, own.error, own.inner
     kept = CommStates([own, slotted])
-    for _ in range(2):  # it can be put back several times
+    for _ in range(2):  # it can be restored several times
         expected = np.random.RandomState(0).rand(), torch.rand(1, generator=torch.Generator().manual_seed(0))
         slotted.count, own.inner.count = 9, 8
         own.error.add_(5)
@@ -52,7 +52,7 @@ def test_everything_is_what_it_was():
         kept.restore()
 
 
-def test_nothing_is_kept_of_numbers_and_layers():
+def test_numbers_and_layers_are_not_saved():
     layer = nn.Linear(1, 1)
     kept = CommStates([True, "group", layer])
     with torch.no_grad():
@@ -61,8 +61,8 @@ def test_nothing_is_kept_of_numbers_and_layers():
     assert layer.weight.item() == 7.0
 
 
-def test_what_belongs_to_others_is_not_entered():
-    """A hook may refer to the module, the optimizer or the Trainer, which go on meanwhile."""
+def test_objects_of_others_are_not_entered():
+    """A hook may refer to the module, the optimizer or the Trainer, whose changes must not be undone."""
     net, trainer = nn.Linear(1, 1), Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     state = {"net": net, "optimizer": optimizer, "trainer": trainer, "torch": torch, "weight": net.weight}

@@ -47,8 +47,8 @@ def test_the_hook_survives_double_backward(level):
 
 
 @pytest.mark.parametrize("value", [1.0, 9.0])
-def test_another_value_may_decide(value):
-    """As the mean of the loss over devices does."""
+def test_another_value_may_decide_the_sign(value):
+    """Such as the mean of the loss over devices."""
     x = torch.tensor([1.0], requires_grad=True)
     loss = (5 * x).sum()
     flood_gradient_(loss, 4.0, torch.tensor(value))
@@ -65,8 +65,8 @@ def test_a_scaled_loss_is_compared_with_a_scaled_level():
         assert x.grad.item() == -3 * scale
 
 
-def test_a_loss_at_the_level_itself_goes_down():
-    """Where |L − b| has no derivative; the explicit formula would stand still there."""
+def test_a_loss_exactly_at_the_level_is_minimized():
+    """|L − b| has no derivative there; with the explicit formula, the gradient would be zero."""
     x = torch.tensor([2.0], requires_grad=True)
     loss = (3 * x).sum()
     assert not flood_gradient_(loss, 6.0)

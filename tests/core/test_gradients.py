@@ -1,4 +1,4 @@
-"""What happens to ``.grad`` around a pass: nothing is lost, nothing is counted twice."""
+"""``.grad`` before and after a pass: no gradient is lost, and none is counted twice."""
 
 from contextlib import nullcontext, suppress
 
@@ -30,7 +30,7 @@ def grads(params):
 # --- checked
 
 
-def test_gradients_that_are_there_pass_and_so_do_none_without_hooks():
+def test_present_gradients_pass_and_so_do_missing_ones_without_hooks():
     BackwardCheck([], thorough=True).done()
     for params in (make_params(1, None), make_params(None, None)):
         for thorough in (True, False):
@@ -43,13 +43,13 @@ def test_gradients_that_are_there_pass_and_so_do_none_without_hooks():
 
 @pytest.mark.parametrize("thorough", [True, False])
 @pytest.mark.parametrize("value", [1.0, torch.nan])
-def test_a_parameter_that_was_written_meanwhile_is_refused(thorough, value):
+def test_a_parameter_that_is_written_in_the_backward_pass_is_refused(thorough, value):
     params = make_params(1, 2)
     with torch.no_grad():
         params[0].fill_(value)
     check = BackwardCheck(params, thorough)
     check.done()
-    params[1].data += 1  # which moves no version counter
+    params[1].data += 1  # does not increase the version counter
     with pytest.raises(RuntimeError, match="during the backward pass") if thorough else nullcontext():
         check.done()
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_a_stashed_gradient_is_added_once():
     assert grads(params) == [1, 12, 20]
 
 
-def test_of_some_parameters_and_times_a_factor():
+def test_restores_some_parameters_and_scales_by_a_factor():
     params, stashed = make_params(1, 2, 3), StashedGradients()
     stashed.stash(params)
     params[1].grad = torch.ones(3)
@@ -107,12 +107,12 @@ def test_of_some_parameters_and_times_a_factor():
     assert grads(params) == [0.5, 2, 3]
 
 
-def test_what_was_restored_can_be_undone_until_it_is_cleared():
+def test_a_restore_can_be_undone_until_it_is_cleared():
     params, stashed = make_params(1, 2, 3), StashedGradients()
     stashed.stash(params)
     stashed.restore(params[:1], 0.25)
     stashed.restore(params[1:], 0.25)
-    for param in params:  # to be made again
+    for param in params:  # as before a pass that recomputes them
         param.grad = None
     stashed.undo(params[:2])
     stashed.restore()
@@ -123,7 +123,7 @@ def test_what_was_restored_can_be_undone_until_it_is_cleared():
 
 
 def test_a_view_of_a_bucket_is_copied():
-    """The next backward pass writes to it."""
+    """The next backward pass would overwrite it."""
     (param,), bucket, stashed = make_params(None), torch.full((6,), 5.0), StashedGradients()
     param.grad = bucket[3:]
     stashed.stash([param])
@@ -158,7 +158,7 @@ def test_a_step_finds_no_gradient_and_cannot_touch_it():
     assert all(p.grad is k for p, k in zip(params, kept, strict=True))
 
 
-def test_an_own_backward_of_a_parameter_without_gradient_counts():
+def test_a_backward_pass_of_the_step_itself_counts_without_an_earlier_gradient():
     params = make_params(None)
     with hidden_gradients(params, added=params):
         params[0].sum().backward()
@@ -169,8 +169,8 @@ def test_an_own_backward_of_a_parameter_without_gradient_counts():
 
 
 @pytest.mark.parametrize("value", [None, 7])
-def test_what_arrives_is_zero(value):
-    """And it does arrive, as DDP wants."""
+def test_accumulated_gradients_are_zero(value):
+    """Accumulation still runs, since DDP waits for its hooks."""
     first, second = make_params(value, 1)
     arrived = []
     node = first.view_as(first).grad_fn.next_functions[0][0]
@@ -184,15 +184,15 @@ def test_what_arrives_is_zero(value):
     assert grads([first]) == [(value or 0) + 1]
 
 
-def test_a_frozen_parameter_is_let_alone():
+def test_a_frozen_parameter_is_left_alone():
     frozen = nn.Parameter(torch.ones(2), requires_grad=False)
     with unchanged_gradients([frozen]):
         pass
     assert frozen.grad is None
 
 
-def test_of_a_distributed_parameter_the_old_gradient_is_put_back(mesh):
-    """FSDP2 writes gradients past the hooks of parameters."""
+def test_the_gradient_of_a_distributed_parameter_is_restored(mesh):
+    """FSDP2 writes gradients without calling the hooks of parameters."""
     spread, plain = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, (Shard(0), Replicate()))), make_params(1)[0]
     old = spread.grad = torch.ones_like(spread)
     with suppress(KeyboardInterrupt), unchanged_gradients([spread, plain]):

@@ -1,4 +1,4 @@
-"""Exchanging hooks on parameters for a while."""
+"""Temporarily replacing hooks on parameters."""
 
 from contextlib import suppress
 
@@ -16,7 +16,7 @@ def seen():
 
 @pytest.fixture
 def weight(seen):
-    """Doubles its gradient, then notes it; notes what was accumulated."""
+    """A parameter whose hooks double and record its gradient, and record the accumulated gradient (negated)."""
     param = nn.Parameter(torch.ones(1))
     param.register_hook(lambda grad: 2 * grad)
     param.register_hook(lambda grad: seen.append(grad.item()))
@@ -31,7 +31,7 @@ def backward(weight):
 
 
 @pytest.mark.parametrize(("after", "gradient", "noted"), [(None, 1.0, []), (True, 2.0, [2.0]), (False, 1.0, [-1.0])])
-def test_those_that_are_left_out_do_not_run_and_are_back_afterwards(weight, seen, after, gradient, noted):
+def test_disabled_hooks_do_not_run_and_are_restored(weight, seen, after, gradient, noted):
     with suppress(KeyboardInterrupt), without_hooks([weight], after_accumulation=after):
         assert backward(weight) == gradient
         assert seen == noted
@@ -41,7 +41,7 @@ def test_those_that_are_left_out_do_not_run_and_are_back_afterwards(weight, seen
     assert seen == [2.0, -2.0]
 
 
-def test_others_run_in_their_place_in_order(weight, seen):
+def test_replacements_run_in_the_order_of_the_original_hooks(weight, seen):
     exchanged = ExchangedHooks([weight], lambda number, hook, after: None if after else Zero())
     assert backward(weight) == 0.0
     assert seen == [-0.0]
@@ -53,7 +53,7 @@ def test_others_run_in_their_place_in_order(weight, seen):
 
 
 @pytest.mark.parametrize("factor", [-0.5, 1.0])
-def test_a_factor_comes_after_hooks_and_before_what_sees_the_sum(weight, seen, factor):
+def test_a_factor_applies_after_hooks_and_before_accumulation(weight, seen, factor):
     frozen = nn.Parameter(torch.ones(1), requires_grad=False)
     with suppress(KeyboardInterrupt), times(factor, [weight, frozen]):
         assert backward(weight) == 2.0 * factor
@@ -62,7 +62,7 @@ def test_a_factor_comes_after_hooks_and_before_what_sees_the_sum(weight, seen, f
     assert backward(weight) == 2.0
 
 
-def test_one_that_was_removed_meanwhile_stays_away(weight, seen):
+def test_a_hook_removed_meanwhile_is_not_restored(weight, seen):
     handle = weight.register_hook(lambda grad: 10 * grad)
     with without_hooks([weight]):
         handle.remove()
@@ -72,7 +72,7 @@ def test_one_that_was_removed_meanwhile_stays_away(weight, seen):
     assert backward(weight) == 2.0
 
 
-def test_hooks_of_the_package_are_not_exchanged(weight, seen):
+def test_hooks_of_the_package_are_not_replaced(weight, seen):
     handle = weight.register_hook(Zero())
     with without_hooks([weight]):
         assert backward(weight) == 0.0

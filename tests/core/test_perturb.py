@@ -1,4 +1,4 @@
-"""Norms, directions, and a perturbation that is taken back bit for bit."""
+"""Norms, directions, and perturbations that are undone bit for bit."""
 
 import math
 from contextlib import suppress
@@ -64,7 +64,7 @@ def test_global_norm_of_several_dtypes(dtypes, result):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_the_norm_tells_what_is_not_finite(bad):
+def test_the_norm_shows_values_that_are_not_finite(bad):
     tensors = [torch.ones(3), torch.ones(2)]
     assert global_norm(tensors).isfinite()
     tensors[1][1] = bad
@@ -89,14 +89,14 @@ def test_direction_factor():
     assert third == 1 / 3
 
 
-def test_a_known_norm_is_not_taken_again():
-    """Except for the adaptive direction, whose norm is another one."""
+def test_a_known_norm_is_not_recomputed():
+    """Except for the adaptive direction, which uses a different norm."""
     grads, norm = [torch.tensor([3.0, 4.0])], torch.tensor(10.0)
     assert direction_factor(Update("normalized", 1.0), grads, None, norm) == 1 / 10
     assert direction_factor(Update("adaptive", 0.0), grads, None, norm) == 1 / 5
 
 
-def test_only_wide_numbers_on_the_host_are_looked_at():
+def test_only_wide_dtypes_on_the_cpu_count_as_on_host():
     wide = [torch.ones(1), torch.ones(1, dtype=torch.float64)]
     assert is_on_host(wide)
     for other in (torch.ones(1, device="meta"), torch.ones(1).half(), torch.ones(1).bfloat16()):
@@ -127,7 +127,7 @@ def test_moves_along_the_direction_and_comes_back(kind, seed, steps, eta):
         for step in others:
             perturbation.move_to(step)
             assert_near(named(params), reference.combine(1.0, theta, step, direction), 1e-13)
-            if kind != "adaptive":  # which uses the gradient up
+            if kind != "adaptive":  # which overwrites the gradient
                 assert_same(named(p.grad for p in params), grads)
     assert all(torch.equal(p, theta[n]) for n, p in zip(theta, params, strict=True))
 
@@ -135,7 +135,7 @@ def test_moves_along_the_direction_and_comes_back(kind, seed, steps, eta):
 @pytest.mark.parametrize("kind", DIRECTIONS)
 @given(seed=st.integers(0, 1000), eta=st.floats(0, 1))
 def test_on_an_accelerator_the_gradient_becomes_the_direction(kind, seed, eta):
-    """And whoever wants the gradient again is told the factor."""
+    """And the factor between them is returned, to recover the gradient."""
     params = make_params([(3,), (2, 3), ()], seed=seed)
     theta, grads = named(params), named(p.grad for p in params)
     eta = eta if kind == "adaptive" else 0.0
@@ -177,7 +177,7 @@ def test_zero_gradients_move_nothing(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", ["gradient", "normalized"])
-def test_a_loss_scale_is_taken_out_of_the_step_and_left_in_the_gradient(kind):
+def test_a_loss_scale_is_removed_from_the_step_but_not_from_the_gradient(kind):
     for scale in (1.0, 2.0**16):
         params = make_params([(3,), (2, 2)], scale=scale)
         theta, grads = named(params), named(p.grad / scale for p in params)
@@ -202,7 +202,7 @@ def test_the_copy_is_kept_between_steps_and_renewed_for_other_parameters():
     assert [t.shape for t in storage.copy.copies] == [(4,)]
 
 
-def test_leaving_without_a_move_writes_nothing():
+def test_leaving_without_a_displacement_writes_nothing():
     params = make_params([(3,)])
     storage = WeightStorage()
     with Perturbation(params, storage) as perturbation:
@@ -212,8 +212,8 @@ def test_leaving_without_a_move_writes_nothing():
 
 
 @pytest.mark.parametrize("kind", DIRECTIONS)
-def test_a_graph_of_before_stays_valid(kind):
-    """The weights end bit for bit as they were, and their version counters with them."""
+def test_an_earlier_graph_stays_valid(kind):
+    """The weights are restored bit for bit, and so are their version counters."""
     params = make_params([(3,)])
     loss = (params[0] ** 2).sum()
     version = params[0]._version
@@ -226,7 +226,7 @@ def test_a_graph_of_before_stays_valid(kind):
     torch.testing.assert_close(params[0].grad, 2 * params[0].detach())
 
 
-def test_a_first_displacement_comes_first():
+def test_moving_requires_an_earlier_displacement():
     with (
         Perturbation(make_params([(3,)]), WeightStorage()) as perturbation,
         pytest.raises(RuntimeError, match="displace"),

@@ -1,4 +1,4 @@
-"""GSAM, Friendly-SAM and LookSAM: their constants, and where they are SAM. What they compute: system/test_family.py."""
+"""GSAM, Friendly-SAM and LookSAM: their constants and special cases. What they compute: system/test_family.py."""
 
 import pickle
 
@@ -17,7 +17,7 @@ def gradient(rule, **options):
 
 
 @pytest.mark.parametrize("rule", [GSAMRule(0.2, 0.0), FriendlySAMRule(0.2, 0.0), LookSAMRule(0.2, interval=1)])
-def test_where_they_are_sam(rule):
+def test_special_cases_equal_sam(rule):
     state = State()
     for _ in range(2):
         assert_near(gradient(rule, state=state), gradient(SAMRule(0.2)))
@@ -41,7 +41,7 @@ def test_wrong_constants_are_refused(make, message):
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_what_a_rule_says_of_itself(name):
+def test_rules_describe_themselves(name):
     rule = STATEFUL[name].rule
     assert rule.name == name
     assert "θ" in rule.equation or "g₁" in rule.equation
@@ -66,6 +66,6 @@ def test_looksam_makes_a_second_pass_on_every_kth_step():
         {"ahead": 1.0, "keep": 0.5},
     ],
 )
-def test_parts_of_an_update_that_do_not_go_together(options):
+def test_incompatible_parts_of_an_update_are_refused(options):
     with pytest.raises(ValueError, match=r"^Expected "):
         Update("gradient", **options)

@@ -1,4 +1,4 @@
-"""The rows of the table, the schedule and the values that are refused."""
+"""The update of each rule, its schedule and description, and values that are refused."""
 
 import dataclasses
 import pickle
@@ -30,7 +30,7 @@ strengths = st.floats(0.0, 1.0)
         (SAMRule(0.1, adaptive=True, eta=0.01), Update("adaptive", 0.0, (Probe(0.1, 1.0),), eta=0.01)),
     ],
 )
-def test_rows(rule, row):
+def test_updates(rule, row):
     assert rule.update() == row
     assert not row.is_plain
 
@@ -40,7 +40,7 @@ def test_coefficients_of_gr_sum_to_one(gamma, epsilon, scheme, normalize, streng
     row = GRRule(gamma, epsilon, scheme, normalize).update(Context(strength))
     largest = max(1.0, *(abs(probe.weight) for probe in row.probes)) if row.probes else 1.0
     assert row.keep + sum(probe.weight for probe in row.probes) == pytest.approx(1.0, abs=1e-15 * largest)
-    # what multiplies H d, to first order: the penalty, whichever scheme
+    # the coefficient of H d to first order, which is the same in every scheme
     curvature = row.curvature + sum(probe.distance * probe.weight for probe in row.probes)
     assert curvature == pytest.approx(strength * gamma, rel=1e-12)
     assert {abs(probe.distance) for probe in row.probes} <= {epsilon}
@@ -53,14 +53,14 @@ def test_sam_is_one_gradient_at_the_scaled_radius(rho, adaptive, strength):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_nothing_to_do_is_plain(scheme):
+def test_zero_strength_is_plain(scheme):
     assert GRRule(0.0, 0.1, scheme).update().is_plain
     assert GRRule(0.1, 0.1, scheme).update(Context(0.0)).is_plain
     assert SAMRule(0.0).update().is_plain
     assert SAMRule(0.1).update(Context(0.0)).is_plain
 
 
-def test_the_adaptive_direction_keeps_nothing():
+def test_the_adaptive_direction_cannot_keep_the_first_gradient():
     for arguments in ({"keep": 0.5}, {"keep": 0.0, "curvature": 0.1}):
         with pytest.raises(ValueError, match="to be 0 with the adaptive direction"):
             Update("adaptive", probes=(Probe(0.1, 1.0),), **arguments)
@@ -147,6 +147,6 @@ def test_sam_in_words():
         (Schedule, "lazy", 1),
     ],
 )
-def test_what_is_refused_is_named(kind, name, value):
+def test_errors_name_the_argument_and_its_value(kind, name, value):
     with pytest.raises(ValueError, match=re.escape(f"`{name}`") + f".*{re.escape(repr(value))}"):
         kind(**{name: value})

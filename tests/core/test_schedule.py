@@ -1,4 +1,4 @@
-"""Which optimizer steps are regularized, and how strongly: against a count by hand."""
+"""Which optimizer steps are regularized, and how strongly."""
 
 import pytest
 from hypothesis import given
@@ -11,13 +11,13 @@ schedules = st.builds(Schedule, few, st.integers(1, 7), few, st.booleans())
 
 
 @given(schedule=schedules)
-def test_due_every_so_many_steps_from_the_first_one(schedule):
+def test_due_at_every_interval_from_the_start_step(schedule):
     due = [step for step in range(100) if schedule.due(step)]
     assert due == list(range(schedule.start_step, 100, schedule.interval))
 
 
 @given(schedule=schedules, step=st.integers(0, 100))
-def test_the_strength_grows_in_equal_steps_and_stays(schedule, step):
+def test_the_strength_grows_linearly_and_then_stays(schedule, step):
     full = schedule.interval if schedule.lazy else 1.0
     strengths = [schedule.strength(s) for s in range(step + 50)]
     assert strengths[-1] == full if schedule.warmup_steps < step + 50 - schedule.start_step else strengths[-1] <= full

@@ -1,4 +1,4 @@
-"""Which parameters a pattern means."""
+"""Which parameters a pattern selects."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ def found(patterns, net):
     return match_params(patterns, net)
 
 
-def test_patterns_are_over_whole_names_and_case_counts():
+def test_patterns_match_whole_names_and_case():
     net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     assert found(["*.bias"], net) == {id(net[0].bias), id(net[1].bias)}
     assert found(["[01].weight", "1.bias"], net) == {id(net[0].weight), id(net[1].weight), id(net[1].bias)}
@@ -20,26 +20,26 @@ def test_patterns_are_over_whole_names_and_case_counts():
             found(["*", pattern], net)
 
 
-def test_any_name_of_a_tied_parameter_will_do():
+def test_any_name_of_a_tied_parameter_matches():
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     net[1].weight = net[0].weight
     for pattern in ("0.weight", "1.weight"):
         assert found([pattern], net) == {id(net[0].weight)}
 
 
-def test_a_message_names_some_of_many():
+def test_errors_list_only_some_of_many_names():
     many = nn.ParameterDict({f"layer_{i}": torch.ones(1) for i in range(5)})
     with pytest.raises(ValueError, match=r"'x' matches none of layer_0, layer_1, layer_2, layer_3, …;") as caught:
         match_params(["layer_4", "x"], many)
     assert "\n" not in str(caught.value)
 
 
-def test_no_pattern_needs_no_parameter():
+def test_no_patterns_and_no_parameters():
     assert match_params([], nn.Identity()) == set()
 
 
 class Attention(nn.Module):
-    """A layer with layers of its own, and a subclass."""
+    """A layer that contains other layers."""
 
     def __init__(self):
         super().__init__()
@@ -68,14 +68,14 @@ def test_types_of_layers():
 
 
 def flattened():
-    """A layer as FSDP1 leaves it with `use_orig_params=False`: one parameter that has the names of two."""
+    """Create a layer as FSDP1 does with `use_orig_params=False`: a single parameter that stands for two."""
     net = nn.Module()
     net._flat_param = nn.Parameter(torch.zeros(3))
     net._flat_param._fqns = ["0.weight", "0.bias"]
     return net
 
 
-def test_a_flattened_parameter_has_the_names_of_all_that_are_in_it():
+def test_a_flattened_parameter_has_the_names_of_all_its_parts():
     net = flattened()
     assert found(["0.*"], net) == {id(net._flat_param)}
     with pytest.raises(ValueError, match=r"'\*\.bias' selects 1 of 2: leave `use_orig_params` True"):

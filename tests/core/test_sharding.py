@@ -1,4 +1,4 @@
-"""Distributed tensors in one process; four ranks are in tests/system/test_sharded.py."""
+"""Distributed tensors in one process; tests/system/test_sharded.py uses four."""
 
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ from lightning_gr.core.sharding import (
 
 @pytest.fixture
 def reduced(monkeypatch):
-    """Let each sum over ranks be that over three which have the same, and note over which group it goes."""
+    """Emulate three ranks with equal values in each sum, and return the list of process groups used."""
     groups = []
 
     def all_reduce(tensor, group=None):
@@ -46,7 +46,7 @@ def test_plain_tensors_are_whole_and_reduce_nothing(reduced):
     assert reduced == []
 
 
-def test_local_parts_share_storage_and_layouts_are_told_apart(mesh):
+def test_local_parts_share_storage_and_layouts_are_distinguished(mesh):
     data = torch.arange(6.0).view(3, 2)
     layouts = [(Shard(0), Replicate()), (Shard(0), Replicate()), (Shard(1), Shard(0))]
     spread = [DTensor.from_local(data, mesh, layout) for layout in layouts]
@@ -63,7 +63,7 @@ def test_local_parts_share_storage_and_layouts_are_told_apart(mesh):
 @pytest.mark.parametrize(
     ("layout", "factor"), [((Shard(0), Replicate()), 3), ((Shard(0), Shard(0)), 9), ((Replicate(),) * 2, 1)]
 )
-def test_sums_go_over_the_ranks_that_hold_parts(mesh, reduced, layout, factor):
+def test_sums_are_over_the_ranks_that_hold_shards(mesh, reduced, layout, factor):
     like, values = DTensor.from_local(torch.ones(3), mesh, layout), torch.tensor([1.0, 2.0])
     assert torch.equal(sum_over_ranks(values, like), factor * values)
     assert torch.equal(values, torch.tensor([1.0, 2.0]))
@@ -86,7 +86,7 @@ def test_the_mean_leaves_its_argument_alone(mesh, reduced, monkeypatch):
     assert value.item() == 2.0
 
 
-def test_gradients_that_wait_for_a_sum_get_the_layout_of_their_parameter(mesh):
+def test_partial_gradients_get_the_layout_of_their_parameter(mesh):
     param = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, (Shard(0), Replicate())))
     other = nn.Parameter(torch.ones(2))
     param.grad = DTensor.from_local(torch.full((4,), 5.0), mesh, (Partial(), Replicate()))
@@ -98,8 +98,8 @@ def test_gradients_that_wait_for_a_sum_get_the_layout_of_their_parameter(mesh):
     assert other.grad is whole
 
 
-def test_plain_tensors_can_be_parts_of_longer_ones(reduced):
-    """The norm of FSDP1's parts goes over the ranks that share them."""
+def test_plain_tensors_can_be_shards(reduced):
+    """Norms of FSDP1's shards are summed over the ranks that share them."""
     group, norm = object(), torch.tensor(2.0)
     with shards_over(group, torch.device("cpu")):
         assert plain_are_shards()
@@ -115,24 +115,24 @@ def test_plain_tensors_can_be_parts_of_longer_ones(reduced):
 
 
 def test_a_norm_of_offloaded_shards_is_reduced_where_the_process_group_is(monkeypatch):
-    """It may have no backend for the CPU."""
+    """The group may have no backend for the CPU."""
     part, placement = torch.ones(()), SimpleNamespace(is_replicate=lambda: False)
     mesh = SimpleNamespace(device_type="meta", get_group=lambda dim: dim)
     seen = []
     monkeypatch.setattr(dist, "all_reduce", lambda total, group: seen.append((total.device.type, group)))
-    with pytest.raises(NotImplementedError, match="meta"):  # from which nothing comes back
+    with pytest.raises(NotImplementedError, match="meta"):  # values of meta tensors cannot be copied back
         sum_over_ranks(part, SimpleNamespace(device_mesh=mesh, placements=[placement]))
     assert seen == [("meta", 0)]
 
 
 @pytest.mark.usefixtures("mesh")
-def test_a_side_group_is_kept_for_its_name():
+def test_side_groups_with_the_same_name_are_shared():
     one, again, other = (SideGroup(torch.device("cpu"), name) for name in ("a", "a", "b"))
     assert one._group is again._group is not other._group
 
 
 @pytest.mark.usefixtures("mesh")
-def test_a_side_group_averages_what_is_there_and_compares_numbers(monkeypatch):
+def test_a_side_group_averages_over_present_ranks_and_compares_numbers(monkeypatch):
     group = SideGroup(torch.device("cpu"), "a")
     assert group.mean_over_present(torch.tensor(3.0)) == 3.0
     group.be_absent()

@@ -1,4 +1,4 @@
-"""Signals wait while weights are perturbed: in this process, and from another one at random moments of training."""
+"""Signals wait while weights are perturbed: raised in this process, and sent from another one at random moments."""
 
 import json
 import os
@@ -26,7 +26,7 @@ LIMIT = 120.0  # seconds
 
 @pytest.fixture
 def handled():
-    """Signals that a Python handler has seen, and whether weights could have been perturbed then."""
+    """The signals seen by Python handlers, each with a flag that the test sets while weights count as perturbed."""
     seen = []
     numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
     before = {number: signal.signal(number, lambda n, _: seen.append((n, inside))) for number in numbers}
@@ -80,7 +80,7 @@ def test_a_handler_installed_meanwhile_stays(handled):
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
 
 
-def test_one_in_another_changes_nothing(handled):
+def test_nesting_changes_nothing(handled):
     seen, enter = handled
     with deferred_signals():
         enter(True)
@@ -93,7 +93,7 @@ def test_one_in_another_changes_nothing(handled):
 
 
 def test_another_thread_leaves_handlers_alone(handled):
-    """Only the main thread may set them."""
+    """Only the main thread may set signal handlers."""
 
     def run():
         with deferred_signals():
@@ -105,18 +105,18 @@ def test_another_thread_leaves_handlers_alone(handled):
 
 
 @pytest.mark.usefixtures("_ctrl_c")
-def test_ctrl_c_is_not_held_back():
+def test_ctrl_c_is_not_deferred():
     @deferred_signals()
     def body():
         signal.raise_signal(signal.SIGINT)
-        pytest.fail("the body went on")
+        pytest.fail("the body continued after Ctrl-C")
 
     with pytest.raises(KeyboardInterrupt):
         body()
 
 
 @pytest.mark.usefixtures("_ctrl_c")
-def test_ctrl_c_waits_while_something_is_put_back():
+def test_ctrl_c_waits_during_a_restore():
     guard = without_interrupts()
     before = signal.getsignal(signal.SIGINT)
     guard.begin()
@@ -124,13 +124,13 @@ def test_ctrl_c_waits_while_something_is_put_back():
     with pytest.raises(KeyboardInterrupt):
         guard.end()
     assert signal.getsignal(signal.SIGINT) is before
-    guard.begin()  # once more
+    guard.begin()  # can be reused
     guard.end()
     assert signal.getsignal(signal.SIGINT) is before
 
 
 class Sender(Interrupter):
-    """Sends Ctrl-C, where the other one raises as if there were no way to hold it back."""
+    """Sends SIGINT, which can be deferred, unlike the exception that the base class raises."""
 
     def interrupt(self):
         signal.raise_signal(signal.SIGINT)
@@ -140,7 +140,7 @@ class Sender(Interrupter):
 @pytest.mark.parametrize("kind", [Sender, Interrupter])
 @pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.slow)])
 def test_ctrl_c_before_any_bytecode(handled, kind, stride):
-    """Whatever it finds, all handlers are back, and each signal that came meanwhile is delivered once."""
+    """Wherever it hits, all handlers are restored, and each signal that arrived meanwhile is delivered once."""
     seen, _ = handled
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     count, hit = 1, True
@@ -161,7 +161,7 @@ def test_ctrl_c_before_any_bytecode(handled, kind, stride):
 
 
 def wait_for(pipe, deadline):
-    """The next byte that the child writes."""
+    """Wait for the next byte that the child writes."""
     ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
     assert ready, "the child did not answer in time: a signal was lost"
     return os.read(pipe.fileno(), 1)

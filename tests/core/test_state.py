@@ -1,4 +1,4 @@
-"""What a rule keeps: by parameter, saved by name, and taken back where a gradient was not finite."""
+"""The state of a rule: kept by parameter, saved by name, and restored if a gradient was not finite."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def filled(net, value=1.0):
     return state
 
 
-def test_nothing_is_known_until_each_parameter_has_a_vector():
+def test_a_value_is_missing_unless_every_parameter_has_one():
     net, state = mlp(), State()
     first, *others = net.parameters()
     with state.of([first]):
@@ -28,7 +28,7 @@ def test_nothing_is_known_until_each_parameter_has_a_vector():
         assert state.get("another") is None
 
 
-def test_one_vector_for_each_parameter():
+def test_set_requires_a_vector_for_each_parameter():
     state = State()
     with state.of(list(mlp().parameters())), pytest.raises(ValueError, match="shorter"):
         state.set("average", [torch.ones(1)])
@@ -46,7 +46,7 @@ def test_saved_and_restored_by_name():
         assert state.get("average") is None
 
 
-def test_a_layer_that_is_gone_is_left_out():
+def test_unknown_parameters_are_ignored():
     saved = filled(mlp()).state_dict(mlp().named_parameters())
     assert saved == {"average": {}}
     net = mlp()
@@ -58,7 +58,7 @@ def test_a_layer_that_is_gone_is_left_out():
 
 
 @pytest.mark.parametrize("finite", [True, False])
-def test_taken_back_unless_finite(finite):
+def test_restored_unless_finite(finite):
     net = mlp()
     params = list(net.parameters())
     state = filled(net)

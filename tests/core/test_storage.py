@@ -1,4 +1,4 @@
-"""Parameters that are moved by a swap of storage: the same as by a copy, and only where nobody else reads them."""
+"""Moving parameters by swapping their storage: same results as copying, and only where nothing else reads them."""
 
 import functools
 from contextlib import nullcontext, suppress
@@ -34,7 +34,7 @@ def make_param(shape=LARGE, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_same_gradient_as_by_copy_bit_for_bit(name, monkeypatch):
+def test_same_gradient_as_by_copying_bit_for_bit(name, monkeypatch):
     results = []
     for smallest in (0, 2**40):
         monkeypatch.setattr(swap, "SMALLEST", smallest)
@@ -89,7 +89,7 @@ def test_float32_of_several_shapes_and_strides():
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5])
-def test_the_adaptive_direction_by_swap_and_by_copy(eta, monkeypatch):
+def test_the_adaptive_direction_by_swapping_and_by_copying(eta, monkeypatch):
     results = []
     for smallest in (0, 2**40):
         monkeypatch.setattr(swap, "SMALLEST", smallest)
@@ -180,7 +180,7 @@ UNSAFE = [
 
 
 @pytest.mark.parametrize("make", UNSAFE, ids=lambda make: make.__name__)
-def test_what_others_may_read_is_not_swapped(make):
+def test_shared_storage_is_not_swapped(make):
     param, other = make()
     if param.grad is None:
         param.grad = torch.randn(param.shape, device=param.device)
@@ -188,7 +188,7 @@ def test_what_others_may_read_is_not_swapped(make):
     del other
 
 
-def test_a_gradient_that_lies_in_a_bucket_is_not_written_to():
+def test_a_gradient_in_a_bucket_is_not_written_to():
     param = make_param()
     assert swap.can_swap(param)
     bucket = torch.randn(2, *LARGE)
@@ -203,7 +203,7 @@ def test_a_gradient_that_lies_in_a_bucket_is_not_written_to():
 
 @pytest.mark.usefixtures("_all_swapped")
 def test_a_model_that_reads_its_weights_through_a_view_is_perturbed():
-    """The flat vector sees what happens to the parameters, so they must not be moved from under it."""
+    """The flat vector shares memory with the parameters, so their storage must not be swapped."""
 
     seen = Record()
 
@@ -233,8 +233,8 @@ def test_a_model_that_reads_its_weights_through_a_view_is_perturbed():
 
 
 @pytest.mark.parametrize(("moved", "share"), [(0, "0.0%"), (2, "40.0%"), (3, None)])
-def test_a_share_of_sixteen_bit_weights_that_stay_is_told(moved, share):
-    """Of those with a direction to go, over all tensors; other dtypes do not count."""
+def test_warns_of_sixteen_bit_weights_that_do_not_move(moved, share):
+    """Only entries with a nonzero direction count, over all tensors with 16-bit dtypes."""
     direction = [torch.tensor([1.0, 2.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, -1.0]), torch.ones(9)]
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     before = [torch.zeros_like(d, dtype=dtype) for d, dtype in zip(direction, dtypes, strict=True)]
@@ -246,7 +246,7 @@ def test_a_share_of_sixteen_bit_weights_that_stay_is_told(moved, share):
         swap._warn_if_unmoved(after, before, direction)
 
 
-def test_it_is_told_once_and_only_if_asked_for():
+def test_warns_once_and_only_on_request():
     param, asked = nn.Parameter(torch.ones(4, dtype=torch.bfloat16)), WeightStorage(check_resolution=True)
     param.grad = torch.ones_like(param)
     told = pytest.warns(UserWarning, match=r"^Only 0\.0%")
@@ -255,7 +255,7 @@ def test_it_is_told_once_and_only_if_asked_for():
             perturbation.displace(Update("gradient", 0.5), 1e-6)
 
 
-# --- restored, whatever happens
+# --- restored in any case
 
 
 @pytest.mark.slow
@@ -278,7 +278,7 @@ def test_ctrl_c_before_any_bytecode(name):
 
 
 @pytest.mark.usefixtures("_all_swapped")
-def test_the_spare_storage_is_kept():
+def test_the_spare_storage_is_reused():
     net, storage = mlp(), WeightStorage()
     kept = []
     for keep in (0.0, 0.5, 0.5):

@@ -1,4 +1,4 @@
-"""Lists of tensors as one vector: inner products in every dtype, and random vectors."""
+"""Lists of tensors treated as one vector: inner products in every dtype, and random vectors."""
 
 import pytest
 import torch
@@ -22,15 +22,15 @@ def test_inner_product_is_the_sum_over_all_entries(shapes, seed):
     assert inner_product(xs, ys).item() == pytest.approx(sum(float(a) * float(b) for a, b in pairs), abs=1e-12)
 
 
-def test_complex_tensors_are_pairs_of_real_ones():
+def test_complex_tensors_count_as_pairs_of_real_ones():
     x, y = (torch.randn(4, dtype=torch.complex128) for _ in range(2))
     real = [torch.view_as_real(z) for z in (x, y)]
     torch.testing.assert_close(inner_product([x], [y]), inner_product(real[:1], real[1:]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sixteen_bits_are_summed_up_in_float32(dtype):
-    """The square of 300 is more than float16 holds, and bfloat16 counts by ones to 256."""
+def test_sixteen_bit_tensors_are_summed_in_float32(dtype):
+    """The square of 300 overflows float16, and bfloat16 cannot count by ones beyond 256."""
     x = [torch.full((1000,), 300.0, dtype=dtype)]
     assert inner_product(x, x).dtype is torch.float32
     assert inner_product(x, x).item() == pytest.approx(9e7, rel=1e-2)
@@ -62,7 +62,7 @@ def test_signs_are_independent_and_fair():
 
 
 @pytest.mark.parametrize("draw", [random_signs, random_unit])
-def test_the_default_dtype_draws_no_other_numbers(draw):
+def test_random_numbers_do_not_depend_on_the_default_dtype(draw):
     (single,) = draw([torch.empty(3)], torch.Generator().manual_seed(0))
     torch.set_default_dtype(torch.float64)
     try:
@@ -72,7 +72,7 @@ def test_the_default_dtype_draws_no_other_numbers(draw):
     assert torch.equal(again, single)
 
 
-def test_signs_lie_on_the_device_of_what_they_are_like():
+def test_signs_are_on_the_device_of_their_template():
     (signs,) = random_signs([torch.empty(3, device="meta")], torch.Generator())
     assert signs.device.type == "meta"
 

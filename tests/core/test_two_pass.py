@@ -1,4 +1,4 @@
-"""The algorithm through its functional form, without Lightning: the reference, the algebra, another package."""
+"""The algorithm in its functional form, without Lightning, against references, identities and another package."""
 
 import weakref
 
@@ -34,13 +34,13 @@ from lightning_gr.core.two_pass import NoLossError, add_second_pass_, extract_lo
 
 
 def regularized(net, batch, rule, *, loss=cross_entropy, **options):
-    """The regularized gradient at one batch."""
+    """Return the regularized gradient for one batch."""
     net.zero_grad()
     regularized_backward(lambda: loss(net, batch), net, rule, **options)
     return gradients(net)
 
 
-# --- the reference
+# --- reference implementations
 
 
 def train(net, rule, optimizer, batches, **options):
@@ -67,8 +67,8 @@ def test_every_method_equals_the_reference(name, optimizer, level):
 
 @pytest.mark.parametrize("loss_scale", [None, 1024.0])
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_equals_the_reference_by_the_way_of_accelerators(name, loss_scale):
-    """There a factor stays on the device, so that it goes into the gradient and has to be taken out of it again."""
+def test_every_method_equals_the_reference_in_the_accelerator_branch(name, loss_scale):
+    """On accelerators the factor stays on the device: it is multiplied into the gradient and divided out again."""
     net, batch, method = mlp(), make_batches()[0], METHODS[name]
     scale = None if loss_scale is None else torch.tensor(loss_scale, dtype=torch.float64)
     with treated_as_accelerator() as asked:
@@ -81,7 +81,7 @@ def test_every_method_equals_the_reference_by_the_way_of_accelerators(name, loss
 
 @pytest.mark.parametrize("name", MOVING)
 def test_one_autocast_context_around_both_passes(name):
-    """Its cache of 16-bit weights is emptied whenever they move, and when they are back."""
+    """Its cache of 16-bit weights is cleared whenever they are moved or restored."""
     batch = make_batches(dtype=torch.float32)[0]
     nets = [mlp(dtype=torch.float32) for _ in range(2)]
     with torch.autocast("cpu", torch.bfloat16):
@@ -95,14 +95,14 @@ def test_one_autocast_context_around_both_passes(name):
     assert_same(cached, expected)
 
 
-def test_the_flood_level_of_these_tests_lies_among_the_losses():
+def test_the_flood_level_of_these_tests_lies_between_the_losses():
     below = [cross_entropy(mlp(), batch).item() < 1.09 for batch in make_batches()]
     assert any(below)
     assert not all(below)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_loss_scale_is_carried_by_the_result_and_changes_nothing_else(name):
+def test_a_loss_scale_only_scales_the_result(name):
     method, batch = METHODS[name], make_batches()[0]
     scaled = regularized(mlp(), batch, method.rule, loss_scale=torch.tensor(1024.0), level=0.5)
     expected = regularized(mlp(), batch, method.rule, level=0.5)
@@ -153,7 +153,7 @@ class Complex(nn.Module):
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if "ASAM" not in name])  # |θ| differs
-def test_complex_parameters_are_pairs_of_real_ones(name):
+def test_complex_parameters_count_as_pairs_of_real_ones(name):
     results = []
     for net in (Complex(), Real()):
         train(net, METHODS[name].rule, sgd(net.parameters()), make_batches())
@@ -171,7 +171,7 @@ def test_a_linear_loss_has_no_curvature():
     assert_same(*results)
 
 
-# --- the algebra, on random networks
+# --- identities, on random networks
 
 
 class Problem:
@@ -243,12 +243,12 @@ def test_finite_differences_converge_to_exact(scheme, order, normalize, problem)
         return torch.stack([(found[name] - exact[name]).norm() for name in exact]).norm().item()
 
     coarse, fine = error(1e-2), error(1e-3)
-    # where the third derivative happens to vanish both are tiny
+    # the constant is for networks with tiny errors, where the third derivative nearly vanishes
     assert fine <= 2 * coarse / 10**order + 1e-9
 
 
 @given(problem=problems, rho=constants, adaptive=st.booleans(), factor=st.floats(1e-3, 1e3))
-def test_sam_does_not_see_the_scale_of_the_loss(problem, rho, adaptive, factor):
+def test_sam_does_not_depend_on_the_scale_of_the_loss(problem, rho, adaptive, factor):
     rule = SAMRule(rho, adaptive)
     expected = {name: factor * g for name, g in problem.gradient(rule).items()}
     assert_near(problem.gradient(rule, loss=lambda net, batch: factor * cross_entropy(net, batch)), expected)
@@ -273,7 +273,7 @@ def test_a_zero_gradient_moves_nothing(problem, name):
     assert len(seen) >= 2
     for theta in seen[1:]:
         assert_same(theta, seen[0])
-    assert not any(g.any() for g in result.values())  # NaN counts as any
+    assert not any(g.any() for g in result.values())  # nor NaN, for which `any` is true
 
 
 @given(problem=problems, name=st.sampled_from(list(METHODS)), level=st.floats(0, 3))
@@ -288,8 +288,8 @@ def test_a_flooded_method_is_the_method_on_the_flooded_loss(problem, name, level
 @pytest.mark.parametrize("build", [OPTIMIZERS[name][0] for name in OPTIMIZERS], ids=OPTIMIZERS)
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_sam_equals_pytorch_optimizer(monkeypatch, adaptive, build):
-    # pytorch_optimizer.SAM, read in 4.1.0: perturbs by ρ p² g / ‖|p| g‖ if adaptive, so η = 0, and by ρ g / ‖g‖ if
-    # not, with `perturb_eps` added to the norm, and it takes its norm in float32, which would leave 7 digits
+    # pytorch_optimizer.SAM (as of 4.1.0) perturbs by ρ p² g / ‖|p| g‖ if adaptive, so η = 0, and by ρ g / ‖g‖ if not,
+    # with `perturb_eps` added to the norm; it computes the norm in float32, which would only leave 7 digits
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     ours, theirs, batches = mlp(), mlp(), make_batches() * 3
     train(ours, SAMRule(0.3, adaptive), build(ours.parameters()), batches)
@@ -329,8 +329,8 @@ def test_patterns_match_any_name_of_a_tied_parameter():
         names_of(net, ["*", "0.Weight"])
 
 
-def test_exact_at_weights_that_are_zero():
-    """As biases are at first."""
+def test_exact_at_zero_weights():
+    """Such as freshly initialized biases."""
     net, batch, method = mlp(), make_batches()[0], METHODS["exact GR"]
     for layer in (net[0], net[2]):
         nn.init.zeros_(layer.bias)
@@ -354,7 +354,7 @@ def test_exact_where_losses_use_different_parameters():
 
 @pytest.mark.parametrize("missing", [1, 2])
 def test_a_second_pass_without_a_loss_leaves_the_clean_gradient(missing):
-    """Of this pass and of earlier ones, at whichever probe the loss is missing."""
+    """The gradient of this pass and of earlier ones, whichever probe's loss is missing."""
     params, stashed, calls = [nn.Parameter(torch.tensor([value])) for value in (2.0, 3.0)], StashedGradients(), []
 
     def replay(transform, last):
@@ -375,7 +375,7 @@ def test_a_second_pass_without_a_loss_leaves_the_clean_gradient(missing):
 
 
 @pytest.mark.parametrize("rule", [GRRule(0.1, 0.1), SAMRule(0.1), GRRule(0.1, scheme="exact")])
-def test_a_step_without_a_loss_at_the_same_weights_is_an_error_of_one_line(rule):
+def test_a_missing_loss_at_the_same_weights_is_a_one_line_error(rule):
     param = nn.Parameter(torch.tensor([2.0]))
     param.grad = torch.tensor([4.0])
 
@@ -389,7 +389,7 @@ def test_a_step_without_a_loss_at_the_same_weights_is_an_error_of_one_line(rule)
 
 
 def square(param):
-    """A replay of the loss Σ p², and for each time whether it was the last."""
+    """Return a replay of the loss Σ p², and a list that records for each call whether it was the last one."""
     calls = []
 
     def replay(transform, last=True):
@@ -399,7 +399,7 @@ def square(param):
     return replay, calls
 
 
-def test_a_probe_without_weight_is_left_out():
+def test_a_probe_with_zero_weight_is_skipped():
     param = nn.Parameter(torch.tensor([2.0]))
     param.grad = torch.tensor([4.0])
     replay, calls = square(param)
@@ -424,8 +424,8 @@ def test_a_gradient_that_is_not_finite_is_left_alone_where_this_process_may_deci
     assert param.item() == 2.0
 
 
-def test_what_was_stashed_comes_back_unweighted():
-    """To parameters with a gradient, with none, and to excluded ones, whether there is a second pass or not."""
+def test_stashed_gradients_are_restored_unweighted():
+    """For used, unused and excluded parameters, with a second pass and without."""
     used, unused, excluded = params = [nn.Parameter(torch.tensor([2.0])) for _ in range(3)]
     stashed, update = StashedGradients(), GRRule(0.1, 0.2).update()
     for param in params:
@@ -442,7 +442,7 @@ def test_what_was_stashed_comes_back_unweighted():
     assert unused.grad.item() == excluded.grad.item() == 1
 
 
-def test_what_is_kept_has_no_factor_where_its_coefficient_is_that_of_the_probe():
+def test_equal_coefficients_of_both_gradients_on_accelerators():
     net, batch, rule = mlp(), make_batches()[0], GRRule(0.1, 0.2, normalize=True)
     expected = regularized(net, batch, rule)
     with treated_as_accelerator():
@@ -450,8 +450,8 @@ def test_what_is_kept_has_no_factor_where_its_coefficient_is_that_of_the_probe()
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_weights_before_the_reduction_or_after_it_are_the_same(name):
-    """And what is in ``.grad`` in the last pass has the size of the result, unlike without weights."""
+def test_weighting_before_and_after_the_reduction_agree(name):
+    """And ``.grad`` ends the last pass as the result itself, so that the reduction sees the final gradient."""
     net, batch, method = mlp(), make_batches()[0], METHODS[name]
     params, last = list(net.parameters()), Record()
 
@@ -505,8 +505,8 @@ def test_gradients_with_nan_are_left_alone():
 
 
 @pytest.mark.parametrize(("rule", "freed"), [(SAMRule(0.1), True), (GRRule(0.1, 0.1), True), (GRRule(0.1, 0.2), False)])
-def test_a_first_gradient_of_which_nothing_is_kept_is_freed(rule, freed):
-    """Before the second one is made, so that both are never there together."""
+def test_a_first_gradient_that_is_not_kept_is_freed(rule, freed):
+    """Before the second one is computed, so that both never take memory at the same time."""
     net, batch = mlp(), make_batches(1)[0]
     first, calls = Record(), Record()
 

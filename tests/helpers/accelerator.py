@@ -1,4 +1,4 @@
-"""Runs the code paths for accelerators, which never read values on the host, with tensors on the CPU."""
+"""Runs the code paths for accelerators, which never read values on the host, on CPU tensors."""
 
 from contextlib import contextmanager
 from unittest.mock import patch

@@ -1,8 +1,8 @@
 """Tests the contract "nothing else changes": a step that writes state, in four forms, with and without a callback.
 
 A :class:`Situation` is a module whose ``step`` writes some kind of state. :func:`check_no_trace` trains it with a
-learning rate of zero and a huge radius, so that whatever a second pass leaves behind is seen; :func:`check_gradient`
-compares each gradient with :mod:`oracle`, which needs nothing of the package.
+learning rate of zero and a huge radius, so that anything a second pass leaves behind shows up; :func:`check_gradient`
+compares each gradient with :mod:`oracle`, which is independent of the package.
 """
 
 import copy
@@ -27,14 +27,14 @@ LIGHTNING = FORMS[:3]
 STEPS, WINDOW = 9, 3
 FEATURES = 3
 
-# What steps see, where the package cannot reach it: it walks what hangs on a module.
+# What steps see, kept in globals because the package restores everything that is reachable from a module.
 FIRST: list[Any] = []
 SECOND: list[Any] = []
 GRADIENTS: list[dict[str, torch.Tensor]] = []
 
 
 def witness(value):
-    """Record the state that a step starts from, in any pass."""
+    """Record the state that a step starts from, separately for first and second passes."""
     (SECOND if in_second_pass() else FIRST).append(copy.deepcopy(value.detach() if torch.is_tensor(value) else value))
 
 
@@ -63,9 +63,9 @@ class Batches:
 
 
 class Situation(pl.LightningModule):
-    """Subclasses define the state of a step (``prepare``) and what it does (``step``); ``self.net`` is trained.
+    """Base class of situations: ``prepare`` creates the state of a step, ``step`` computes the loss from ``self.net``.
 
-    ``forms``: in which it makes sense. ``has_oracle``: whether a deep copy of it is a copy of all that it writes.
+    ``forms``: the forms it can be trained in. ``has_oracle``: whether a deep copy includes everything that it writes.
     """
 
     forms = FORMS
@@ -74,7 +74,7 @@ class Situation(pl.LightningModule):
 
     def __init__(self, lr=0.0):
         super().__init__()
-        self.hparams  # noqa: B018 - made when it is first read, by the Trainer's loggers
+        self.hparams  # noqa: B018 - created on first access, which otherwise happens in the Trainer's loggers
         self.lr = lr
         self.net = nn.Linear(FEATURES, 2).double()
         self.prepare()
@@ -87,7 +87,7 @@ class Situation(pl.LightningModule):
         raise NotImplementedError
 
     def hook(self):
-        """Register hooks on parameters, which a deep copy loses."""
+        """Register hooks on parameters; called again on deep copies, which lose them."""
 
     def mse(self, batch):
         x, y = batch
@@ -153,7 +153,7 @@ def make_trainer(*callbacks, **options):
 
 
 def train(kind, form, method=None, lr=0.0, callbacks=(), **options):
-    """Train ``kind`` in one of FORMS with ``method``; None is plain training."""
+    """Train ``kind`` in one of FORMS with ``method``, or plainly if it is None."""
     module = build(kind, form, lr, mixin=form == "mixin" and method is not None)
     seed()
     batches, trainer = module.make_batches(), None
@@ -193,7 +193,7 @@ def over(*kinds, forms=FORMS):
 
 
 def check_no_trace(kind, form, method=HUGE, **options):
-    """Check that, with a learning rate of zero, training is as without the callback and replays are exact."""
+    """With a learning rate of zero, training must be the same as without the callback, and replays exact."""
     plain = train(kind, form, **options)
     found = train(kind, form, method, **options)
     same("first passes", as_dict(found.first), as_dict(plain.first))
@@ -206,7 +206,7 @@ def check_no_trace(kind, form, method=HUGE, **options):
 
 
 def repeated(form, method, first):
-    """Return what second passes must see: everything a window saw, once for each probe."""
+    """Return what second passes must see: everything the first passes of a window saw, once per probe."""
     calls = np.flatnonzero([isinstance(value, str) and value == "call" for value in first]).tolist()
     size = WINDOW if form == "accumulation" else 1
     bounds = [*calls[::size], len(first)]
@@ -239,7 +239,7 @@ def check_gradient(kind, form, method=FGR, lr=0.05, rtol=1e-9):
 
 
 def same(what, actual, expected, rtol=0.0):
-    """Fail with a list of differences."""
+    """Fail with a list of differences if there are any."""
     found = differences(actual, expected, rtol)
     if found:
         pytest.fail(f"{what}: {len(found)} differ\n" + "\n".join(found[:4]), pytrace=False)
@@ -252,7 +252,7 @@ def contract(*kinds, methods=(FGR, CENTRAL)):
     def leaves_no_trace(kind, form):
         check_no_trace(kind, form)
 
-    # a closure of the mixin is evaluated as one of the functional form
+    # the mixin evaluates a closure just as the functional form does
     @over(*[kind for kind in kinds if kind.has_oracle], forms=("automatic", "accumulation", "functional"))
     def gradient_is_that_of_the_oracle(kind, form):
         for method in methods if form == "automatic" else methods[:1]:
@@ -261,12 +261,12 @@ def contract(*kinds, methods=(FGR, CENTRAL)):
     return leaves_no_trace, gradient_is_that_of_the_oracle
 
 
-# --- what is refused, what is warned about
+# --- errors and reports
 
 
 @contextmanager
 def refused(match):
-    """Expect a one-line error."""
+    """Expect a deliberate error with a message of one line."""
     with pytest.raises(Exception, match=match) as caught:
         yield
     assert "\n" not in str(caught.value)
@@ -285,6 +285,6 @@ def right_or_refused(check, match):
 
 
 def report(callback):
-    """Return the number of steps and of regularized steps."""
+    """Return the number of regularized steps and of all steps."""
     found = getattr(callback, "report", None) or callback.watch
     return found.regularized, found.steps

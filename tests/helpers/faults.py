@@ -1,7 +1,7 @@
 """A training run that receives signals at random moments, run as a child process by test_signals.py.
 
-Each handler does what Lightning's SLURM handler does, at whatever moment it is called: it saves a checkpoint. It
-acknowledges each signal on standard output, so that the sender can tell if one got lost.
+Each handler saves a checkpoint, as Lightning's SLURM handler does, at whatever moment it is called. It
+acknowledges each signal on standard output, so that the sender notices if one gets lost.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class Training(pl.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        # all weights change in one operation: a handler between two of them sees the old or the new ones
+        # foreach changes all weights in one operation, so that no handler can see a mixture of old and new ones
         return torch.optim.SGD(self.parameters(), lr=0.05, foreach=True)
 
 
@@ -51,14 +51,14 @@ os.set_blocking(wake, False)
 
 
 def arrived(second):
-    """Count the signals that the interpreter has received since the last call."""
+    """Add the signals received since the last call to those that arrived in a second pass, if this is one."""
     with contextlib.suppress(BlockingIOError):
         letters = [letter for letter in os.read(mail, 1000) if letter in NUMBERS]
         in_pass[0] += len(letters) * second
 
 
 class Faults(pl.Callback):
-    """Installs its handlers after Lightning's own, which would end the training, and keeps digests of all weights."""
+    """Replaces Lightning's signal handlers, which would end the training, and keeps digests of the weights."""
 
     def __init__(self, limit, folder):
         self.limit = limit

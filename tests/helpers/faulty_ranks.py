@@ -1,4 +1,4 @@
-"""Trains cases in which two ranks do not do the same, with DDP; run with torchrun by test_faults_between_ranks.py."""
+"""Trains cases in which two DDP ranks behave differently; run with torchrun by test_faults_between_ranks.py."""
 
 import sys
 from pathlib import Path
@@ -18,21 +18,21 @@ from lightning_gr import SAM, Flooding, GradientRegularization, GradientRegulari
 RANKS, BATCHES, LEVEL = 2, 12, 0.9
 UNUSED = {"find_unused_parameters": True}
 LOCAL = {"ascent_sync": False}
-# a bucket holds a single gradient
+# so small that each bucket holds a single gradient
 VIEW = {"gradient_as_bucket_view": True, "bucket_cap_mb": 1e-6}
 ALL = ("body", "middle", "head")
 
 
 class Case(NamedTuple):
-    """What is trained, and what differs between ranks."""
+    """A training run, and what differs between its ranks."""
 
     method: str | None
     options: dict = {}  # noqa: RUF012
     ddp: dict = {}  # noqa: RUF012
     window: int = 1
-    zeroes: bool = False  # gradients are set to zero and not to None
+    zeroes: bool = False  # whether gradients are set to zero instead of None
     parts: str = "all"  # which layers the loss of a micro-batch depends on, see `parts_of`
-    without: tuple = ()  # pairs of a rank and a micro-batch that is None there
+    without: tuple = ()  # pairs (rank, micro-batch) of batches that are None
     flooding: dict | None = None
     compiled: bool = False
     manual: bool = False
@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 
 def parts_of(kind, rank, batch_idx):
-    """The layers that the loss of a micro-batch depends on."""
+    """Return the layers that the loss of a micro-batch depends on."""
     if kind == "offset only on rank 1":
         return () if rank == 1 else ALL
     if kind == "drops layers":  # both, one, and none of them
@@ -54,7 +54,7 @@ def parts_of(kind, rank, batch_idx):
 
 
 class Net(nn.Module):
-    """A network whose layers can be left out; its output is linear in the offset and the scale of nothing else."""
+    """A network whose layers can be left out; its output is linear in ``offset``."""
 
     def __init__(self):
         super().__init__()
@@ -121,7 +121,7 @@ class Manual(GradientRegularizationMixin, Module):
         optimizer.step()
 
 
-# --- put-aside gradients are DDP's own buckets
+# --- stashed gradients are views of DDP's buckets
 BUCKETS = {
     **{
         f"buckets, {name}": Case(name, ddp=VIEW, zeroes=True)
@@ -140,7 +140,7 @@ BUCKETS = {
     "buckets, Momentum-SAM": Case("Momentum-SAM", ddp=VIEW, zeroes=True),
     "buckets, None": Case("SAM", ddp=VIEW, window=2),
 }
-# --- a rank without gradients of its own
+# --- one rank has no gradients of its own
 EXCLUDED = {**LOCAL, "exclude": ["*offset", "*extra"]}
 ALONE = {
     f"without gradients, {name}{', accumulation' * (window > 1)}": Case(
@@ -178,7 +178,7 @@ NONE = {
     "None in the middle": Case("SAM", {"interval": 2}, window=3, without=((0, 4), (1, 7))),
     "all None": Case("SAM", {"interval": 2}, window=3, without=tuple((r, b) for r in (0, 1) for b in (3, 4, 5))),
 }
-# --- exact, with parameters that are unused
+# --- exact scheme, with unused parameters
 EXACT = {
     f"exact, {kind}, {'local' if options else 'synced'}{', accumulation' * (window > 1)}": Case(
         "exact GR", options, UNUSED, window, parts=kind
@@ -198,7 +198,7 @@ EXACT = {
         for name, window in (("SAM", 1), ("central GR", 3), ("GSAM", 1), ("ASAM", 1))
     },
 }
-# --- flooding with a common decision, and a micro-batch less on a rank
+# --- flooding with a common decision, while one rank has a micro-batch less
 SYNC = {"level": LEVEL, "sync": True}
 MICRO = {**LOCAL, "accumulation": "micro_batch"}
 FLOODED = {
@@ -212,7 +212,7 @@ FLOODED = {
     "flooding, None, micro-batches": Case("central GR", MICRO, window=3, without=((0, 4), (1, 7)), flooding=SYNC),
     "flooding, None first, micro-batches": Case("SAM", MICRO, window=3, without=((0, 6), (1, 9)), flooding=SYNC),
 }
-# --- compiled layers, which DDP reduces in buckets of their own
+# --- compiled layers, which DDP reduces in separate buckets
 COMPILED = {
     "compiled, SAM": Case("SAM", compiled=True),
     "compiled, accumulation": Case("forward GR", ddp=VIEW, window=2, compiled=True),
@@ -244,12 +244,12 @@ def fit(case, module=None, callbacks=None):
     return weights(module.net)
 
 
-# --- communication hooks with a state
-GROUPS = []  # the subgroup of this rank by itself
+# --- stateful communication hooks
+GROUPS = []  # the subgroup that consists of this rank only
 
 
 class Feedback:
-    """A hook of a user's own: it sends few digits, keeps what is missing, and counts."""
+    """A custom hook with error feedback: sends rounded gradients, keeps the rounding errors, counts its calls."""
 
     def __init__(self):
         self.missing, self.seen = {}, [0]
@@ -264,7 +264,7 @@ class Feedback:
 
 
 class Hooked(Module):
-    """Counts what its hook keeps count of after each optimizer step."""
+    """Records the counter in its hook's state at each optimizer step."""
 
     def __init__(self, case, kind, nan=()):
         super().__init__(case)
@@ -315,15 +315,16 @@ HOOKED = {
     "NaN, manual": Case("SAM", ddp=UNUSED, manual=True),
 }
 HOOKS = {f"{kind}, {name}": (kind, name) for kind in ("power", "local", "own") for name in HOOKED}
-LOCAL_STEPS = 4  # after which local SGD starts
+LOCAL_STEPS = 4  # local SGD starts after this many steps
 
 
 def hooked(kind, name):
-    """The weights on this rank, and what a hook counted."""
+    """Return the weights on this rank and the counts of the hook."""
     case = HOOKED[name]
-    if kind == "power":  # its reductions in callbacks get in the way of that of what is unused, in torch alone as well
+    # PowerSGD reduces in callbacks, which clashes with the reduction for unused parameters, even in plain torch
+    if kind == "power":
         case = case._replace(ddp={})
-    # on one rank only, when the other one may have another gradient
+    # on one rank only, so that the gradients of the ranks may differ
     nan = {(0, 6)} if name.startswith("NaN") else ()
     module = (HookedManual if case.manual else Hooked)(case, kind, nan)
     return {"weights": fit(case, module), "counts": module.counts}
@@ -336,7 +337,7 @@ class Moody(SAM):
 
 
 class MoodyRule:
-    """A rule whose update depends on the rank from some step on."""
+    """A rule whose update differs between ranks from step 3 on."""
 
     name, equation = "moody", "g"
     constants = {}  # noqa: RUF012
@@ -405,4 +406,4 @@ def main(folder, chosen):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "")
-    torch.distributed.destroy_process_group()  # or its threads may still run when the process ends
+    torch.distributed.destroy_process_group()  # its threads might outlive the interpreter otherwise

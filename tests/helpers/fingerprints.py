@@ -1,4 +1,4 @@
-"""Everything that hangs on an object, as a flat dictionary from paths to plain values, and how two of them differ."""
+"""Flattens everything reachable from an object into a dictionary from paths to plain values, and compares two."""
 
 import ctypes
 import math
@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-# what Lightning and the package keep on a module for themselves
+# attributes that Lightning and the package set on a module for their own use
 FOREIGN = {
     "_trainer",
     "_fabric",
@@ -42,7 +42,7 @@ FRAMEWORKS = (
 
 
 def fingerprint(*roots):
-    """All that is reachable from ``roots``, tensors and arrays as copies. Aliases are told from copies."""
+    """Return everything reachable from ``roots``, with copies of tensors and arrays; aliases differ from copies."""
     walk = _Walk(roots)
     for index, root in enumerate(roots):
         walk.take(f"<{index}>", root)
@@ -97,7 +97,7 @@ class _Walk:
         for name, item in own.items():
             if name in FOREIGN:
                 continue
-            # the keys of hooks count up over the whole process
+            # the keys of hooks come from a counter for the whole process
             hooks = "hooks" in name and isinstance(item, Mapping)
             self.take(f"{path}.{name}", list(item.values()) if hooks else item)
 
@@ -115,7 +115,7 @@ class _Walk:
         if torch.nn.parameter.is_lazy(value):
             self.note(path, "lazy")
             return
-        with torch._C.DisableTorchFunctionSubclass():  # of libraries, whose methods may refuse
+        with torch._C.DisableTorchFunctionSubclass():  # subclasses from libraries may reject methods
             detached = torch.Tensor.detach(value)
         meta = (type(value).__name__, value.dtype, value.layout, value.requires_grad, value.is_nested)
         self.note(path + "!", meta)
@@ -195,7 +195,7 @@ class _Walk:
 
 
 def differences(actual, expected, rtol=0.0):
-    """The paths at which two fingerprints differ, tensors and floats by more than ``rtol`` where it is not zero."""
+    """Return the paths at which two fingerprints differ; tensors and floats may differ by ``rtol``."""
     paths = [*expected, *(path for path in actual if path not in expected)]
     missing = object()
     return [

@@ -36,7 +36,7 @@ LAYOUTS = {
 
 
 class OnCPU(FSDPStrategy):
-    """FSDP1 on CPU ranks: Lightning's strategy hands the index of a GPU over."""
+    """FSDP1 on CPU ranks, for which Lightning's strategy would pass the index of a GPU."""
 
     def setup_environment(self):
         super().setup_environment()
@@ -53,8 +53,8 @@ class OnCPU(FSDPStrategy):
         return model
 
 
-class AsItIs(FSDPPrecision):
-    """Leaves float64 alone, which the strategy knows no precision for."""
+class KeepFloat64(FSDPPrecision):
+    """Leaves float64 alone, for which the strategy has no precision setting."""
 
     mixed_precision_config = MixedPrecision()
 
@@ -80,8 +80,8 @@ class Case(NamedTuple):
     strategy: dict = {}  # options of the strategy  # noqa: RUF012
     level: float | None = None
     adam: bool = False
-    monitor: bool = False  # the norm of all gradients and of each layer's
-    kind: str = ""  # "uneven": a parameter is unused on all ranks but the first; "tied" or "frozen" parameters
+    monitor: bool = False  # monitors the norm of all gradients and of each layer's
+    kind: str = ""  # "uneven" (a parameter is used on the first rank only), "tied" or "frozen"
 
     def callbacks(self):
         own = [] if self.method is None else [(METHODS | STATEFUL)[self.method].callback(**self.options)]
@@ -91,7 +91,7 @@ class Case(NamedTuple):
 
 SOME = ["forward GR", "central GR", "SAM", "ASAM with eta", "backward norm penalty", "Momentum-SAM"]
 TWO = {"accumulate_grad_batches": 2}
-# all that is regularized is on one rank
+# all regularized parameters lie on one rank
 LITTLE = {"exclude": ["net.[023].weight", "net.[03].bias"]}
 CASES = {
     **{f"wrap {name}": Case("wrap", name) for name in [*FIRST_ORDER, "Momentum-SAM"]},
@@ -200,7 +200,7 @@ def spread(case, *callbacks, ranks=2, **options):
     """Create a Trainer over all ranks."""
     kwargs = {**LAYOUTS[case.layout], **case.strategy}
     if not case.trainer.get("precision"):
-        options["plugins"] = [AsItIs("32-true")]
+        options["plugins"] = [KeepFloat64("32-true")]
     kwargs |= options.pop("strategy_options", {})
     return trainer(case, *callbacks, strategy=OnCPU(**kwargs), devices=ranks, **options)
 
@@ -242,7 +242,7 @@ def saved_in_gap(folder, layout):
 
 
 def resumed(folder, kind, layout):
-    """The weights after two epochs, with and without a checkpoint between them."""
+    """Return the weights after two epochs, with and without resuming from a checkpoint in between."""
     case = Case(layout, "SAM", adam=True)
     path = folder / f"resume-{kind}-{layout}.ckpt"
     straight, first, second = Module(case), Module(case), Module(case)
@@ -269,7 +269,7 @@ def main(folder, chosen):
                 results["communication", layout, method] = communication(layout, method)
                 print("case", layout, method, results["communication", layout, method], flush=True)
     if ranks == 2 and chosen in ("", "others", "gap"):
-        # torch crashes where it saves a full checkpoint from CPU ranks, without us as well
+        # torch itself crashes when it saves a full checkpoint from CPU ranks
         for kind in ("sharded",) if chosen != "gap" else ():
             for layout in ("wrap", "flat"):
                 print("case resumed", kind, layout, flush=True)

@@ -1,4 +1,4 @@
-"""A dense Hessian for reference, and losses to measure."""
+"""A dense reference Hessian, and losses to compare it on."""
 
 import random
 

@@ -64,7 +64,7 @@ def loss_of(net, batch):
 
 
 def by_hand(kind, scheme, local, window, batches, net):
-    """The gradients of each step, from a network without hooks."""
+    """Return the gradients of each step, computed with a network without hooks."""
     signs = (1.0,) if scheme == "forward" else (1.0, -1.0)
     weight = GAMMA / EPSILON / len(signs)
     keep = 1.0 - sum(sign * weight for sign in signs)
@@ -129,4 +129,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     results = {name: difference(*case) for name, case in CASES.items()}
     torch.save(results, Path(sys.argv[1]) / f"{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()  # or its threads may still run when the process ends
+    torch.distributed.destroy_process_group()  # its threads might outlive the interpreter otherwise

@@ -1,4 +1,4 @@
-"""Ctrl-C before a chosen bytecode of the package, and a second pass to be interrupted."""
+"""Simulates Ctrl-C before a chosen bytecode of the package, and provides a second pass to interrupt."""
 
 import sys
 from dis import opmap
@@ -38,7 +38,7 @@ class Interrupter:
         self.left, self.part = count, part
 
     def __enter__(self):
-        self.before = sys.gettrace()  # of a measurement of coverage
+        self.before = sys.gettrace()  # set by coverage, if it is being measured
         # Python 3.12 traces opcodes only if a frame has asked for it before tracing begins
         sys._getframe().f_trace_opcodes = True
         sys.settrace(self.trace)
@@ -50,7 +50,7 @@ class Interrupter:
         if not frame.f_globals.get("__name__", "").startswith(self.part):
             return None
         frame.f_trace_opcodes = True
-        # where the interpreter does nothing, no handler of a signal runs, and no `finally` would see its exception
+        # at a NOP the interpreter runs no signal handlers, and no `finally` would see the exception
         if event == "opcode" and frame.f_code.co_code[frame.f_lasti] != NOP:
             self.left -= 1
             if self.left == 0:

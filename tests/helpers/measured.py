@@ -17,12 +17,12 @@ from lightning_gr.report.measurement import BY_LAYER
 RANKS = 2
 LOGGED = {"log_every_n_steps": 1, "limit_train_batches": 1, "max_epochs": 1}
 ALL = {"metrics": ["all", BY_LAYER]}
-FLOOD_LEVEL = 1.09  # between the losses of the two ranks
+FLOOD_LEVEL = 1.09  # lies between the losses of the two ranks
 CLIP = {"gradient_clip_val": 0.01}
 
 
 class Case(replicas.Case):
-    """A case with callbacks that only monitor."""
+    """A case with additional callbacks that only monitor."""
 
     def callbacks(self):
         own = [] if self.method is None else [METHODS[self.method].callback(**self.options)]
@@ -48,7 +48,7 @@ CASES = {
 
 
 def logged(module, **options):
-    """Return what a training run of one step logs."""
+    """Train for one step and return the logged values."""
     import pytorch_lightning as pl
 
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -65,7 +65,7 @@ def replicated(case, **options):
 
 
 class Spread(sharded.Case):
-    """Train with a callback that only monitors."""
+    """A sharded case with an additional callback that only monitors."""
 
     def callbacks(self):
         return [METHODS[self.method].callback(**ALL), GradientNormMonitor(by_layer=True)]
@@ -77,7 +77,7 @@ def spread(method, layout="fsdp", **options):
 
 
 def by_metrics():
-    """Compute the torchmetrics with different updates, and a different number of them, on each rank."""
+    """Compute the torchmetrics after different updates, and a different number of them, on each rank."""
     rank = torch.distributed.get_rank()
     collection = MetricCollection([GradientNorm(), GradientAlignment(), Sharpness()])
     for count in range(1 + rank):
@@ -90,7 +90,7 @@ def by_metrics():
 
 
 def all_reduces(metrics, every):
-    """Count the collectives in a training run of four steps."""
+    """Count the all-reduces in a training run of four steps."""
     case = Case("SAM", {"metrics": metrics}, net="unmonitored", trainer={"log_every_n_steps": every})
     with sharded.Collectives() as mode:
         logged(replicas.Module(case), devices=RANKS, strategy=DDPStrategy(), limit_train_batches=4)
@@ -98,7 +98,7 @@ def all_reduces(metrics, every):
 
 
 def own_batch(rank):
-    """The first batch of a rank."""
+    """Return the first batch of a rank."""
     x, y = replicas.make_data(replicas.SAMPLES)
     size = replicas.BATCH // RANKS
     return x[rank::RANKS][:size], y[rank::RANKS][:size]

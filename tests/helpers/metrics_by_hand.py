@@ -8,7 +8,7 @@ def dot(x, y):
 
 
 def by_hand(method, loss, theta, strength=1.0):
-    """Compute all metrics that are defined for a method, in the simplest way."""
+    """Compute all metrics that are defined for a method, as directly as possible."""
     g, c = reference.plain(loss, theta), method.constants
     norm = reference.norm(g)
     size = strength * c.get("gamma", c.get("rho"))

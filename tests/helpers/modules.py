@@ -187,13 +187,13 @@ METHODS = {
 }
 MOVING = [name for name, method in METHODS.items() if method.rule.update().probes]
 FIRST_ORDER = [name for name, method in METHODS.items() if not method.rule.update().curvature]
-# one of each kind, where the code does not depend on the row any further
+# one method of each kind, for code that does not depend on the rest of the row
 SOME = ["forward GR", "central norm penalty", "exact GR", "ASAM with eta"]
 SOME_MOVING = [name for name in SOME if name in MOVING]
 
 
 class Stateful(NamedTuple):
-    """A rule that keeps something from step to step, or looks at the optimizer, and the same by hand."""
+    """A rule that keeps state between steps or uses the optimizer's, and its reference implementation."""
 
     rule: object
     by_hand: type

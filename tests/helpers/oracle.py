@@ -1,8 +1,8 @@
-"""The expected result of a step with a second pass, computed without the package on deep copies made before the first.
+"""Computes the expected result of a step with a second pass, without the package, on deep copies.
 
-Slow and simple: for each micro-batch, module and batch are copied, and the global generators noted, before the step
-runs. The first pass is then plain training on the real module. For the second pass each copy is moved by hand and runs
-its step from where the first one started; whatever it writes is gone with the copy.
+Slow and simple: for each micro-batch, module and batch are copied and the global generators saved before the step
+runs. The first pass is then plain training on the real module. For the second pass, each copy is moved by hand and runs
+its step from where the first one started; whatever it writes is discarded with the copy.
 """
 
 import copy
@@ -17,7 +17,7 @@ from lightning_gr import SAM, GradientRegularization, GRRule, SAMRule
 
 
 class Method(NamedTuple):
-    """g = keep · g₀ + Σ weight · g(θ + distance · d), and the package's callback for it."""
+    """g = keep · g₀ + Σ weight · g(θ + distance · d), and the corresponding callback of the package."""
 
     keep: float
     probes: tuple
@@ -89,7 +89,7 @@ class _Pass:
     def __call__(self, module, batch):
         loss = module.evaluate(batch)
         if self.form in ("automatic", "accumulation") and self.position == 0:
-            # Lightning zeroes after the step
+            # Lightning zeroes gradients between the evaluation and the backward pass
             _set_grads(module, {})
         if loss is None:
             return False

@@ -1,12 +1,12 @@
-"""Records what happens in both passes, out of reach of a training step, whose state is restored after the second."""
+"""Records what happens in both passes, in objects that are not restored after the second one."""
 
 import types
 
-# a module object is not entered by the look at what a training step can reach
+# the package searches what a training step can reach for state to restore, but does not enter module objects
 
 
 class Record(types.ModuleType):
-    """A list that a search from the module cannot reach."""
+    """A list that keeps what is added to it in a second pass."""
 
     def __init__(self, items=()):
         super().__init__("record")
@@ -40,7 +40,7 @@ class Record(types.ModuleType):
 
 
 class Counter(types.ModuleType):
-    """Counts its calls from 0, like ``next`` on ``itertools.count()``, out of reach of a search from the module."""
+    """Counts its calls in all passes from 0, like ``next`` on ``itertools.count()``."""
 
     def __init__(self):
         super().__init__("counter")

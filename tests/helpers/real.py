@@ -1,4 +1,4 @@
-"""What is checked of every library: its own module and options, with our callbacks in its list of callbacks."""
+"""Checks for other libraries: their own modules and options, with our callbacks in the list of callbacks."""
 
 import copy
 import random
@@ -31,14 +31,14 @@ def seed():
 
 
 class Observer(CallbackBase):
-    """Stays the same object where a library copies its callbacks."""
+    """A callback that stays the same object when a library copies its callbacks."""
 
     def __deepcopy__(self, memo):
         return self
 
 
 class Watch(Observer):
-    """Keeps what a run ends with."""
+    """Keeps the weights a run starts with, and its final weights, buffers and metrics."""
 
     def on_train_start(self, trainer, pl_module):
         self.before = {name: param.detach().clone() for name, param in pl_module.named_parameters()}
@@ -52,7 +52,7 @@ class Watch(Observer):
 
 
 class StandStill(Observer):
-    """Keeps all weights where they are, so that whatever differs at the end was left by a second pass."""
+    """Keeps all weights fixed, so that any difference at the end was left by a second pass."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
@@ -65,13 +65,13 @@ class StandStill(Observer):
 
     def on_train_end(self, trainer, pl_module):
         numbers = dict(zip(("torch", "numpy", "python"), map(repr_of_state, get_random()), strict=True))
-        # some keep their options, and so these callbacks, in `hparams`
+        # some libraries keep their options, and with them these callbacks, in `hparams`
         kept = {path: value for path, value in fingerprint(pl_module).items() if "['callbacks']" not in path}
         self.left = {**kept, **numbers}
 
 
 class Listen(Observer):
-    """Before our callback in the list: copies what a step starts from, and the gradient of the first pass."""
+    """Copies what a step starts from and the gradient of its first pass; comes before our callback in the list."""
 
     def __init__(self, mend):
         self.mend = mend
@@ -92,7 +92,7 @@ class Listen(Observer):
 class Compare(Observer):
     """Compares the gradient that the optimizer gets with F-GR by hand, on copies of module and batch.
 
-    They were made before the first pass, so nothing that a step writes is missed.
+    The copies were made before the first pass, so they contain nothing that the step writes.
     """
 
     def __init__(self, listen):
@@ -100,7 +100,7 @@ class Compare(Observer):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         found = gradients(pl_module)
-        # without what the module itself has cancelled since
+        # without gradients that the module itself has set to None since
         clean = {name: grad for name, grad in self.listen.clean.items() if name in found}
         ratio = RULE["gamma"] / RULE["epsilon"]
         ascended = self.by_hand({name: RULE["epsilon"] * grad for name, grad in clean.items()})
@@ -111,7 +111,7 @@ class Compare(Observer):
         self.errors.append(norm({name: found[name] - expected[name] for name in clean}) / change)
 
     def by_hand(self, step):
-        """The gradient at the weights moved by ``step``, with the first pass's batch, random numbers and state."""
+        """Return the gradient at weights moved by ``step``, with the first pass's batch, random numbers and state."""
         module, now = self.listen.module, get_random()
         module.log = module.log_dict = lambda *args, **kwargs: None
         params = dict(module.named_parameters())
@@ -131,7 +131,7 @@ class Compare(Observer):
 
 
 def copy_tensor(self, memo):
-    """A deep copy of a tensor of any class, without its graph."""
+    """Return a deep copy of a tensor of any class, without its graph."""
     with torch._C.DisableTorchFunctionSubclass():
         copied = torch.Tensor.clone(torch.Tensor.detach(self)).requires_grad_(self.requires_grad and self.is_leaf)
     memo[id(self)] = made = copied.as_subclass(type(self))
@@ -141,7 +141,7 @@ def copy_tensor(self, memo):
 
 @contextmanager
 def detached_copies():
-    """Let deep copies take what earlier steps left in attributes, such as a loss, which torch refuses to copy."""
+    """Let deep copies detach tensors with a graph, such as a loss kept in an attribute, which torch refuses to copy."""
     original = torch.Tensor.__deepcopy__
     torch.Tensor.__deepcopy__ = lambda self, memo: (original if self.is_leaf else copy_tensor)(self, memo)
     try:
@@ -178,27 +178,26 @@ def run(train, *callbacks):
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         train([*callbacks, watch])
-    # that something cannot be put back
+    # such as that something cannot be restored
     assert [str(each.message) for each in warned if "second pass" in str(each.message)] == []
     return watch
 
 
 def check_library(train, level=1e-3, rtol=1e-3, rho=50.0, mend=lambda module: None):
-    """Every check, on ``train(callbacks)``, which builds the library's model and trains it for a few steps.
+    """Run all checks on ``train(callbacks)``, which builds the library's model and trains it for a few steps.
 
-    ``rho``: how far second passes look where no trace is to be left. ``mend``: is given copies of the module, for what
-    a deep copy does not copy.
+    ``rho``: the radius for the check that second passes leave no trace. ``mend``: completes deep copies of the module.
     """
     plain, again = run(train), run(train)
     assert plain.steps >= 3
-    assert_close(again.after, plain.after)  # or nothing could be compared
+    assert_close(again.after, plain.after)  # training is reproducible
     check_no_trace(train, rho)
-    # all of the second passes run, but what they add is far below float32's resolution. Powers of two: gradients are
-    # divided by a weight and multiplied by it, which is exact for these
+    # all second passes run, but what they add is far below float32's resolution. Gradients are divided by a weight and
+    # multiplied by it again, which is exact for powers of two
     unseen = run(train, GradientRegularization(gamma=2.0**-90, epsilon=2.0**-7, scheme="central"))
     assert_close(unseen.after, plain.after)
     assert_close(unseen.buffers, plain.buffers)
-    assert repr(unseen.metrics) == repr(plain.metrics)  # by what they look like, since a NaN is not equal to itself
+    assert repr(unseen.metrics) == repr(plain.metrics)  # as text, since NaN does not equal itself
     listen = Listen(mend)
     compare = Compare(listen)
     regularized = run(train, listen, GradientRegularization(**RULE), compare)
@@ -213,7 +212,7 @@ def check_library(train, level=1e-3, rtol=1e-3, rho=50.0, mend=lambda module: No
 
 
 def check_no_trace(train, rho):
-    """With weights that stand still, everything is as without us, however far the second passes look."""
+    """With fixed weights, everything must be the same as without our callbacks, however large the radius."""
     left = []
     for callback in ([], [SAM(rho)], [GradientRegularization(gamma=0.1, epsilon=rho)]):
         still = StandStill()
@@ -224,7 +223,7 @@ def check_no_trace(train, rho):
 
 
 def trains(kind, *tensors, batch_size=4):
-    """``train(callbacks)`` for a LightningModule that trains on tensors."""
+    """Return a function ``train(callbacks)`` that trains a LightningModule on tensors."""
 
     def train(callbacks):
         module, data = kind(), torch.utils.data.TensorDataset(*tensors)

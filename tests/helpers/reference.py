@@ -1,4 +1,4 @@
-"""Reference implementations of the update family in float64, from the papers' equations, without lightning_gr.
+"""Reference implementations of all methods in float64, from the papers' equations, without lightning_gr.
 
 Weights θ and gradients are dictionaries of tensors, a loss is a function of θ, and nothing is done in place: θ + s·d is
 a new dictionary.
@@ -62,12 +62,12 @@ def penalty(loss, theta, gamma, epsilon, scheme, direction):
 
 
 def gradient_regularization(loss, theta, gamma, epsilon, scheme="forward"):
-    """(γ/2)‖∇L‖² is penalized: d = ∇L."""
+    """The penalty (γ/2)‖∇L‖²: d = ∇L."""
     return penalty(loss, theta, gamma, epsilon, scheme, plain(loss, theta))
 
 
 def norm_penalty(loss, theta, gamma, epsilon, scheme="forward"):
-    """γ‖∇L‖ is penalized (Zhao et al. 2022): d = ∇L/‖∇L‖."""
+    """The penalty γ‖∇L‖ (Zhao et al. 2022): d = ∇L/‖∇L‖."""
     return penalty(loss, theta, gamma, epsilon, scheme, unit(plain(loss, theta)))
 
 
@@ -132,7 +132,7 @@ class FriendlySAM:
 
 
 class LookSAM:
-    """SAM every k steps, and the part of its gradient perpendicular to g₀ again between (Liu et al. 2022)."""
+    """SAM every k steps; the steps between reuse the part of its gradient perpendicular to g₀ (Liu et al. 2022)."""
 
     def __init__(self, rho, alpha, interval):
         self.rho, self.alpha, self.interval, self.kept = rho, alpha, interval, None
@@ -147,13 +147,13 @@ class LookSAM:
 
 
 def clipped(gradient, limit):
-    """``gradient``, scaled down to the norm ``limit`` if it is longer."""
+    """Scale ``gradient`` down to the norm ``limit`` if its norm is larger."""
     factor = min(1.0, limit / norm(gradient))
     return {name: factor * value for name, value in gradient.items()}
 
 
 def excluding(method, names):
-    """``method`` over the parameters that are not in ``names``; those in ``names`` keep ∇L(θ)."""
+    """Apply ``method`` to the parameters that are not in ``names``; those in ``names`` keep ∇L(θ)."""
 
     def gradient(loss, theta):
         fixed = {name: value for name, value in theta.items() if name in names}
@@ -219,7 +219,7 @@ class Adam:
 
 
 def train(net, losses, optimizer, gradient):
-    """Take one optimizer step along ``gradient(step, loss, θ)`` for each of ``losses``; return θ."""
+    """Take one optimizer step with ``gradient(step, loss, θ)`` for each of ``losses``; return θ."""
     theta = {name: value.detach().clone() for name, value in net.named_parameters() if value.requires_grad}
     for step, loss in enumerate(losses):
         theta = optimizer.step(theta, gradient(step, loss, theta))
@@ -227,5 +227,5 @@ def train(net, losses, optimizer, gradient):
 
 
 def train_with(net, losses, optimizer, method):
-    """As :func:`train`, for a method that keeps something from step to step. Returns θ."""
+    """Like :func:`train`, for a method that keeps state between steps."""
     return train(net, losses, optimizer, lambda step, loss, theta: method.gradient(step, loss, theta, optimizer))

@@ -99,7 +99,7 @@ CASES = {**JOINT, **OWN, **OTHERS}
 
 
 class Branches(nn.Module):
-    """A network in which each rank also uses its own layer."""
+    """A network in which each rank also uses a layer of its own."""
 
     def __init__(self):
         super().__init__()
@@ -163,7 +163,7 @@ class Module(pl.LightningModule):
     def on_train_start(self):
         REDUCED.clear()
         if self.trainer.world_size > 1:
-            # not by Lightning's `ddp_comm_hook`, which it leaves aside on the CPU
+            # Lightning ignores `ddp_comm_hook` on the CPU
             self.trainer.model.register_comm_hook(self.case.compressed, _counted)
 
     def on_before_optimizer_step(self, optimizer):
@@ -194,7 +194,7 @@ def is_finite(tensor):
 
 
 def _counted(compressed, bucket):
-    # not counted in an attribute of the module: those of the second pass would be undone
+    # not in an attribute of the module: counts of the second pass would be undone
     REDUCED.append(bucket.index())
     return (default_hooks.bf16_compress_hook if compressed else default_hooks.allreduce_hook)(None, bucket)
 

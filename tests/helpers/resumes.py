@@ -1,8 +1,8 @@
 """Training that can be resumed at any step, and training that is killed repeatedly; a child process of test_resume.py.
 
-The child process kills a fork of itself by SIGKILL. The fork reports each moment that it reaches and waits for the
-answer, so that it cannot run away: it dies a random time after a random moment. Then the next fork goes on from the
-last complete checkpoint.
+The child process trains in forks of itself and kills them with SIGKILL. A fork reports each moment that it reaches and
+waits for an answer, so that it can be killed a random time after a random moment. The next fork continues from the last
+complete checkpoint.
 """
 
 import json
@@ -29,7 +29,7 @@ MOMENTS = ["first pass", "second pass", "saving"]
 
 
 class Loader:
-    """Shuffles in each epoch, and can resume within one."""
+    """A loader that shuffles in each epoch and can resume within one."""
 
     def __init__(self):
         self.data = make_data(SAMPLES, dtype=torch.float32)
@@ -54,10 +54,12 @@ class Loader:
 
 
 class Training(TinyModule):
-    """Has BatchNorm, Dropout, Adam and a schedule. Lightning saves no random state: here it follows from the batch.
+    """Trains with BatchNorm, Dropout, Adam and a schedule.
+
+    Lightning saves no random state, so the seed follows from the position of the batch.
 
     Args:
-        tell: Is called with each moment and the optimizer step.
+        tell: Called with each moment and the optimizer step.
         optimizer: A function of the parameters.
     """
 
@@ -94,7 +96,7 @@ TRAININGS = {
     "SAM": (lambda: [SAM(0.1), Flooding(1.0)], {"accumulate_grad_batches": 2}, 1),
     "SAM by micro-batch": (lambda: [SAM(0.1, accumulation="micro_batch")], {"accumulate_grad_batches": 2}, 1),
 }
-# rules that keep something, or look at what the optimizer keeps
+# rules that keep state, or use the optimizer's
 KEEPING = {
     "Momentum-SAM": (lambda: [MomentumSAM(0.5, warmup_steps=9)], {"accumulate_grad_batches": 2}),
     "Friendly-SAM": (lambda: [TwoPass(FriendlySAMRule(0.1))], {"accumulate_grad_batches": 2}),
@@ -112,14 +114,14 @@ def train(*callbacks, module=None, ckpt_path=None, max_epochs=8, **options):
 def last_complete(folder):
     """Return the newest readable checkpoint."""
     for path in sorted(Path(folder).glob("*.ckpt"), key=os.path.getmtime, reverse=True):
-        with suppress(Exception):  # of many kinds, for a file that ends too early
+        with suppress(Exception):  # a truncated file raises many kinds of errors
             torch.load(path, weights_only=True)
             return str(path)
     return None
 
 
 class SavesSafely(ModelCheckpoint):
-    """Saves only where Lightning 2.6 can resume, and be resumed again.
+    """Saves only where Lightning 2.6 can resume, repeatedly.
 
     In the first window after a resume ModelCheckpoint saves half of it, without the gradient; and a training that is
     resumed from the last batch of an epoch miscounts its epochs, so that what it saves then cannot be resumed from.
@@ -131,7 +133,7 @@ class SavesSafely(ModelCheckpoint):
 
 
 def train_in_fork(name, folder, reports, answers):
-    """Train in the fork, and wait at each moment."""
+    """Train in the fork, and wait for an answer at each moment."""
 
     def tell(moment, step):
         os.write(reports, bytes([MOMENTS.index(moment)]))
@@ -145,7 +147,7 @@ def train_in_fork(name, folder, reports, answers):
 
 
 def kill_in_training(name, folder, moment, count, delay):
-    """Train in a fork, and kill it ``delay`` seconds after it has reached ``moment`` for the ``count``-th time."""
+    """Train in a fork, and kill it ``delay`` seconds after it reached ``moment`` for the ``count``-th time."""
     (reports, to_us), (answers, from_us) = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -177,7 +179,7 @@ if __name__ == "__main__":
     for moment in draw.sample(MOMENTS * 2, KILLS):
         kill_in_training(name, folder, moment, draw.randint(1, 3), draw.uniform(0, 0.003))
         newest = last_complete(folder)
-        # what Lightning leaves is complete, unless a move between two disks has been cut off
+        # Lightning leaves complete files, unless it was killed while moving one between two disks
         if torn := newest is not None and moment == "saving":
             os.truncate(newest, os.path.getsize(newest) // 2)
         report.append((moment, torn))

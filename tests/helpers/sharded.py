@@ -156,7 +156,7 @@ class Collectives(TorchDispatchMode):
 
 
 def communication(method):
-    """Count the collectives of a training run, without those of this test."""
+    """Count the collectives of a training run, without those of the test itself."""
     case = Case("fsdp", method)
 
     class Silent(Module):
@@ -167,8 +167,8 @@ def communication(method):
     return mode.counts
 
 
-def broken_off(folder, full_checkpoint):
-    """Return the checkpoint of a training run that fails in a second pass, and the expected one."""
+def failed_run(folder, full_checkpoint):
+    """Train until a second pass fails; return the error, and the weights before and after the failed step."""
     case = Case("fsdp", "SAM")
     module = Module(case, fails=True)
     saver = OnExceptionCheckpoint(folder, "full" if full_checkpoint else "sharded")
@@ -187,7 +187,7 @@ def main(folder):
     for method in (None, "forward GR", "SAM"):
         results[f"communication {method}"] = communication(method)
     for full in (True, False):
-        results[f"broken off {full}"] = broken_off(folder, full)
+        results[f"broken off {full}"] = failed_run(folder, full)
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
 
 

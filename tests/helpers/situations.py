@@ -39,6 +39,6 @@ class Wrapped(Situation):
 
 
 class Written(Wrapped):
-    """The forms without closures, which hold their batch in a local variable that cannot be restored."""
+    """Batches that a step writes to: closures hold theirs in a local variable, which cannot be restored."""
 
     forms = AUTOMATIC

@@ -1,4 +1,4 @@
-"""A small problem on which methods are compared in well under a second per training; as a program, one whole study.
+"""A small problem for comparing methods, at well under a second per training; as a program, a whole study.
 
 `python tuned.py OUTPUT [STORAGE]` runs a study and prints its answer. TUNED_SLEEP makes each epoch take longer.
 """
@@ -70,7 +70,7 @@ def study(output, **options):
 
 
 def answer(result):
-    """What must not depend on interruptions: everything but durations."""
+    """Return everything that must not depend on interruptions, which is all but the durations."""
     rows = [(row.label, sorted(row.values.items())) for row in result.rows]
     trials = [(t["stage"], t["method"], t["index"], t["state"], t["value"], t["constants"]) for t in result.trials]
     return repr((rows, trials))

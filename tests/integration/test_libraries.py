@@ -1,4 +1,4 @@
-"""Libraries that ship LightningModules and take callbacks by their own options, unchanged."""
+"""Unchanged libraries that ship LightningModules and accept callbacks through their own options."""
 
 import importlib
 import subprocess
@@ -15,14 +15,14 @@ from lightning_gr import SAM, Flooding, GradientRegularization
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.filterwarnings("default"),  # theirs, not ours to mend
+    pytest.mark.filterwarnings("default"),  # warnings of the libraries, which we cannot fix
     pytest.mark.timeout(600),
 ]
 
 
 @pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
 def test_lightning_demos(namespace, tmp_path):
-    """Lightning's own transformer, with a local text instead of the one that it downloads."""
+    """Lightning's demo transformer, with a local text instead of a downloaded one."""
     lightning = pytest.importorskip(namespace)
     demo = importlib.import_module(f"{namespace}.demos.transformer")
     (tmp_path / "data").mkdir()
@@ -70,7 +70,7 @@ def test_scvi_tools():
     scvi = pytest.importorskip("scvi")
 
     def train(callbacks):
-        scvi.settings.seed = 0  # its split of the data
+        scvi.settings.seed = 0  # for the split of the data
         adata = scvi.data.synthetic_iid(batch_size=100)
         scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
         model = scvi.model.SCVI(adata, n_hidden=16, n_latent=4)
@@ -104,7 +104,7 @@ def test_chemprop():
 
 
 def test_pytorch_tabular(tmp_path):
-    """Trains, and saves and loads a model together with its callbacks."""
+    """Models can also be saved and loaded together with their callbacks."""
     pytest.importorskip("pytorch_tabular")
     import pandas as pd
     from pytorch_tabular import TabularModel
@@ -186,7 +186,7 @@ def test_darts(tmp_path, monkeypatch):
     check_library(train)
     model = train([Flooding(0.01), GradientRegularization(0.1)])
     model.save(str(tmp_path / "model.pt"))
-    loaded = NBEATSModel.load(str(tmp_path / "model.pt"), trusted=True)  # the file also contains our classes
+    loaded = NBEATSModel.load(str(tmp_path / "model.pt"), trusted=True)  # the file also refers to our classes
     assert loaded.predict(4) == model.predict(4)
     expected = run(train, GradientRegularization(0.1))
     monkeypatch.setenv("LIGHTNING_GR", "gamma=0.1")
@@ -222,7 +222,7 @@ def test_transformers():
 
 def test_torch_geometric():
     pytest.importorskip("torch_geometric")
-    import lightning.pytorch as pl  # as its data module is, where both are installed
+    import lightning.pytorch as pl  # which its data module uses if both are installed
     from torch_geometric.data import Data
     from torch_geometric.data.lightning import LightningDataset
     from torch_geometric.nn import GCN, global_mean_pool

@@ -1,4 +1,4 @@
-"""Libraries that write state of some kind in each step, in LightningModules as their documentation has them."""
+"""Libraries that write state in each step, in LightningModules like those in their documentation."""
 
 import copy
 import sys
@@ -13,13 +13,13 @@ from lightning_gr import SAM
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.filterwarnings("default"),  # theirs, not ours to mend
+    pytest.mark.filterwarnings("default"),  # warnings of the libraries, which we cannot fix
     pytest.mark.timeout(600),
 ]
 
 
 def numbers(*shape):
-    """The same ones each time."""
+    """Return random numbers, always the same for a shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
@@ -29,7 +29,7 @@ class Module(pl.LightningModule):
 
 
 def test_monai():
-    """Augmentations in plain objects, each with its own RandomState."""
+    """Augmentations are plain objects, each with its own RandomState."""
     transforms = pytest.importorskip("monai.transforms")
     from monai.losses import DiceLoss
     from monai.networks.nets import BasicUNet
@@ -58,7 +58,7 @@ def test_monai():
 
 
 def test_pina(monkeypatch):
-    """Weights of the conditions in a plain object, by the neural tangent kernel."""
+    """A plain object keeps weights of the conditions, computed from the neural tangent kernel."""
     pytest.importorskip("pina")
     from pina import LabelTensor, Trainer
     from pina._src.core.utils import labelize_forward
@@ -67,7 +67,7 @@ def test_pina(monkeypatch):
     from pina.solver import PINN
     from pina.weighting import NeuralTangentKernelWeighting
 
-    # its own one needs labels, which its tensors lose
+    # the original method requires labels, which these tensors lose
     monkeypatch.setattr(LabelTensor, "__deepcopy__", copy_tensor)
 
     def train(callbacks):
@@ -78,7 +78,7 @@ def test_pina(monkeypatch):
         Trainer(solver, max_epochs=4, callbacks=callbacks, batch_size=20, train_size=1.0, **QUIET).train()
 
     def mend(solver):
-        """A copy keeps a ``forward`` that is bound to the original."""
+        """Replace the ``forward`` of a copy, which is bound to the original."""
         del solver.forward
         names = solver.problem.input_variables, solver.problem.output_variables
         solver.forward = labelize_forward(solver.forward, *names)
@@ -123,14 +123,14 @@ def test_vector_quantize_pytorch(options):
 
 
 def copy_attributes(self, memo):
-    """A deep copy of a class whose ``__new__`` does not let ``copy`` make one."""
+    """Deep-copy an object whose ``__new__`` prevents ``copy`` from doing so."""
     memo[id(self)] = made = object.__new__(type(self))
     made.__dict__.update(copy.deepcopy(self.__dict__, memo))
     return made
 
 
 def test_ema_pytorch(monkeypatch):
-    """A teacher that is updated in the step."""
+    """The step updates a teacher."""
     ema_pytorch = pytest.importorskip("ema_pytorch")
     monkeypatch.setattr(ema_pytorch.EMA, "__deepcopy__", copy_attributes, raising=False)
 
@@ -153,7 +153,7 @@ def test_ema_pytorch(monkeypatch):
 
 
 def test_pytorch_metric_learning():
-    """A memory of embeddings."""
+    """The loss keeps a memory of embeddings."""
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     from pytorch_metric_learning.miners import MultiSimilarityMiner
 
@@ -172,7 +172,7 @@ def test_pytorch_metric_learning():
 
 
 def test_gpytorch():
-    """Variational parameters that the first call of the model sets."""
+    """The first call of the model initializes variational parameters."""
     gpytorch = pytest.importorskip("gpytorch")
 
     class Process(gpytorch.models.ApproximateGP):
@@ -199,7 +199,7 @@ def test_gpytorch():
 
 
 def test_diffusers():
-    """An average of the weights in a list of a plain object, and a model with its own noise."""
+    """A plain object keeps averaged weights in a list, and the step draws noise."""
     diffusers = pytest.importorskip("diffusers")
     from diffusers.training_utils import EMAModel
 
@@ -224,7 +224,7 @@ def test_diffusers():
 
 
 def test_torchrl():
-    """A replay memory that the step fills and draws from, and a target network that it moves."""
+    """The step fills a replay memory, draws from it, and moves a target network."""
     data = pytest.importorskip("torchrl.data")
     from tensordict import TensorDict
     from torchrl.modules import MLP, QValueActor
@@ -241,7 +241,7 @@ def test_torchrl():
 
         def training_step(self, batch, batch_idx):
             observation, following = batch
-            # at random, since copies of the loss do not act by the weights that are moved
+            # random actions, since copies of the loss would act by the original weights and not by the moved ones
             action = nn.functional.one_hot(torch.randint(3, (4,)), 3)
             outcome = {"observation": following, "reward": following.sum(-1, keepdim=True)}
             outcome |= {name: torch.zeros(4, 1, dtype=torch.bool) for name in ("done", "terminated")}
@@ -255,7 +255,7 @@ def test_torchrl():
 
 def train_scanvi(callbacks):
     scvi = pytest.importorskip("scvi")
-    scvi.settings.seed = 0  # its split of the data
+    scvi.settings.seed = 0  # for the split of the data
     adata = scvi.data.synthetic_iid(batch_size=60)
     scvi.model.SCANVI.setup_anndata(adata, labels_key="labels", unlabeled_category="label_0", batch_key="batch")
     model = scvi.model.SCANVI(adata, n_hidden=16, n_latent=4)
@@ -264,13 +264,13 @@ def train_scanvi(callbacks):
 
 
 def test_scanvi():
-    """A set of the names of arguments, and a classifier that is trained beside the autoencoder."""
+    """The module keeps a set of argument names, and trains a classifier along with the autoencoder."""
     check_library(train_scanvi, rho=0.1)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes from Python 3.11 on")
-def test_an_exception_at_displaced_weights_says_that_they_were_displaced(monkeypatch):
-    """Distributions of torch refuse parameters that are not finite, unless another library has told them not to."""
+def test_an_exception_at_displaced_weights_has_a_note(monkeypatch):
+    """torch's distributions reject parameters that are not finite, unless another library has disabled the check."""
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
     with pytest.raises(ValueError, match="constraint") as raised:
         run(train_scanvi, SAM(1e30))

@@ -1,6 +1,6 @@
-"""Libraries that need torchvision or torchaudio, which PyPI's CPU build of torch does not come with.
+"""Libraries that need torchvision or torchaudio, which do not come with PyPI's CPU build of torch.
 
-They are not among the extra `integration`; docs/integrations.md says how they were installed.
+They are not part of the extra `integration`; docs/integrations.md says how to install them.
 """
 
 import copy
@@ -14,14 +14,14 @@ from torch import nn
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.filterwarnings("default"),  # theirs, not ours to mend
+    pytest.mark.filterwarnings("default"),  # warnings of the libraries, which we cannot fix
     pytest.mark.timeout(600),
     pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="needs torchvision"),
 ]
 
 
 def numbers(*shape):
-    """The same ones each time."""
+    """Return random numbers, always the same for a shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
@@ -30,7 +30,7 @@ def small():
 
 
 def test_timm():
-    """An average of weights and buffers that the step updates, and a network with stochastic depth."""
+    """The step updates averages of weights and buffers, and the network has stochastic depth."""
     timm = pytest.importorskip("timm")
     from timm.optim import create_optimizer_v2
     from timm.utils import ModelEmaV3
@@ -55,7 +55,7 @@ def test_timm():
 
 @pytest.mark.parametrize("method", ["EMA", "SWA"])
 def test_torch_uncertainty(method):
-    """Its own LightningModule, whose averaged models are pointed at new tensors."""
+    """The library's own LightningModule, whose averaged models get new tensors."""
     methods = pytest.importorskip("torch_uncertainty.methods")
     import lightning.pytorch
     from torch_uncertainty.routines import ClassificationRoutine
@@ -73,7 +73,7 @@ def test_torch_uncertainty(method):
 
 
 class DINO(pl.LightningModule):
-    """As in the library's documentation, on images of numbers."""
+    """DINO as in the library's documentation, on small vectors instead of images."""
 
     def __init__(self):
         from lightly.loss import DINOLoss
@@ -106,13 +106,13 @@ class DINO(pl.LightningModule):
 
 
 def test_lightly_dino():
-    """The module cancels gradients itself, and moves its teacher."""
+    """The module cancels gradients in a hook, and moves its teacher."""
     pytest.importorskip("lightly")
     check_library(trains(DINO, *(numbers(12 + i, 8)[:12] for i in range(3))))
 
 
 def test_lightly_prototypes():
-    """SwAV: prototypes that the step normalizes, and a queue of features."""
+    """SwAV: the step normalizes prototypes, and keeps a queue of features."""
     pytest.importorskip("lightly")
     from lightly.loss import SwaVLoss
     from lightly.loss.memory_bank import MemoryBankModule
@@ -139,7 +139,7 @@ def test_lightly_prototypes():
 
 
 def test_braindecode():
-    """Augmentations with a RandomState each."""
+    """Augmentations each have a RandomState."""
     augmentation = pytest.importorskip("braindecode.augmentation")
     from braindecode.models import ShallowFBCSPNet
 

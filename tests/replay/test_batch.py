@@ -1,4 +1,4 @@
-"""The arguments of a training step: containers are put back, written tensors refused."""
+"""The arguments of a training step: containers are restored, writes to tensors are refused."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ def make():
     return {"x": torch.arange(100.0).view(4, 25), "inner": [torch.ones(2), {"y": torch.zeros(3)}], "name": "a"}
 
 
-def test_containers_are_put_back_and_tensors_are_the_same_ones():
+def test_containers_are_restored_with_the_same_tensors():
     value, other = make(), SimpleNamespace(x=torch.ones(1))
     batch = Batch((value, 0), {"other": other}, nn.Module())
     start, tensors = Snapshot(batch.protected), (value["x"], value["inner"][1]["y"], other.x)
@@ -47,7 +47,7 @@ def test_a_written_tensor_is_refused(find, way):
     value = make()
     batch = Batch((value,), {}, nn.Module())
     writes(find(value))[way]()
-    batch.note_after_first()  # the first pass itself is not refused
+    batch.note_after_first()  # does not raise yet
     with pytest.raises(
         RuntimeError, match=r"changed a tensor of its batch in place.*`x = batch\['x'\]\.clone\(\)`"
     ) as caught:
@@ -83,14 +83,14 @@ def test_an_iterator_is_refused_at_once(make_iterator, kind):
         Batch(({"x": [make_iterator()]},), {}, nn.Module())
 
 
-def test_a_batch_is_looked_through_once():
+def test_a_batch_is_searched_once():
     batch = Batch((make(),), {}, nn.Module())
     places = batch.places
     assert not batch.begin()
     assert batch.places is places
 
 
-def test_the_module_is_not_entered_from_here():
+def test_the_module_is_not_entered_from_a_batch():
     module = nn.Linear(2, 2)
     batch = Batch(([module],), {}, module)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_the_module_is_not_entered_from_here():
 @pytest.mark.filterwarnings(
     "ignore:Sparse .* tensor support is in beta", "ignore:The PyTorch API of nested tensors", "ignore:.*quantize_per"
 )
-def test_what_is_no_plain_tensor_may_be_there():
+def test_other_kinds_of_tensors_and_values_are_allowed():
     value = [
         torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), torch.nested.nested_tensor([torch.ones(2)]),
         torch.quantize_per_tensor(torch.ones(2), 0.5, 0, torch.qint8), torch.empty(3, device="meta"), np.arange(3),

@@ -1,4 +1,4 @@
-"""The functional form: its passes over a closure, what it takes and what it refuses."""
+"""The functional form: its passes over a closure, the arguments it accepts and the errors it raises."""
 
 import weakref
 from contextlib import contextmanager
@@ -18,14 +18,14 @@ from lightning_gr.replay.footprint import Footprint
 
 
 def regularized(net, batch, rule, *, loss=cross_entropy, **options):
-    """The regularized gradient at one batch."""
+    """Return the regularized gradient for one batch."""
     net.zero_grad()
     regularized_backward(lambda: loss(net, batch), net, rule, **options)
     return gradients(net)
 
 
 class Counts(nn.Module):
-    """Depends on how often it was called."""
+    """A network whose output depends on the number of calls."""
 
     def __init__(self):
         super().__init__()
@@ -100,7 +100,7 @@ def test_a_scale_and_a_level(rule, level):
     assert_near(actual, {name: 8 * grad for name, grad in clean.items()}, 1e-13)
 
 
-def test_any_name_of_a_tied_parameter_leaves_it_out():
+def test_any_name_of_a_tied_parameter_excludes_it():
     net = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3)).double()
     net[2].weight = net[0].weight
     clean, excluded = (regularized(net, make_batches()[0], GRRule(gamma), exclude=["2.weight"]) for gamma in (0, 0.1))
@@ -129,8 +129,8 @@ def test_errors(loss_fn, params, options, message):
 
 
 @pytest.mark.parametrize("local", [True, False])
-def test_what_is_reduced_over_devices(local):
-    """The first pass unless it is local, and of the replays the last one."""
+def test_passes_that_are_reduced_over_devices(local):
+    """The first pass is reduced unless it is local, and of the replays only the last one is."""
     net, batch, unsynced, seen = mlp(), make_batches()[0], Record(), Record()
 
     @contextmanager
@@ -156,7 +156,7 @@ def test_what_is_reduced_over_devices(local):
     assert seen == [local, local, 1, 1, 0, 0]
 
 
-def test_a_loss_that_is_missing_at_the_moved_weights():
+def test_a_missing_loss_at_the_moved_weights():
     net, batch, clean, flags = mlp(), make_batches()[0], mlp(), Record()
     cross_entropy(clean, batch).backward()
     clean_weight = clean[0].weight
@@ -169,11 +169,11 @@ def test_a_loss_that_is_missing_at_the_moved_weights():
         regularized_backward(loss_fn, net, SAMRule(0.1))
     assert len(caught) == 1
     assert_same(gradients(net), gradients(clean))
-    assert flags == [False, True, False]  # the last one makes the clean gradient again
+    assert flags == [False, True, False]  # the last call recomputes the clean gradient
 
 
-def test_what_closures_have_captured_is_written_once_a_step():
-    """Each step has its own closure, so written variables are remembered by name."""
+def test_captured_variables_are_written_once_per_step():
+    """Each step has a new closure, so written variables are remembered by name."""
     net, batch = mlp(), make_batches()[0]
     large, other, calls = (torch.zeros(2**11, dtype=torch.float64) for _ in range(3))
     found = Record()
@@ -201,12 +201,12 @@ def test_an_optimizer_that_steps_in_the_backward_pass_is_refused():
 
     for param in net.parameters():
         param.register_post_accumulate_grad_hook(step)
-    regularized(net, batch, GRRule(0.0))  # without a second pass it may
+    regularized(net, batch, GRRule(0.0))  # allowed without a second pass
     with pytest.raises(RuntimeError, match="during the backward pass"):
         regularized(net, batch, GRRule(0.1))
 
 
-def test_nothing_is_looked_through_where_there_is_no_second_pass():
+def test_nothing_is_searched_without_a_second_pass():
     net = mlp()
     regularized(net, make_batches()[0], GRRule(0.0))
     surroundings, _ = _memory_of(net, list(net.parameters()))
@@ -215,7 +215,7 @@ def test_nothing_is_looked_through_where_there_is_no_second_pass():
     assert surroundings.footprint.places
 
 
-def test_what_is_learned_of_a_module_is_kept_as_long_as_the_module():
+def test_what_is_learned_about_a_module_lives_as_long_as_the_module():
     net = mlp()
     params = list(net.parameters())
     memory = _memory_of(net, params)
@@ -224,7 +224,7 @@ def test_what_is_learned_of_a_module_is_kept_as_long_as_the_module():
     assert surroundings.trained() == params
     assert _memory_of(None, params)[0] is not _memory_of(None, params)[0]
     gone = weakref.ref(net)
-    del net, params  # in no circle of references
+    del net, params  # freed without garbage collection, as there are no reference cycles
     assert gone() is None
     assert surroundings.trained() == []
 

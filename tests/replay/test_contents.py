@@ -1,4 +1,4 @@
-"""Each kind of content: a save does not change it, a change is seen, and a restore leaves no trace."""
+"""Each kind of content: saving does not change it, changes are detected, and restoring leaves no trace."""
 
 import ctypes
 import io
@@ -37,7 +37,7 @@ def test_an_array_is_saved_changed_and_restored(name):
         place.restore(saved)
         assert repr(owner) == before
         assert not place.differs(saved)
-    change(owner)  # what was saved has not been given away
+    change(owner)  # must not change the saved copy
     place.restore(saved)
     assert repr(owner) == before
 
@@ -57,7 +57,7 @@ GENERATORS = [
 
 
 @pytest.mark.parametrize(("make", "draw"), GENERATORS)
-def test_generators_go_on_from_where_they_were(make, draw):
+def test_generators_continue_from_the_saved_state(make, draw):
     generator = make()
     assert isinstance(generator, contents.STATES)
     place = contents.SettablePlace(generator, "x")
@@ -81,7 +81,7 @@ def test_generators_go_on_from_where_they_were(make, draw):
         lambda: nn.Parameter(torch.ones(3)),
     ],
 )
-def test_tensors_are_put_back_in_place(make):
+def test_tensors_are_restored_in_place(make):
     tensor = make()
     dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach().clone()
     place, mark = contents.TensorPlace(tensor, "x"), contents.TensorPlace(tensor, "x").mark()
@@ -97,7 +97,7 @@ def test_tensors_are_put_back_in_place(make):
     assert place.owner is tensor
 
 
-def test_a_tensor_that_was_resized_or_made_in_inference_mode_is_put_back():
+def test_resized_tensors_and_inference_tensors_are_restored():
     tensor = torch.zeros(2)
     saved = tensor.clone()
     tensor.resize_(5).fill_(3.0)
@@ -119,7 +119,7 @@ def test_lazy_tensors_have_nothing_to_save():
         place.restore(None)
 
 
-def test_a_sample_sees_a_write_through_data():
+def test_a_sample_detects_a_write_through_data():
     tensors = [torch.zeros(0), torch.zeros(3), torch.zeros(1000), torch.zeros(4, 5).T]
     before = contents.sample(tensors)
     assert contents.sample(tensors) == before
@@ -138,7 +138,7 @@ def test_a_sample_sees_a_write_through_data():
         (lambda: multiprocessing.Value("i", 3).get_obj(), lambda number: setattr(number, "value", 4)),
     ],
 )
-def test_numbers_of_c_are_put_back(make, change):
+def test_ctypes_values_are_restored(make, change):
     owner = make()
     before, place = bytes(owner), contents.SettablePlace(owner, "x")
     saved = place.save()
@@ -149,7 +149,7 @@ def test_numbers_of_c_are_put_back(make, change):
     assert bytes(owner) == before
 
 
-def test_a_large_array_of_c_is_saved_only_where_it_was_seen_to_change():
+def test_a_large_ctypes_array_is_only_saved_once_it_has_changed():
     assert not contents.SettablePlace((ctypes.c_double * 10_000)(), "x").is_watched
 
 
@@ -161,7 +161,7 @@ class Refuses(torch.Tensor):
 
 
 @pytest.mark.parametrize("change", [lambda t: t.mul_(2.0), lambda t: torch.Tensor.resize_(t, 5)])
-def test_a_class_of_tensors_that_refuses_its_methods_is_put_back_by_those_of_torch(change):
+def test_a_tensor_subclass_that_rejects_methods_is_restored(change):
     owner = torch.arange(3.0).as_subclass(Refuses)
     place = contents.TensorPlace(owner, "x")
     saved = place.save()

@@ -1,4 +1,4 @@
-"""A digest changes with any bit, and with nothing else."""
+"""A digest changes if any bit of a tensor changes, and only then."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def make(dtype, count=50, seed=0):
 
 @pytest.fixture(params=["host", "accelerator"], autouse=True, scope="module")
 def way(request):
-    """Both ways to make a number, on the CPU."""
+    """Compute digests in both ways, as on the host and as on an accelerator."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "accelerator":
             patch.setattr(digest, "_is_on_host", lambda tensor: False)
@@ -34,7 +34,7 @@ def digest_of(tensor):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data())
-def test_one_changed_bit_anywhere_changes_it(dtype, data):
+def test_any_changed_bit_changes_the_digest(dtype, data):
     tensor = make(dtype)
     before = digest_of(tensor)
     assert digest_of(tensor.clone()) == before
@@ -48,19 +48,19 @@ def test_one_changed_bit_anywhere_changes_it(dtype, data):
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d is not torch.bool])
 @given(first=st.integers(0, 49), second=st.integers(0, 49))
-def test_swapped_entries_change_it(dtype, first, second):
+def test_swapped_entries_change_the_digest(dtype, first, second):
     tensor = torch.arange(50).to(dtype)
     other = tensor.clone()
     other[first], other[second] = tensor[second], tensor[first]
     assert (digest_of(other) == digest_of(tensor)) is (first == second)
 
 
-def test_what_numbers_do_not_tell_apart_bits_do():
+def test_equal_numbers_with_different_bits_differ():
     zeros, nans = torch.zeros(3), torch.full((3,), float("nan"))
     assert digest_of(-zeros) != digest_of(zeros)
-    assert digest_of(nans) == digest_of(nans.clone())  # although NaN is no NaN
+    assert digest_of(nans) == digest_of(nans.clone())  # although NaN does not equal itself
     changed = nans.clone()
-    changed.view(torch.int32)[1] += 1  # another NaN
+    changed.view(torch.int32)[1] += 1  # a NaN with other bits
     assert changed.isnan().all()
     assert digest_of(changed) != digest_of(nans)
     one = zeros.clone()
@@ -91,8 +91,8 @@ def test_signs_that_change_together_do_not_cancel(dtype):
     assert len(seen) == 2 + 25
 
 
-def test_of_more_than_one_slab(monkeypatch):
-    """Each slab has its own weights, and its position matters."""
+def test_tensors_of_several_slabs(monkeypatch):
+    """Each slab has weights of its own, and its position matters."""
     monkeypatch.setattr(digest, "_SLAB", 8)
     digest._weights.cache_clear()
     tensor = make(torch.float32, 50)
@@ -107,7 +107,7 @@ def test_of_more_than_one_slab(monkeypatch):
 
 
 def test_the_first_of_many_slabs_counts(monkeypatch):
-    """Nothing of it is shifted out of 64 bits on the way."""
+    """Its bits are not shifted out of the 64 bits of the digest."""
     monkeypatch.setattr(digest, "_SLAB", 8)
     digest._weights.cache_clear()
     tensor = torch.zeros(8 * 70)
@@ -117,7 +117,7 @@ def test_the_first_of_many_slabs_counts(monkeypatch):
     digest._weights.cache_clear()
 
 
-def test_a_longer_tensor_of_zeros_is_another():
+def test_the_length_counts():
     assert len({digest_of(torch.zeros(n)) for n in range(10)}) == 10
 
 
@@ -129,13 +129,13 @@ def test_views_count_by_their_entries(make_view):
     view = make_view(base)
     assert digest_of(view) == digest_of(view.contiguous())
     before = digest_of(view)
-    view.flatten()  # reads only
+    view.flatten()  # only reads
     assert digest_of(view) == before
     base += 1
     assert digest_of(view) != before
 
 
-def test_conjugates_are_seen():
+def test_conjugate_views_count_by_their_values():
     tensor = torch.randn(4, dtype=torch.complex64)
     assert digest_of(tensor.conj()) == digest_of(tensor.conj().resolve_conj()) != digest_of(tensor)
 
@@ -174,13 +174,13 @@ def test_nested_tensors():
     assert digest_of(torch.nested.nested_tensor([parts[0], parts[1] + 1])) != whole
 
 
-def test_many_at_once_in_their_order():
+def test_several_digests_at_once():
     tensors = [make(dtype, 5, seed) for seed, dtype in enumerate(DTYPES)] + [torch.zeros(0)]
     assert digests(tensors) == [digest_of(tensor) for tensor in tensors]
     assert digests([]) == []
 
 
-def test_a_gradient_is_not_asked_for():
+def test_a_digest_creates_no_graph():
     tensor = torch.ones(3, requires_grad=True)
     digest_of(tensor)
     assert tensor.grad_fn is None

@@ -1,4 +1,4 @@
-"""An evaluation again: from the same start, and as if it had never happened."""
+"""Repeated evaluations start from the same state and leave no trace."""
 
 import random
 from collections import deque
@@ -17,7 +17,7 @@ from lightning_gr.replay.footprint import Footprint
 
 
 class Busy(nn.Module):
-    """Writes wherever it can, and computes from what it finds there."""
+    """Writes wherever it can, and uses what it finds there."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ def make(net, **options):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
-def test_from_the_same_start_and_without_a_trace(steps):
+def test_each_evaluation_has_the_same_start_and_leaves_no_trace(steps):
     net = Busy()
     compute, surroundings, seen = make(net)
     for step in range(steps):
@@ -104,8 +104,8 @@ def test_an_exception_leaves_no_trace_either(error, where):
     assert bool(notes) == (error is ValueError)
 
 
-def test_what_is_moved_stays_where_it_is():
-    """The weights are displaced by others, who put them back."""
+def test_moved_weights_are_not_restored():
+    """Displaced weights are restored by the code that displaced them, not by an evaluation."""
     net = Busy()
     compute, surroundings, _ = make(net)
     evaluation, moved = Evaluation(compute, surroundings), list(net.net.parameters())
@@ -119,8 +119,8 @@ def test_what_is_moved_stays_where_it_is():
     assert_same(weights(net), displaced)
 
 
-def test_what_is_learned_of_an_evaluation_holds_for_it():
-    """A large tensor is not saved before it is known to be written; its copy comes from the look at everything."""
+def test_a_write_is_undone_in_the_evaluation_that_detects_it():
+    """A large tensor is not saved until it is known to be written to; its copy comes from the first full search."""
     net = Busy()
     net.large = torch.zeros(2**11, dtype=torch.float64)
     compute, surroundings, _ = make(net)
@@ -137,7 +137,7 @@ def test_what_is_learned_of_an_evaluation_holds_for_it():
         assert (net.large == step).all()
 
 
-def test_what_it_alone_can_reach_starts_again():
+def test_state_that_only_one_evaluation_can_reach_is_restored():
     net, items = Busy(), []
     compute, surroundings, _ = make(net)
 
@@ -153,13 +153,13 @@ def test_what_it_alone_can_reach_starts_again():
         assert len(items) == step
 
 
-def test_what_is_copied_to_learn_from_is_limited_by_the_weights():
+def test_the_memory_for_copies_is_limited_by_the_size_of_the_weights():
     net, lazy = nn.Linear(10, 10), nn.LazyLinear(3)
     surroundings = Surroundings(Footprint(dict), trained=lambda: [*net.parameters(), *lazy.parameters()])
     assert Evaluation(int, surroundings)._budget() == 2**26 + 2 * 4 * 110
 
 
-def test_a_view_of_what_is_moved_stays_with_it():
+def test_a_view_of_moved_weights_is_not_restored():
     net = Busy()
     net.view = net.net[0].weight.data[0]
     compute, surroundings, _ = make(net)
@@ -174,7 +174,7 @@ def test_a_view_of_what_is_moved_stays_with_it():
 
 
 @pytest.mark.parametrize(("options", "runs"), [({}, True), ({"hooks": True}, True), ({"hooks": False}, False)])
-def test_hooks_on_parameters_run_unless_they_are_not_to(options, runs):
+def test_hooks_on_parameters_run_unless_disabled(options, runs):
     net, ran = Busy(), Record()
     compute, surroundings, _ = make(net)
     handle = net.net[0].weight.register_hook(lambda grad: ran.append(1) or 2 * grad)
@@ -203,8 +203,8 @@ def test_muted_methods_do_nothing_in_the_second_pass():
     assert list(said) == [False]
 
 
-def test_gradients_that_a_computation_leaves_behind():
-    """Those of moved parameters count if so asked; of others and of what is not trained they do not."""
+def test_gradients_left_behind_by_a_computation():
+    """Those of moved parameters are added unless they are to be dropped; those of other tensors are always restored."""
     net, extra = mlp(), torch.ones(2, requires_grad=True)
     holder = nn.Module()
     holder.net, holder.extra = net, [extra]
@@ -225,7 +225,7 @@ def test_gradients_that_a_computation_leaves_behind():
         assert extra.grad.eq(1).all()
 
 
-def test_learning_leaves_no_trace_and_gives_the_start():
+def test_learning_leaves_no_trace_and_sets_the_start():
     net = Busy()
     net.new = 0.0
     compute, surroundings, _ = make(net)
@@ -241,7 +241,7 @@ def test_learning_leaves_no_trace_and_gives_the_start():
 
 
 @pytest.mark.parametrize("learned", [True, False])
-def test_a_write_that_only_the_second_pass_does_is_put_back_or_named(learned):
+def test_a_write_only_in_the_second_pass_is_undone_or_warned_about(learned):
     net = Busy()
     net.register_buffer("odd", torch.zeros(2**11))
     compute, surroundings, _ = make(net)
@@ -251,7 +251,7 @@ def test_a_write_that_only_the_second_pass_does_is_put_back_or_named(learned):
             net.odd += 1
         return compute()
 
-    if not learned:  # the third evaluation is none to learn from
+    if not learned:  # the third evaluation is not one of those that detect writes
         for _ in range(2):
             Evaluation(compute, surroundings).first()
     before = net.odd.clone()
@@ -266,4 +266,4 @@ def test_a_write_that_only_the_second_pass_does_is_put_back_or_named(learned):
     evaluation.first()
     with evaluation.again():
         pass
-    assert torch.equal(net.odd, before)  # it is protected from then on
+    assert torch.equal(net.odd, before)  # from now on it is protected

@@ -1,4 +1,4 @@
-"""A fingerprint finds any write, and puts back what there is a copy of."""
+"""A fingerprint detects any write, and restores everything it has a copy of."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ WRITES = {
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_a_write_is_found_and_put_back(name):
+def test_a_write_is_detected_and_undone(name):
     owners, places = state()
     fingerprint = Fingerprint(places, 2**30)
     assert fingerprint.changed() == []
@@ -38,7 +38,7 @@ def test_a_write_is_found_and_put_back(name):
     assert owners[3] == {}
 
 
-def test_of_what_is_larger_than_the_budget_there_is_no_copy():
+def test_values_beyond_the_budget_are_not_copied():
     owners, places = state()
     fingerprint = Fingerprint(places, 100)
     owners[0].add_(1)
@@ -49,14 +49,14 @@ def test_of_what_is_larger_than_the_budget_there_is_no_copy():
     assert not bool(owners[1].any())
 
 
-def test_tensors_in_storages_that_are_moved_do_not_count():
+def test_tensors_in_moved_storages_do_not_count():
     owners, places = state()
     fingerprint = Fingerprint(places, 0)
     owners[0].add_(1)
     assert fingerprint.changed(storages_of([owners[0]])) == []
 
 
-def test_what_is_taken_out_is_looked_at_no_more():
+def test_places_that_are_taken_out_are_no_longer_compared():
     owners, places = state()
     fingerprint = Fingerprint(places, 2**30)
     owners[1].add_(1)

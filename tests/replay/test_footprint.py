@@ -1,4 +1,4 @@
-"""What is found to be written to: at the first look, later by marks, and what is not looked at."""
+"""Which places are found to be written to: by full searches at first, later by marks."""
 
 import numpy as np
 import pytest
@@ -12,24 +12,24 @@ from lightning_gr.replay.snapshot import Snapshot, storages_of
 from lightning_gr.replay.walk import walk
 
 
-def test_leaves_are_those_with_a_gradient():
+def test_leaves_are_the_tensors_that_require_a_gradient():
     leaf, plain = torch.ones(2, requires_grad=True), torch.ones(2)
     footprint = Footprint(lambda: {"self": [leaf, plain, leaf * 2]})
     footprint.begin()
     assert [id(found) for found in footprint.leaves] == [id(leaf)]
-    plain.requires_grad_()  # as a training step does that needs the gradient of its input
+    plain.requires_grad_()  # as in a training step that needs the gradient of its input
     assert [id(found) for found in footprint.leaves] == [id(leaf), id(plain)]
 
 
-# --- what is learned
+# --- detected writes
 
 
-# entries; smaller tensors are saved in each step
+# number of entries; smaller tensors are saved in each step without having been written to
 SIZE = 2**11
 
 
 class Writes(nn.Module):
-    """Writes to what ``at`` says, if it is the time."""
+    """A module with tensors and an array that are large enough not to be saved in each step."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ def evaluate(footprint, write):
     return learning
 
 
-def test_looks_at_the_first_the_second_the_fourth_and_when_modules_come():
+def test_full_searches_at_steps_1_2_4_8_and_after_new_modules():
     net = Writes()
     footprint = Footprint(lambda: {"self": net})
     assert [evaluate(footprint, int) for _ in range(9)] == [True, True, False, True, False, False, False, True, False]
@@ -70,7 +70,7 @@ def test_looks_at_the_first_the_second_the_fourth_and_when_modules_come():
     ],
     ids=["in place", "through data", "data"],
 )
-def test_a_write_is_learned_also_if_it_comes_late(late, write):
+def test_a_late_write_is_detected(late, write):
     net = Writes()
     footprint = Footprint(lambda: {"self": net})
     for _ in range(late):
@@ -82,7 +82,7 @@ def test_a_write_is_learned_also_if_it_comes_late(late, write):
     assert protected_paths(footprint) == {"self.running"}
 
 
-def test_a_large_array_is_seen_at_a_look():
+def test_a_write_to_a_large_array_is_detected():
     net = Writes()
     footprint = Footprint(lambda: {"self": net})
     evaluate(footprint, lambda: net.large.__setitem__(7, 1.0))
@@ -102,7 +102,7 @@ def test_a_fingerprint_names_what_changed():
     assert {place.path for place in fingerprint.changed(moved)} == {"self.running", "self"}
 
 
-def test_a_snapshot_restores_all_but_what_is_moved():
+def test_a_snapshot_restores_everything_except_moved_weights():
     net = Writes()
     snapshot = Snapshot(walk({"self": net}))
     weight, running = net.layer.weight.detach().clone(), net.running
@@ -123,7 +123,7 @@ def test_a_snapshot_restores_all_but_what_is_moved():
     assert [place for place in snapshot.changed() if not isinstance(place, TensorPlace)] == []
 
 
-def test_a_view_of_moved_weights_is_moved_with_them():
+def test_a_view_of_moved_weights_is_not_restored():
     net = Writes()
     net.view = net.layer.weight.data[0]
     snapshot = Snapshot(walk({"self": net}))
@@ -134,7 +134,7 @@ def test_a_view_of_moved_weights_is_moved_with_them():
     assert torch.equal(net.layer.weight, moved)
 
 
-def test_what_cannot_be_put_back_is_named_once():
+def test_warns_once_of_what_cannot_be_restored():
     told, steps = [], iter(range(100))
     footprint = Footprint(lambda: {"self": {"steps": steps}}, warn=told.append)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Telling hooks that only look from those that change a gradient."""
+"""Telling hooks that only read a gradient from those that change it."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ SEEN = []
 
 
 class Watcher:
-    """All that looks only, in the ways in which it is written."""
+    """Hooks that only read a gradient, written in various ways."""
 
     def method(self, grad):
         SEEN.append(grad.clone())
@@ -37,7 +37,7 @@ class Watcher:
 
 
 def gives_it_back_early(grad):
-    """A plain function with branches, one of which returns its argument."""
+    """A function with branches, one of which returns its argument."""
     if len(SEEN) > 10:
         return grad
     SEEN.append(grad.clone())
@@ -52,12 +52,12 @@ def gives_it_back_early_with_name(name, grad):
 
 
 def asks_for_a_special_method(grad):
-    if grad.__len__() > 0:  # a trailing underscore, but not in place
+    if grad.__len__() > 0:  # ends with an underscore without being in place
         SEEN.append(grad.clone())
 
 
 class Changer:
-    """All that changes a gradient, even if not each time."""
+    """Hooks that may change a gradient, even if they rarely do."""
 
     limit = 1e9
 
@@ -105,7 +105,7 @@ class Changer:
 
 
 watcher, changer = Watcher(), Changer()
-LOOK = [
+READING = [
     watcher,
     watcher.method,
     watcher.gives_back,
@@ -117,7 +117,7 @@ LOOK = [
     lambda grad: SEEN.append(grad.clone()),
     SEEN.append,
 ]
-CHANGE = [
+CHANGING = [
     changer,
     changer.large_only,
     changer.in_place,
@@ -132,18 +132,18 @@ CHANGE = [
 ]
 
 
-@pytest.mark.parametrize("hook", LOOK)
-def test_no_way_to_change_a_gradient_is_seen_in_those_that_look(hook):
+@pytest.mark.parametrize("hook", READING)
+def test_code_that_only_reads_cannot_change_a_gradient(hook):
     assert not may_change(hook)
 
 
-@pytest.mark.parametrize("hook", CHANGE)
-def test_a_way_to_change_a_gradient_is_seen_in_the_code(hook):
+@pytest.mark.parametrize("hook", CHANGING)
+def test_code_that_may_change_a_gradient_is_recognized(hook):
     assert may_change(hook)
 
 
 def runs(hook, after=False, passes=1, exactly=True, grad=1.0):
-    """Whether a hook runs where those that only look do not."""
+    """Return whether a hook runs where hooks that only read are silenced."""
     weight, hooks = nn.Parameter(torch.ones(3)), ObservingHooks()
     calls = []
     noted = lambda tensor: (calls.append(1), hook(tensor))[1]  # noqa: E731
@@ -157,13 +157,13 @@ def runs(hook, after=False, passes=1, exactly=True, grad=1.0):
         (weight * torch.ones(3)).sum().backward()
     silenced = not calls
     (weight * torch.ones(3)).sum().backward()
-    assert calls  # it is back
+    assert calls  # the hook is restored
     return not silenced
 
 
 @pytest.mark.parametrize("exactly", [True, False])
-@pytest.mark.parametrize("hook", LOOK)
-def test_those_that_look_are_left_out(hook, exactly):
+@pytest.mark.parametrize("hook", READING)
+def test_hooks_that_only_read_are_silenced(hook, exactly):
     assert not runs(hook, exactly=exactly)
 
 
@@ -174,16 +174,15 @@ def test_those_that_look_are_left_out(hook, exactly):
         torch.sign,
         lambda grad: 2 * grad,
         lambda grad: (grad.mul_(2), None)[1],
-        # past the version counter
-        lambda grad: (grad.data.mul_(2), None)[1],
+        lambda grad: (grad.data.mul_(2), None)[1],  # does not increase the version counter
         lambda grad: grad.clone(),
     ],
 )
-def test_those_that_change_a_gradient_run(hook, exactly):
+def test_hooks_that_change_a_gradient_run(hook, exactly):
     assert runs(hook, exactly=exactly)
 
 
-def test_one_whose_code_may_change_a_gradient_always_runs():
+def test_a_hook_whose_code_may_change_a_gradient_always_runs():
     weight, hooks, calls = nn.Parameter(torch.ones(3)), ObservingHooks(), []
 
     def sometimes(grad):
@@ -199,8 +198,8 @@ def test_one_whose_code_may_change_a_gradient_always_runs():
     assert len(calls) == 4
 
 
-def test_one_that_has_changed_nothing_so_far_and_then_does():
-    """It is in a function that the hook calls, where nobody looks."""
+def test_a_hook_that_changes_its_first_gradient_late():
+    """The change is in a function that the hook calls, whose code is not examined."""
 
     def scale(grad):
         return grad * 0.5 if grad.sum() > 5 else None

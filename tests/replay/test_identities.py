@@ -1,4 +1,4 @@
-"""What containers hold is compared by identity, with no method of what they hold."""
+"""The contents of containers are compared by identity, without calling any of their methods."""
 
 from collections import OrderedDict
 
@@ -8,7 +8,7 @@ from lightning_gr.replay.identities import differing, identities
 
 
 class Equal:
-    """Equal to everything, and asked by nobody."""
+    """Must not be compared."""
 
     def __eq__(self, other):
         raise AssertionError("it was asked")
@@ -17,7 +17,7 @@ class Equal:
 
 
 class Bare(dict):
-    """Refuses its methods."""
+    """A dictionary whose methods must not be called."""
 
     def values(self):
         raise AssertionError("it was asked")
@@ -37,10 +37,10 @@ WRITES = {
 
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("position", [1, 3, 4])
-def test_each_dictionary_that_holds_something_else_is_found(write, position):
+def test_a_dictionary_with_other_contents_is_found(write, position):
     held = tables()
     before = identities(held)
-    copies = [dict(dict.items(each)) for each in held]  # so that no identity is used again
+    copies = [dict(dict.items(each)) for each in held]  # keeps objects alive, so that no identity is reused
     assert differing(identities(held), before) == []
     WRITES[write](held[position])
     assert differing(identities(held), before) == [position]
@@ -48,14 +48,14 @@ def test_each_dictionary_that_holds_something_else_is_found(write, position):
     assert len(copies) == len(held)
 
 
-def test_an_empty_dictionary_that_is_filled_is_found():
+def test_a_dictionary_that_was_empty_is_found():
     held = tables()
     before = identities(held)
     held[2]["x"], held[5]["x"] = Equal(), Equal()
     assert differing(identities(held), before) == [2, 5]
 
 
-def test_a_name_that_is_exchanged_for_another_one_is_found_by_keys():
+def test_a_renamed_entry_is_found_by_its_key():
     held = tables()
     before, keys = identities(held), identities(held, dict.__iter__)
     held[3]["d"] = held[3].pop("c")
@@ -70,5 +70,5 @@ def test_items_of_lists_and_sets():
     assert differing(identities(held, iter, len), before) == [1]
 
 
-def test_of_nothing():
+def test_no_containers():
     assert differing(identities([]), identities([])) == []

@@ -1,7 +1,7 @@
 """A second pass leaves no trace.
 
-Most of these train with a learning rate of zero: then a run with the callback goes through the very weights of a run
-without it, so that everything a user can look at must be equal, bit for bit.
+Most of these tests train with a learning rate of zero. A run with the callback then has the same weights throughout as
+a run without it, so everything a user can see must be equal, bit for bit.
 """
 
 import copy
@@ -30,8 +30,8 @@ from lightning_gr.replay import isolation
 from lightning_gr.replay.isolation import RandomState, flagged, muted, noted_exceptions
 
 
-def standing(params):
-    """An optimizer that does not move."""
+def zero_lr_sgd(params):
+    """An optimizer that does not change the weights."""
     return torch.optim.SGD(params, lr=0.0)
 
 
@@ -69,7 +69,7 @@ def draw_and_fit(*callbacks, **options):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("name", METHODS)
-def test_random_numbers_are_replayed_and_go_on(name, accumulate):
+def test_random_numbers_are_replayed_and_then_continue(name, accumulate):
     _, plain_end, plain, _ = draw_and_fit(accumulate_grad_batches=accumulate)
     _, end, first, second = draw_and_fit(METHODS[name].callback(), accumulate_grad_batches=accumulate)
     assert first == plain
@@ -88,7 +88,7 @@ def test_random_numbers_are_replayed_and_go_on(name, accumulate):
         GradientRegularization(warmup_steps=10**6, start_step=11),
     ],
 )
-def test_nothing_to_do_is_bit_identical(callback):
+def test_without_second_passes_training_is_bit_identical(callback):
     without, with_it = draw_and_fit(), draw_and_fit(callback)
     assert_same(with_it[0], without[0])
     assert with_it[1:] == without[1:]
@@ -99,7 +99,7 @@ def test_nothing_to_do_is_bit_identical(callback):
 
 
 class Stateful(nn.Module):
-    """Everything that a layer may carry along."""
+    """Every kind of state that a layer may have."""
 
     def __init__(self):
         super().__init__()
@@ -131,18 +131,18 @@ class Stateful(nn.Module):
 
 
 def state_of(net):
-    """All of it as plain values."""
+    """Return the whole state as plain values."""
     own = (net.calls, net.pointer, [s.item() for s in net.seen], net.by_kind, net.hidden.tolist(), net.many)
     return {name: value.tolist() for name, value in net.state_dict().items()}, own
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("name", METHODS)
-def test_modules_are_as_without(name, accumulate):
+def test_state_of_modules_is_the_same_as_without_the_callback(name, accumulate):
     states = []
     for callbacks in ([], [METHODS[name].callback()]):
         torch.manual_seed(0)
-        module = TinyModule(Stateful().double(), optimizer=standing)
+        module = TinyModule(Stateful().double(), optimizer=zero_lr_sgd)
         queue = module.net.queue
         fit(module, *callbacks, max_epochs=2, accumulate_grad_batches=accumulate)
         assert module.net.queue is queue
@@ -160,7 +160,7 @@ def test_second_pass_sees_the_function_of_the_first():
             return loss
 
     torch.manual_seed(0)
-    # so small a step that the loss is the same: what differs would be the buffers that it is made from
+    # the step is too small to change the loss, so that any difference would be due to the buffers
     fit(Looks(Stateful().double()), GradientRegularization(1e-30, 1e-30), max_epochs=2)
     assert list(second) == pytest.approx(list(first), rel=1e-14)
     assert len(second) == 6
@@ -170,10 +170,10 @@ def test_second_pass_sees_the_function_of_the_first():
 
 
 class Logs(TinyModule):
-    """Logs in every way, with metrics of every kind."""
+    """Logs in every way, with every kind of metric."""
 
     def __init__(self):
-        super().__init__(optimizer=standing)
+        super().__init__(optimizer=zero_lr_sgd)
         self.mean, self.kept, self.extremes = MeanMetric(), CatMetric(), MinMaxMetric(MeanMetric())
         common = {"num_classes": 3}
         kinds = [MulticlassPrecision(**common), MulticlassRecall(**common), MulticlassF1Score(**common)]
@@ -202,18 +202,18 @@ RESULTS = []
 
 
 def logged(trainer):
-    """What the user logged; the callback's own keys are marked by its prefix."""
+    """Return what the user logged, without the callback's own keys."""
     return {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("gr/")}
 
 
 def written(folder):
-    """The columns that the user logged."""
+    """Return the columns that the user logged."""
     with (folder / "metrics.csv").open() as file:
         return [{k: v for k, v in row.items() if not k.startswith("gr/")} for row in csv.DictReader(file)]
 
 
 class Watches(pl.Callback):
-    """Notes each hook that is called, and what it is given."""
+    """Records the calls of all hooks, and the outputs and logs of each batch."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         RESULTS.append({k: v.item() for k, v in outputs.items()})
@@ -227,7 +227,7 @@ for _name in HOOKS:
 
 
 class Hooked(Logs):
-    """Notes its own hooks."""
+    """Records the calls of the module's hooks."""
 
 
 for _name in [n for n in dir(pl.LightningModule) if n.startswith("on_") and "transfer" not in n]:
@@ -238,7 +238,7 @@ for _name in [n for n in dir(pl.LightningModule) if n.startswith("on_") and "tra
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("name", METHODS)
-def test_logs_metrics_outputs_and_hooks_are_as_without(name, accumulate, tmp_path):
+def test_logs_metrics_outputs_and_hooks_are_the_same_as_without_the_callback(name, accumulate, tmp_path):
     seen = []
     for i, callbacks in enumerate(([], [METHODS[name].callback()])):
         RESULTS.clear()
@@ -252,8 +252,8 @@ def test_logs_metrics_outputs_and_hooks_are_as_without(name, accumulate, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["log", "log_dict", "print"])
-def test_a_method_that_is_shadowed_before_is_muted_and_comes_back(name):
-    """As by a wrapper that another library puts on the instance."""
+def test_a_method_shadowed_on_the_instance_is_muted_and_restored(name):
+    """Such as by a wrapper that another library sets on the instance."""
     calls, module = Record(), TinyModule()
 
     def loss(net, batch):
@@ -268,7 +268,7 @@ def test_a_method_that_is_shadowed_before_is_muted_and_comes_back(name):
     assert calls == [False] * 3
 
 
-def test_muting_puts_back_what_was_there_whatever_happens():
+def test_muting_restores_methods_after_an_exception():
     owner = nn.Module()
     owner.log = print
     with suppress(KeyboardInterrupt), muted([(owner, ("log", "log_dict")), (object(), ("log",))]):
@@ -279,8 +279,8 @@ def test_muting_puts_back_what_was_there_whatever_happens():
     assert "log_dict" not in vars(owner)
 
 
-def test_generators_of_accelerators_are_put_back(monkeypatch):
-    """On devices that this machine need not have."""
+def test_generators_of_accelerators_are_restored(monkeypatch):
+    """Emulated, so that no such device is needed."""
     states = {("cuda", 1): "old", ("mps",): "old"}
 
     def key(device, given):
@@ -300,7 +300,7 @@ def test_generators_of_accelerators_are_put_back(monkeypatch):
     assert set(states.values()) == {"old"}
 
 
-def ask_in_a_thread(prepare=int):
+def flag_in_a_thread(prepare=int):
     with ThreadPoolExecutor(1) as pool:
         pool.submit(prepare).result()
         return pool.submit(in_second_pass).result()
@@ -312,36 +312,36 @@ def evaluate():
 
 
 @pytest.mark.parametrize("python", [True, False])
-def test_the_flag_is_of_this_thread_and_of_those_of_autograd(python, monkeypatch):
-    """Autograd's own threads, which are none of Python's, run hooks for whoever is in a second pass."""
+def test_the_flag_holds_in_this_thread_and_in_autograd_threads(python, monkeypatch):
+    """Autograd's threads, which are not Python threads, run hooks for whichever thread is in a second pass."""
     monkeypatch.setattr(isolation, "is_python_thread", lambda: python)
-    assert not ask_in_a_thread()
+    assert not flag_in_a_thread()
     with flagged():
         assert in_second_pass()
-        assert ask_in_a_thread() is not python
-        assert not ask_in_a_thread(evaluate)
+        assert flag_in_a_thread() is not python
+        assert not flag_in_a_thread(evaluate)
         with flagged():
             assert in_second_pass()
         assert in_second_pass()
-        with flagged(second=False):  # a first pass that runs within a second one
+        with flagged(second=False):  # a first pass within a second one
             assert in_second_pass()
-        assert ask_in_a_thread() is not python
+        assert flag_in_a_thread() is not python
     assert not in_second_pass()
-    assert not ask_in_a_thread()
+    assert not flag_in_a_thread()
     with suppress(KeyboardInterrupt), flagged():
         raise KeyboardInterrupt
     assert not in_second_pass()
-    assert not ask_in_a_thread()
+    assert not flag_in_a_thread()
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
-def test_an_exception_says_where_it_comes_from():
+def test_exceptions_of_a_second_pass_have_a_note():
     with pytest.raises(ValueError, match="nan") as caught, noted_exceptions():
         raise ValueError("nan")
     (note,) = caught.value.__notes__
     assert "second pass" in note
     assert "`epsilon` or `rho`" in note
-    with pytest.raises(NoLossError) as caught, noted_exceptions():  # which is handled
+    with pytest.raises(NoLossError) as caught, noted_exceptions():  # users never see this one
         raise NoLossError
     assert not hasattr(caught.value, "__notes__")
 
@@ -356,7 +356,7 @@ class Keeps(Logs):
 
     def on_before_optimizer_step(self, optimizer):
         (states, tensors), (states_again, tensors_again) = KEPT[False][-1], KEPT[True][-1]
-        # the second pass has the same list, with the same tensors but the last, which is its own
+        # the second pass has the same list with the same tensors, except for the last one, which it appended itself
         assert self.kept.value is states is states_again
         assert len(states) == len(tensors) == len(tensors_again) > 0
         assert all(now is then for now, then in zip(states, tensors, strict=True))
@@ -378,7 +378,7 @@ def test_tensors_in_list_states_are_not_copied():
 
 
 class Spoiled(TinyModule):
-    """One entry of its first gradient is not finite."""
+    """One entry of its gradient in the second step is not finite."""
 
     bad = float("nan")
 
@@ -392,7 +392,7 @@ class Spoiled(TinyModule):
 def test_gradients_that_are_not_finite_are_passed_on(name, bad):
     seen = []
     for callbacks in ([], [METHODS[name].callback()]):
-        module = Spoiled(optimizer=standing)
+        module = Spoiled(optimizer=zero_lr_sgd)
         module.bad = bad
         fit(module, *callbacks)
         seen.append(module.gradients)
@@ -411,11 +411,11 @@ def test_a_zero_gradient_perturbs_nothing(name):
     assert_same(weights(module.net), before)
 
 
-# --- copies of what is in training
+# --- copies during training
 
 
 class Copies(pl.Callback):
-    """Copies module and callback at a moment when both are at work."""
+    """Copies module and callback while both are in use."""
 
     def __init__(self):
         self.copies = []
@@ -432,7 +432,7 @@ class Picklable(TinyModule):
         self.scheduler = None
 
 
-def test_module_and_callback_are_copied_in_training():
+def test_module_and_callback_can_be_copied_during_training():
     copies = Copies()
     module = Picklable()
     fit(module, SAM(0.2), copies)
@@ -454,7 +454,7 @@ def gauss_state(keeps):
 
 @pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("draw", [np.random.rand, np.random.randn, lambda: None, lambda: np.random.seed(0)])
-def test_numpys_generator_is_put_back_whether_or_not_it_keeps_a_number(keeps, draw):
+def test_numpys_generator_is_restored_with_and_without_a_kept_number(keeps, draw):
     wanted = repr(gauss_state(keeps))
     for _ in range(2):
         state = RandomState()
@@ -463,7 +463,7 @@ def test_numpys_generator_is_put_back_whether_or_not_it_keeps_a_number(keeps, dr
         assert repr(np.random.get_state()) == wanted
 
 
-def test_numpys_generator_of_another_kind_is_put_back():
+def test_numpys_generator_of_another_kind_is_restored():
     before = np.random.mtrand._rand._bit_generator
     np.random.set_bit_generator(np.random.PCG64(0))
     try:
@@ -479,8 +479,8 @@ def test_numpys_generator_of_another_kind_is_put_back():
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("drawn", [0, 1, 2])
 @pytest.mark.parametrize("drawn_again", [0, 1, 2])
-def test_numpys_generator_is_as_after_the_first_pass_whatever_the_second_one_draws(kept, drawn, drawn_again):
-    """Normal numbers come in pairs, of which the second one is kept where the generator's key does not show it."""
+def test_numpys_generator_is_restored_whatever_the_second_pass_draws(kept, drawn, drawn_again):
+    """Normal numbers are drawn in pairs, and the generator keeps the second one outside of its key."""
     gauss_state(kept)
     start = RandomState()
     np.random.randn(drawn)

@@ -1,4 +1,4 @@
-"""Places in the machinery that trains a module: they enter no more of it than they should."""
+"""Places in the Trainer and its optimizers, of which only the necessary parts are entered."""
 
 import types
 
@@ -8,7 +8,7 @@ from torch import nn
 from lightning_gr.replay.machinery import BindingPlace, QuietTensorPlace, StatePlace, WriterPlace
 
 
-def test_bindings_are_put_back_and_only_plain_containers_are_entered():
+def test_bindings_are_restored_and_only_plain_containers_entered():
     owner = types.SimpleNamespace(limit=1, loop=types.SimpleNamespace(), names=["a"])
     for containers, entered in ((True, ["x.names"]), (False, [])):
         place = BindingPlace(vars(owner), "x", containers)
@@ -21,7 +21,7 @@ def test_bindings_are_put_back_and_only_plain_containers_are_entered():
         assert not hasattr(owner, "new")
 
 
-def test_dictionaries_of_bindings_are_watched_and_their_tensors_by_version():
+def test_dictionaries_are_watched_and_their_tensors_by_version():
     owner = types.SimpleNamespace(metrics={"loss": torch.zeros(2)})
     ((path, inner),) = BindingPlace(vars(owner), "x", True).children()
     assert path == "x.metrics"
@@ -51,7 +51,7 @@ def test_the_state_of_an_optimizer_is_entered_without_its_parameters():
     assert found["x[0]['count']"] == 1
 
 
-def test_a_quiet_tensor_tells_of_writes_by_its_version():
+def test_a_quiet_tensor_detects_writes_by_its_version():
     tensor = torch.zeros(2)
     place = QuietTensorPlace(tensor, "x")
     assert not place.is_watched
@@ -61,7 +61,7 @@ def test_a_quiet_tensor_tells_of_writes_by_its_version():
     assert place.mark() != before
 
 
-def test_a_writer_has_nothing_to_put_back():
+def test_a_writer_has_nothing_to_restore():
     place = WriterPlace(object(), "x")
     assert not place.is_watched
     place.restore(place.save())

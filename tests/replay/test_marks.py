@@ -1,4 +1,4 @@
-"""Marks tell of writes, and cost no copy."""
+"""Marks detect writes without copying tensors."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def sparse(tensor):
 
 
 class Boxes(torch.Tensor):
-    """A subclass, as of bounding boxes."""
+    """A tensor subclass, such as for bounding boxes."""
 
 
 TENSORS = {
@@ -41,7 +41,7 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("name", [name for name in TENSORS if name != "empty"])
-def test_a_write_is_seen_also_through_data(name):
+def test_a_write_is_detected_even_through_data(name):
     tensors = {key: make() for key, make in TENSORS.items()}
     watcher = marker(*tensors.values())
     position = str(list(tensors).index(name))
@@ -56,7 +56,7 @@ def test_a_write_is_seen_also_through_data(name):
         assert changed(before) == [position]
 
 
-def test_a_write_under_an_expanded_tensor_is_seen():
+def test_a_write_to_the_base_of_an_expanded_tensor_is_detected():
     base = torch.zeros(3, 1)
     before = Marks([marker(base.expand(3, 4))])
     assert changed(before) == []
@@ -64,7 +64,7 @@ def test_a_write_under_an_expanded_tensor_is_seen():
     assert changed(before) == ["0"]
 
 
-def test_after_a_tensor_has_got_other_memory_a_sample_is_of_that():
+def test_samples_follow_a_tensor_to_new_memory():
     tensors = torch.zeros(100), torch.zeros(100)
     watcher = marker(*tensors)
     Marks([watcher])
@@ -75,7 +75,7 @@ def test_after_a_tensor_has_got_other_memory_a_sample_is_of_that():
     assert changed(before) == ["0"]
 
 
-def test_a_tensor_without_memory_is_passed_over():
+def test_a_tensor_without_memory_is_skipped():
     tensor = torch.ones(100)
     watcher = marker(tensor)
     before = Marks([watcher])
@@ -84,7 +84,7 @@ def test_a_tensor_without_memory_is_passed_over():
     assert changed(Marks([watcher])) == []
 
 
-def test_of_what_requires_a_gradient_nothing_is_read_until_it_is_frozen():
+def test_parameters_are_not_sampled_until_they_are_frozen():
     weight = nn.Parameter(torch.zeros(100))
     watcher = marker(weight)
     before = Marks([watcher])
@@ -109,7 +109,7 @@ def test_tensors_of_other_kinds_have_marks(make):
     assert changed(Marks([marker(make())])) == []
 
 
-def test_of_a_subclass_that_is_to_be_sampled_a_few_entries_are_read():
+def test_a_subclass_is_sampled_on_request():
     boxes = torch.zeros(50).as_subclass(Boxes)
     boxes[7] = NAN
     before = Marks([marker(boxes, thorough=True)])
@@ -118,7 +118,7 @@ def test_of_a_subclass_that_is_to_be_sampled_a_few_entries_are_read():
     assert changed(before) == ["0"]
 
 
-def test_what_is_moved_does_not_count():
+def test_moved_tensors_do_not_count():
     tensors = torch.zeros(4), torch.zeros(4)
     before = Marks([marker(*tensors)])
     for tensor in tensors:
@@ -126,7 +126,7 @@ def test_what_is_moved_does_not_count():
     assert [place.path for place in before.changed(storages_of(tensors[:1]))] == ["1"]
 
 
-def test_a_write_is_seen_where_nothing_is_sampled():
+def test_a_write_is_detected_without_samples():
     weight = nn.Parameter(torch.zeros(3))
     before = Marks([marker(weight)])
     with torch.no_grad():

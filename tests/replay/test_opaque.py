@@ -1,4 +1,4 @@
-"""What cannot be rewound is seen to move, without being moved by looking."""
+"""Objects that cannot be rewound are noticed when they advance, and checking does not advance them."""
 
 import hashlib
 import itertools
@@ -32,7 +32,7 @@ def nested():
     [counting, lambda: iter([1, 2, 3]), lambda: iter({1: 2, 3: 4}), lambda: itertools.count(), lambda: iter(range(9)),
      lambda: itertools.cycle([1, 2]), delegating, nested, lambda: (x for x in [1, 2, 3])],
 )  # fmt: skip
-def test_what_nobody_can_rewind_is_seen_to_move(make):
+def test_the_advance_of_an_iterator_is_detected(make):
     owner = make()
     assert opaque.is_opaque(owner)
     place = opaque.OpaquePlace(owner, "x")
@@ -40,17 +40,17 @@ def test_what_nobody_can_rewind_is_seen_to_move(make):
     saved = place.save()
     assert not place.differs(saved)
     if isinstance(owner, (itertools.cycle, zip)):
-        return  # says nothing of where it is
+        return  # these do not reveal their position
     next(owner)
     assert place.differs(saved)
 
 
-def test_what_is_not_opaque():
+def test_objects_that_are_not_opaque():
     assert not any(map(opaque.is_opaque, (nn.Linear(1, 1), UserDict(), type("Own", (dict,), {})())))
     assert not any(map(opaque.can_be_moved, ([1], {}, "x", range(3))))
 
 
-def test_a_file_is_seen_to_move(tmp_path):
+def test_the_position_of_a_file_is_compared(tmp_path):
     with (tmp_path / "x").open("w") as stream:
         place = opaque.OpaquePlace(stream, "x")
         saved = place.save()
@@ -68,7 +68,7 @@ def test_a_file_is_seen_to_move(tmp_path):
         (queue.SimpleQueue, lambda items: items.put(1)),
     ],
 )
-def test_objects_of_extensions_are_asked_for_what_they_tell(make, change):
+def test_objects_of_extensions_are_compared_by_what_they_reveal(make, change):
     owner = make()
     assert opaque.is_opaque(owner)
     assert not opaque.can_be_moved(owner)
@@ -79,7 +79,7 @@ def test_objects_of_extensions_are_asked_for_what_they_tell(make, change):
     assert place.differs(saved)
 
 
-def test_a_database_is_seen_to_change_and_may_be_closed():
+def test_changes_of_a_database_are_detected_and_it_may_be_closed():
     base = sqlite3.connect(":memory:")
     place = opaque.OpaquePlace(base, "x")
     base.execute("create table t (x)")

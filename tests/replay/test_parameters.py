@@ -1,4 +1,4 @@
-"""Parameters are those that the module has now."""
+"""The parameters of a module are kept up to date."""
 
 import gc
 import weakref
@@ -30,7 +30,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_they_are_those_of_torch_after_any_change(change):
+def test_equal_those_of_torch_after_any_change(change):
     net, parameters = build(), Parameters()
     assert {id(p) for p in parameters.of(net)} == {id(p) for p in net.parameters()}
     for _ in range(2):
@@ -46,7 +46,7 @@ def test_a_module_without_layers():
     assert Parameters().of(linear) == [linear.weight, linear.bias]
 
 
-def test_the_module_is_not_held():
+def test_the_module_is_not_kept_alive():
     net, parameters = build(), Parameters()
     parameters.of(net)
     alive = weakref.ref(net)

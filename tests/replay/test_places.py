@@ -1,4 +1,4 @@
-"""Each kind of place: a save does not change it, a change is seen, and a restore leaves no trace."""
+"""Each kind of place: saving does not change it, changes are detected, and restoring leaves no trace."""
 
 from array import array
 from collections import OrderedDict, defaultdict, deque
@@ -9,7 +9,7 @@ from lightning_gr.replay import places
 
 
 class Strict(dict):
-    """Allows nothing to be set."""
+    """A dictionary whose methods must not be called."""
 
     def __setitem__(self, key, value):
         raise AssertionError("its methods are not to be called")
@@ -95,11 +95,11 @@ def make_place(name):
 
 
 def content(place):
-    """As far as ``repr`` and types tell."""
+    """Return a description of the content by ``repr`` and types."""
     saved = place.save()
     items = list(saved.items()) if isinstance(saved, dict) else saved
     if isinstance(place.owner, type):
-        items.sort(key=str)  # what is put back into a class comes last
+        items.sort(key=str)  # restored attributes of a class come last
     return type(place.owner), repr(items), repr(getattr(place.owner, "maxlen", None))
 
 
@@ -111,18 +111,18 @@ def test_saved_changed_and_restored(name):
     change(owner)
     assert place.differs(saved)
     assert content(place) != before
-    for _ in range(2):  # a second time, which finds nothing to do
+    for _ in range(2):  # the second time there is nothing to do
         place.restore(saved)
         assert place.owner is owner
         assert content(place) == before
         assert not place.differs(saved)
-    change(owner)  # what was saved has not been given away
+    change(owner)  # must not change the saved copy
     place.restore(saved)
     assert content(place) == before
 
 
-def test_an_equal_value_is_not_the_same():
-    """It may be an array, whose comparison is none, or change later."""
+def test_values_are_compared_by_identity():
+    """Comparing values fails for arrays, and equal values may differ later."""
     items, one, other = [], [1], [1]
     items.append(one)
     place = places.SequencePlace(items, "x")
@@ -133,7 +133,7 @@ def test_an_equal_value_is_not_the_same():
     assert items[0] is one
 
 
-def test_hidden_attributes_belong_to_others():
+def test_hidden_attributes_are_left_alone():
     owner = {"mine": 1, "theirs": 1}
     place = places.AttributePlace(owner, "x", frozenset({"theirs", "late"}))
     saved = place.save()

@@ -1,4 +1,4 @@
-"""What is new in attributes and containers is found in the next step, and only then."""
+"""New objects in attributes and containers are found in the next step, once."""
 
 from collections import deque
 
@@ -38,7 +38,7 @@ WRITES = {
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_what_is_new_is_found_once(write):
+def test_new_objects_are_found_once(write):
     thing = Thing()
     references = References(walk({"thing": thing}))
     assert references.changed() == []
@@ -48,7 +48,7 @@ def test_what_is_new_is_found_once(write):
     assert references.changed() == []
 
 
-def test_each_result_of_a_graph_counts_as_new_since_another_one_may_get_its_identity():
+def test_tensors_with_a_graph_always_count_as_new_since_identities_are_reused():
     thing, weight = Thing(), torch.ones(2, requires_grad=True)
     thing.tensor = weight * 2
     references = References(walk({"thing": thing}))
@@ -58,7 +58,7 @@ def test_each_result_of_a_graph_counts_as_new_since_another_one_may_get_its_iden
     assert references.changed() == []
 
 
-def test_slots_are_looked_at():
+def test_slots_are_compared():
     slotted = Slotted()
     slotted.inner = []
     references = References(walk({"slotted": slotted}))

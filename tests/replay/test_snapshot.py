@@ -1,4 +1,4 @@
-"""Values that are kept in each step are put back, by whichever way they are saved."""
+"""Values that are saved in each step are restored, by each way of saving them."""
 
 import gc
 from collections import OrderedDict, deque
@@ -37,7 +37,7 @@ def write(owners):
 
 
 @pytest.mark.parametrize("keep", [lambda places: Kept([Keeper(places)]), Snapshot])
-def test_all_is_put_back(keep):
+def test_everything_is_restored(keep):
     owners, places = everything()
     before = repr(owners)
     kept = keep(places)
@@ -47,7 +47,7 @@ def test_all_is_put_back(keep):
     assert repr(owners) == before
 
 
-def test_a_name_exchanged_for_another_one_is_put_back():
+def test_a_renamed_entry_is_restored():
     table = {"a": 1}
     kept = Kept([Keeper([EntryPlace(table, "table")])])
     table["b"] = table.pop("a")
@@ -55,7 +55,7 @@ def test_a_name_exchanged_for_another_one_is_put_back():
     assert table == {"a": 1}
 
 
-def test_values_that_are_known_are_not_looked_at_again():
+def test_restoring_relative_to_known_values():
     owners, places = everything()
     before, keeper = repr(owners), Keeper(places)
     start = Kept([keeper])
@@ -68,7 +68,7 @@ def test_values_that_are_known_are_not_looked_at_again():
     assert repr(owners) == between
 
 
-def test_tensors_in_storages_that_are_moved_stay():
+def test_tensors_in_moved_storages_are_not_restored():
     owners, places = everything()
     *_, tensor, weight, counter = owners
     kept = Kept([Keeper(places)])
@@ -80,7 +80,7 @@ def test_tensors_in_storages_that_are_moved_stay():
     assert int(counter) == 5
 
 
-def test_version_counters_stay():
+def test_restoring_keeps_version_counters():
     owners, places = everything()
     tensor = owners[4]
     kept, version = Kept([Keeper(places)]), tensor._version
@@ -88,7 +88,7 @@ def test_version_counters_stay():
     assert tensor._version == version
 
 
-def test_memory_is_used_again_when_nobody_refers_to_what_was_kept():
+def test_memory_of_discarded_values_is_reused():
     keeper = Keeper([TensorPlace(torch.zeros(3), "tensor")])
 
     def address(kept):
@@ -104,7 +104,7 @@ def test_memory_is_used_again_when_nobody_refers_to_what_was_kept():
     assert address(third) == used
 
 
-def test_two_values_are_kept_apart():
+def test_several_values_are_kept_separately():
     tensor = torch.zeros(3)
     keeper = Keeper([TensorPlace(tensor, "tensor")])
     kept = []
@@ -116,7 +116,7 @@ def test_two_values_are_kept_apart():
         assert torch.equal(tensor, torch.full((3,), float(number)))
 
 
-def test_storages_follow_a_tensor_that_is_pointed_elsewhere():
+def test_storages_follow_a_tensor_to_new_memory():
     tensor, storages = torch.zeros(3), Storages()
     before = storages.of([tensor])
     assert before == storages_of([tensor]) == storages.of([tensor])
@@ -125,7 +125,7 @@ def test_storages_follow_a_tensor_that_is_pointed_elsewhere():
 
 
 @pytest.mark.parametrize("name", ["a", "z"])
-def test_what_has_changed_since_an_earlier_value_is_kept_as_it_is_now(name):
+def test_changes_since_an_earlier_value_are_saved(name):
     first, second = {"a": 1}, {"a": 2}
     keeper = Keeper([EntryPlace(first, "first"), EntryPlace(second, "second")])
     start = Kept([keeper])

@@ -1,4 +1,4 @@
-"""A set that a step changes is left alone by second passes, wherever it is referred to."""
+"""Second passes change a copy of a set instead of the set itself, wherever it is referred to."""
 
 import types
 
@@ -37,7 +37,7 @@ WAYS = {
 
 
 def items_of(number):
-    """Some that collide."""
+    """Return a set with items whose hashes collide."""
     return {f"item {position}" for position in range(number)} | {8, 16, 32, 64}
 
 
@@ -48,7 +48,7 @@ def change(items):
 
 
 def train(way, items, steps=5, passes=2):
-    """Each step changes the set; returns what each pass found there, sorted by pass."""
+    """Change the set in each step; return what first passes found there, and what second passes did."""
     module, seen, again = nn.Module(), Record(), Record()
     module.held = WAYS[way][0](items)
 
@@ -74,7 +74,7 @@ def train(way, items, steps=5, passes=2):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_each_pass_finds_the_items_of_the_start(way):
+def test_each_pass_finds_the_items_of_the_first(way):
     items, plain = items_of(20), items_of(20)
     seen, again = train(way, items)
     assert list(again) == [found for found in seen for _ in range(2)]

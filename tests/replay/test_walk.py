@@ -1,4 +1,4 @@
-"""What a look at everything reaches, and what it leaves alone."""
+"""What a search from a module reaches, and what it does not enter."""
 
 import functools
 import logging
@@ -112,14 +112,14 @@ def test_is_not_entered(wrap):
     assert not is_found(target, self={"value": value})
 
 
-def test_a_module_object_is_out_of_reach_and_so_are_closed_objects():
+def test_module_objects_and_closed_objects_are_not_entered():
     target, record = [1], types.ModuleType("record")
     record.items = target
     assert not is_found(target, self=[record])
     assert not any(place.owner is target for place in walk({"self": [target]}, closed=[target]))
 
 
-def test_no_property_runs_and_circles_end():
+def test_no_property_runs_and_reference_cycles_end():
     class Loud:
         def __init__(self):
             self.itself = self

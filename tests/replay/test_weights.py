@@ -1,4 +1,4 @@
-"""Weights that a step itself writes, under methods with one and with two displaced points."""
+"""Weights that the step itself writes to, for methods with one and with two displaced points."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ START, DIRECTION = 2.0, 3.0
 
 
 def after(write, rule, calls=1):
-    """A weight w and its gradient, of the loss 3 w, whose value enters by ``write`` as well."""
+    """Train a weight w on the loss 3 w, applying ``write`` to it in each step; return it and its values."""
     module, seen = nn.Module(), Record()
     module.weight = nn.Parameter(torch.tensor([START], dtype=torch.float64))
 
@@ -53,8 +53,8 @@ def test_each_pass_starts_where_the_first_one_did(write, rule, probes):
     assert weight.item() == value.item()
 
 
-def test_a_weight_that_only_second_passes_write():
-    """Displaced, it is outside a range that it is in before."""
+def test_a_weight_that_only_second_passes_write_to():
+    """Such as by clamping: only the displaced weight is out of range."""
     found = Record()
 
     def clip(weight):

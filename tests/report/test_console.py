@@ -1,4 +1,4 @@
-"""Outputs that cannot take what is printed: of another encoding, closed, full, missing, narrow, not a terminal."""
+"""Outputs with other encodings or widths, and outputs that are closed, full, missing or not a terminal."""
 
 import io
 import os
@@ -20,7 +20,7 @@ from lightning_gr.report.display import Summary, make_panel
 
 
 def redirected(monkeypatch, encoding, columns=80):
-    """A standard output of another encoding, and a function that tells what was written to it."""
+    """Replace standard output by one with another encoding; return a function that reads what was written."""
     monkeypatch.setenv("COLUMNS", str(columns))
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
@@ -33,7 +33,7 @@ def redirected(monkeypatch, encoding, columns=80):
 
 
 def train_a_little(*callbacks):
-    # a summary that goes to the log; that of rich, and bars, print by themselves
+    # this summary uses the log, while those of rich and progress bars print directly
     summary = pl.callbacks.ModelSummary()
     trainer = make_trainer(*callbacks, summary, enable_model_summary=True, log_every_n_steps=1)
     trainer.fit(TinyModule(), make_loader())
@@ -49,14 +49,14 @@ def test_each_encoding_and_width(encoding, columns, monkeypatch):
     assert "?" not in out
     assert max(map(len, out.splitlines())) <= columns
     framed = {len(line) for line in out.splitlines() if line.startswith(("|", "+", "│", "╭", "╰"))}
-    assert len(framed) <= 2  # a panel and a table, the columns of each in line
+    assert len(framed) <= 2  # a panel and a table, each with aligned borders
     for letter, name in (("γ = 0.1", "gamma = 0.1"), ("∇L(θ)", "grad L(theta)"), ("╭", "+-")):
         assert (letter if encoding == "utf-8" else name) in re.sub(r"\s+", " ", out)
 
 
 @pytest.mark.parametrize("callback", [GradientRegularization(0.1, 0.05, verbose=False), Flooding(100.0)])
 def test_lightning_s_rich_bar_does_not_stop_training(callback, monkeypatch):
-    """Lightning uses it where rich is installed, as it is with this package; plain Lightning ends in an error here."""
+    """Lightning uses it if rich is installed, which this package requires; without our callback it fails here."""
     written = redirected(monkeypatch, "ascii")
     bar = pl.callbacks.RichProgressBar()
     trainer = make_trainer(callback, bar, enable_progress_bar=True)
@@ -67,7 +67,7 @@ def test_lightning_s_rich_bar_does_not_stop_training(callback, monkeypatch):
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 @pytest.mark.parametrize("name", METHODS)
-def test_every_letter_of_every_method_has_a_spelling(name, encoding, monkeypatch):
+def test_all_letters_of_all_methods_have_an_ascii_spelling(name, encoding, monkeypatch):
     written = redirected(monkeypatch, encoding)
     rule = METHODS[name].rule
     lines = {"gradient": rule.equation, "constants": " ".join(rule.constants)}
@@ -75,7 +75,7 @@ def test_every_letter_of_every_method_has_a_spelling(name, encoding, monkeypatch
     assert "?" not in written()
 
 
-def test_what_nothing_spells_is_escaped(monkeypatch):
+def test_other_characters_are_escaped(monkeypatch):
     written = redirected(monkeypatch, "ascii")
     show("weights γ of 模")
     assert written() == "weights gamma of \\u6a21\n"
@@ -90,7 +90,7 @@ def closed():
 
 def full():
     if not Path("/dev/full").exists():
-        pytest.skip("there is no /dev/full here")
+        pytest.skip("there is no /dev/full")
     return io.TextIOWrapper(io.FileIO("/dev/full", "w"), encoding="utf-8", write_through=True)
 
 
@@ -101,12 +101,12 @@ def broken():
 
 
 @pytest.mark.parametrize("output", [closed, full, broken])
-def test_an_output_that_fails_is_a_warning(output, monkeypatch):
+def test_warns_if_the_output_fails(output, monkeypatch):
     stream = output()
     monkeypatch.setattr(sys, "stdout", stream)
     with pytest.warns(UserWarning, match="lightning_gr could not print to standard output: "):
         train_a_little(GradientRegularization(0.1, 0.05))
-    with suppress(OSError):  # it tries once more
+    with suppress(OSError):  # closing flushes again
         stream.close()
 
 
@@ -115,7 +115,7 @@ def test_a_program_without_an_output_trains(monkeypatch):
     train_a_little(GradientRegularization(0.1, 0.05))
 
 
-def test_the_console_prints_behind_a_live_bar_s_proxy(monkeypatch):
+def test_the_console_bypasses_the_proxy_of_a_live_bar(monkeypatch):
     behind = io.StringIO()
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(rich_proxied_file=behind, encoding="utf-8"))
     make_console().print("text")
@@ -123,7 +123,7 @@ def test_the_console_prints_behind_a_live_bar_s_proxy(monkeypatch):
 
 
 class Tee:
-    """A program's own output, which has neither `flush` nor an encoding."""
+    """A custom output without `flush` and encoding."""
 
     def __init__(self):
         self.written = ""
@@ -138,7 +138,7 @@ class Refuses(Tee):
 
 
 @pytest.mark.parametrize("output", [Tee, Refuses])
-def test_an_output_of_the_program_s_own_does_not_stop_training(output, monkeypatch):
+def test_a_custom_output_does_not_stop_training(output, monkeypatch):
     stream = output()
     monkeypatch.setattr(sys, "stdout", stream)
     with pytest.warns(UserWarning, match="could not print to standard output: "):
@@ -147,11 +147,11 @@ def test_an_output_of_the_program_s_own_does_not_stop_training(output, monkeypat
 
 
 @pytest.mark.parametrize("output", [closed, full, broken])
-def test_nor_does_it_where_warnings_are_errors_and_standard_error_is_closed(output, monkeypatch):
+def test_a_failing_output_never_raises_even_if_warnings_cannot_be_shown(output, monkeypatch):
     stream = output()
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "stderr", closed())
-    # as `warnings` does where standard error is closed
+    # like `warnings` with a closed standard error
     monkeypatch.setattr(warnings, "showwarning", lambda *args: sys.stderr.write("text"))
     for action in ("error", "always"):
         with warnings.catch_warnings():
@@ -162,7 +162,7 @@ def test_nor_does_it_where_warnings_are_errors_and_standard_error_is_closed(outp
         stream.close()
 
 
-def test_nor_does_content_that_cannot_be_printed(monkeypatch):
+def test_warns_if_content_cannot_be_printed(monkeypatch):
     class Broken:
         def __rich__(self):
             raise RuntimeError("broken")
@@ -171,7 +171,7 @@ def test_nor_does_content_that_cannot_be_printed(monkeypatch):
         show(Broken())
 
 
-def test_an_encoding_that_nobody_knows_is_taken_for_ascii(monkeypatch):
+def test_an_unknown_encoding_is_treated_as_ascii(monkeypatch):
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding="klingon"))
     assert printable("γ = 1") == "gamma = 1"
 
@@ -183,14 +183,14 @@ def test_surrogates_of_a_path_are_escaped(monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-def test_what_others_print_is_spelled_in_our_command(encoding, monkeypatch):
+def test_output_of_others_is_spelled_in_our_command(encoding, monkeypatch):
     written = redirected(monkeypatch, encoding)
     make_outputs_printable()
     print("γ ≥ 0")
     assert written() == ("γ ≥ 0\n" if encoding == "utf-8" else "gamma >= 0\n")
 
 
-# what a program sees of its terminal: colors only where there is one and NO_COLOR is not set
+# run in a terminal or not, with or without NO_COLOR
 PROGRAM = """
 import warnings
 warnings.simplefilter("ignore")
@@ -218,7 +218,7 @@ def test_in_a_terminal(columns, no_color):
     lines = re.sub("\x1b\\[[0-9;]*m", "", said).splitlines()
     assert max(map(len, lines)) <= columns
     assert "γ = 0.1" in said
-    assert "\x1b[1m" in said or "\x1b[1;" in said  # bold is no color
+    assert "\x1b[1m" in said or "\x1b[1;" in said  # bold text is not a color
     assert bool(re.search(r"\x1b\[([0-9]+;)*31m", said)) != no_color
 
 

@@ -1,4 +1,4 @@
-"""The panel at the start and the table at the end: what they say, in 80 columns, and never inside a live bar."""
+"""The panel at the start and the table at the end: their content in 80 columns, and never within a live bar."""
 
 import re
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ BARS = {"rich": pl.callbacks.RichProgressBar, "tqdm": pl.callbacks.TQDMProgressB
 
 @pytest.fixture
 def shown(capsys, monkeypatch):
-    """What a training prints, in a terminal (or pipe) of 80 columns."""
+    """A function that trains and returns what was printed, with a width of 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
 
     def train(*callbacks, module=None, **options):
@@ -44,11 +44,11 @@ def test_panel_before_and_table_after_the_bar(shown, bar):
         "regularized: 3 of 6 steps", "flooded: 6 of 6 losses below the level",
     ):  # fmt: skip
         assert line in out
-    assert "\x1b" not in out[table:]  # it is redirected
+    assert "\x1b" not in out[table:]  # the output is redirected
     assert max(len(line) for line in out[table:].splitlines()) <= 80
 
 
-def test_the_table_tells_first_last_smallest_and_largest(shown):
+def test_the_table_shows_first_last_smallest_and_largest_values(shown):
     rows = []
 
     class Notes(pl.Callback):
@@ -85,7 +85,7 @@ def test_only_on_the_first_rank():
         assert shows(SimpleNamespace(callbacks=[bar], is_global_zero=first, barebones=False)) == first
 
 
-def test_again_and_without_metrics(shown):
+def test_panel_and_table_of_repeated_runs_without_metrics(shown):
     callback = SAM(0.1, metrics=())
     for _ in range(2):
         out = shown(callback)
@@ -93,7 +93,7 @@ def test_again_and_without_metrics(shown):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_each_method_has_a_name_and_fits(name, capsys):
+def test_each_method_has_a_name_and_fits_80_columns(name, capsys):
     rule = METHODS[name].rule
     Console(width=80).print(make_panel(Summary(rule.name, {"gradient": f"g = {rule.equation}"})))
     out = capsys.readouterr().out
@@ -102,7 +102,7 @@ def test_each_method_has_a_name_and_fits(name, capsys):
     assert any(word in out.splitlines()[0] for word in ("GR", "SAM"))
 
 
-def test_a_schedule_of_ones_own_is_said_to_be_one(shown):
+def test_a_custom_schedule_is_named(shown):
     class Late(SAM):
         def should_regularize(self, step):
             return step > 2
@@ -115,7 +115,7 @@ def test_a_schedule_of_ones_own_is_said_to_be_one(shown):
 @pytest.mark.usefixtures("_ctrl_c")
 @pytest.mark.parametrize("bar", BARS)
 @pytest.mark.parametrize(("stop", "shown_once"), [(KeyboardInterrupt, True), (ValueError, False)])
-def test_the_table_comes_after_ctrl_c_too(bar, stop, shown_once, capsys, monkeypatch):
+def test_the_table_is_also_shown_after_ctrl_c(bar, stop, shown_once, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
 
     class Stops(TinyModule):

@@ -1,4 +1,4 @@
-"""Metrics of the steps: against the float64 reference, on the steps that Lightning logs, at no cost on the others."""
+"""Metrics of steps, against the float64 reference implementation."""
 
 import csv
 
@@ -54,7 +54,7 @@ def test_equal_the_reference(name, accumulate):
     assert logged(trainer) == near(expected)
 
 
-def test_default_is_a_part_of_them_and_the_prefix_is_mine():
+def test_default_metrics_and_prefix():
     for metrics, names in [
         ("default", {"grad_norm", "sharpness", "penalty"}),
         (["alignment"], {"alignment"}),
@@ -89,8 +89,8 @@ def rows(folder):
 
 
 @pytest.mark.parametrize("scale", [2.0**16, 1.0])
-def test_a_gradient_scaler_does_not_show(scale):
-    """The scaler of 16-mixed, which works on the CPU too; float16 itself does, in the third digit."""
+def test_a_gradient_scaler_does_not_change_metrics(scale):
+    """The scaler of 16-mixed, which also works on the CPU; float16 itself changes the third digit."""
     expected = None
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=scale)):
         module = TinyModule(mlp(dtype=torch.float32), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
@@ -104,7 +104,7 @@ def test_a_gradient_scaler_does_not_show(scale):
 
 
 def test_small_gradients_in_float32_keep_their_digits():
-    """A displacement that the weights could hardly resolve, and a small γ/ε, against float64."""
+    """With a displacement near the resolution of the weights and a small γ/ε, compared with float64."""
     found = []
     for dtype in (torch.float32, torch.float64):
         module = TinyModule(mlp(32, dtype=dtype), loss=lambda net, batch: 1e-3 * cross_entropy(net, batch))
@@ -115,7 +115,7 @@ def test_small_gradients_in_float32_keep_their_digits():
         assert single[name] == pytest.approx(double[name], rel=rel), name
 
 
-def test_sixteen_bit_gradients_tell_norms_only():
+def test_sixteen_bit_gradients_only_have_norms():
     module = TinyModule(mlp(dtype=torch.bfloat16))
     callback = SAM(0.5, metrics="all")
     trainer = fit(module, callback, loader=make_loader(dtype=torch.bfloat16), limit_train_batches=1, **EVERY)
@@ -123,7 +123,7 @@ def test_sixteen_bit_gradients_tell_norms_only():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_told(bad):
+def test_values_that_are_not_finite_are_logged(bad):
     module = TinyModule(loss=lambda net, batch: cross_entropy(net, batch) + net[0].weight[0, 0] * bad)
     with pytest.warns(UserWarning, match="regularized no optimizer step"):
         trainer = fit(module, SAM(0.1), limit_train_batches=1, **EVERY)
@@ -140,7 +140,7 @@ def test_by_hand(name, before):
     method, module = METHODS[name], Manual()
     module.before = before
     expected = by_hand(method, reference.loss_of(module.net, cross_entropy, make_batches()[:1]), weights(module.net))
-    if before:  # `.grad` also holds something else
+    if before:  # `.grad` also contains other gradients
         expected = {n: v for n, v in expected.items() if n in ("grad_norm", "penalty", "loss_perturbed", "sharpness")}
     assert logged(fit(module, method.callback(metrics="all"), limit_train_batches=1, **EVERY)) == near(expected)
 
@@ -184,18 +184,18 @@ def test_wrong_arguments(make, said):
         ({"ascent_sync": False}, {"strategy": "ddp", "devices": 2}, "contains 'alignment', .* use `ascent_sync=True`"),
     ],
 )
-def test_what_cannot_be_had_is_refused_by_name_and_left_out_of_all(options, trainer, said):
+def test_unavailable_metrics_are_refused_by_name_and_left_out_of_all(options, trainer, said):
     trainer = make_trainer(**trainer)
     SAM(metrics="all", **options).setup(trainer, TinyModule(), "fit")
     with pytest.raises(MisconfigurationException, match=said):
         SAM(metrics=["default", "alignment"], **options).setup(trainer, TinyModule(), "fit")
 
 
-# jsonargparse renames its methods from version to version
+# jsonargparse renames methods between versions
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", [SAM, GradientRegularization, Flooding, GradientNormMonitor, SharpnessMonitor])
-def test_arguments_come_from_a_command_line(kind):
-    """As LightningCLI reads and writes them."""
+def test_arguments_can_come_from_a_command_line(kind):
+    """In the way in which LightningCLI reads and writes them."""
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(kind, "callback")
     flags = ["--callback.prefix=x/"]

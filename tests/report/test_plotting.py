@@ -1,4 +1,4 @@
-"""Pictures of runs that real loggers wrote, the command, and slices of a loss."""
+"""Plots of runs written by real loggers, and the command."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from lightning_gr.cli import main as cli
 from lightning_gr.report.plotting import COLORS, Run, draw_runs, read_run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-# of TensorBoard's own dependencies
+# a warning of TensorBoard's dependencies
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -28,7 +28,7 @@ class Logs(TinyModule):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two runs, each by both loggers."""
+    """Two runs, each written by both loggers."""
     folder = tmp_path_factory.mktemp("runs")
     for name, callback in {"F-GR": GradientRegularization(0.1, 0.1), "SAM": SAM(0.2)}.items():
         loggers = [
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_both_loggers_are_read_alike(folder):
+def test_both_loggers_give_the_same_curves(folder):
     by_csv, by_tensorboard = (read_run(folder / "SAM" / kind) for kind in ("csv", "tensorboard"))
     keys = {"train_loss", "train_acc", "gr/grad_norm", "gr/sharpness", "gr/penalty"}
     assert by_csv.curves.keys() == keys | {f"hessian/{name}" for name in ("eigenvalue", "trace", "trace_error")}
@@ -51,7 +51,7 @@ def test_both_loggers_are_read_alike(folder):
     assert by_csv.curves["hessian/trace"][0] == [2, 5, 8, 11]
 
 
-def test_what_is_drawn(folder):
+def test_content_of_the_figure(folder):
     runs = [read_run(folder / name / "csv") for name in ("F-GR", "SAM")]
     figure = draw_runs(runs)
     pictures = {axes.get_title(): axes for axes in figure.axes if axes.get_visible()}
@@ -103,14 +103,14 @@ def test_command(folder, flags, start, tmp_path, monkeypatch, capsys):
         ("optimizer_0/grad_norm", "Gradient norm", "‖∇L‖ (loss per unit of θ)"),
     ],
 )
-def test_each_quantity_has_a_panel_of_its_own_with_its_unit(key, title, unit):
+def test_each_quantity_has_its_own_panel_with_a_unit(key, title, unit):
     others = {"loss": ([0.0], [1.0]), "gr/curvature": ([0.0], [2.0]), "hessian/eigenvalue": ([0.0], [3.0])}
     figure = draw_runs([Run("run", {**others, key: ([0.0, 1.0], [0.5, 0.25])})])
     (axes,) = [axes for axes in figure.axes if any(list(line.get_ydata()) == [0.5, 0.25] for line in axes.lines)]
     assert (axes.get_title(), axes.get_ylabel()) == (title, unit)
 
 
-def test_runs_are_named_by_what_is_different(folder, tmp_path):
+def test_runs_are_named_by_the_differing_parts_of_their_paths(folder, tmp_path):
     from lightning_gr.report.plotting import _label
 
     def named(*paths):

@@ -1,4 +1,4 @@
-"""What is logged, and the range that each value went through."""
+"""Logging of values, and the range of each value."""
 
 import csv
 import math
@@ -13,7 +13,7 @@ from lightning_gr.report.step_log import StepLog
 
 
 class Logs(pl.Callback):
-    """Logs what it is given for each step."""
+    """Logs the given values at each step."""
 
     def __init__(self, steps, *args):
         self.step_log, self.steps = StepLog(*args), steps
@@ -29,7 +29,7 @@ def test_first_last_smallest_and_largest():
     assert ranges == {"a": (2.0, 1.0, -1.0, 2.0), "b": (5.0, 5.0, 5.0, 5.0)}
 
 
-def test_a_value_that_is_not_a_number_is_left_out_of_the_smallest_and_largest():
+def test_nan_is_left_out_of_the_smallest_and_largest():
     logs = Logs([{"a": math.nan}, {"a": 2.0}, {"a": 1.0}], "x/")
     fit(TinyModule(), logs, log_every_n_steps=1)
     first, last, low, high = (value.item() for value in logs.step_log.ranges["a"])
@@ -37,7 +37,7 @@ def test_a_value_that_is_not_a_number_is_left_out_of_the_smallest_and_largest():
     assert (last, low, high) == (1.0, 1.0, 2.0)
 
 
-def test_what_a_step_does_not_have_is_not_written_again(tmp_path):
+def test_missing_values_are_not_repeated(tmp_path):
     logs = Logs([{"a": 1.0, "b": 2.0}, {"b": 3.0}, {"a": 4.0}], "x/")
     fit(TinyModule(), logs, log_every_n_steps=1, logger=pl.loggers.CSVLogger(tmp_path))
     with next(tmp_path.rglob("metrics.csv")).open() as file:
@@ -45,14 +45,14 @@ def test_what_a_step_does_not_have_is_not_written_again(tmp_path):
     assert rows == [{"x/a": 1.0, "x/b": 2.0}, {"x/b": 3.0}, {"x/a": 4.0}]
 
 
-def test_chosen_names_are_in_the_progress_bar_of_each_optimizer_too():
+def test_chosen_names_are_in_the_progress_bar_for_each_optimizer():
     logs = Logs([{"grad_norm": 1.0, "optimizer_1/grad_norm": 2.0, "other": 3.0}] * 3, "x/", ("grad_norm",))
     trainer = fit(TinyModule(), logs)
     assert trainer.progress_bar_metrics.keys() == {"x/grad_norm", "x/optimizer_1/grad_norm"}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_only_a_ranks_own_values_are_averaged_and_all_at_once(monkeypatch, world_size):
+def test_only_values_per_rank_are_averaged_and_all_at_once(monkeypatch, world_size):
     asked = []
 
     def doubled(values):
@@ -70,6 +70,6 @@ def test_only_a_ranks_own_values_are_averaged_and_all_at_once(monkeypatch, world
     assert asked == ([] if world_size == 1 else [[3.0, 1.0]])
 
 
-def test_a_prefix_is_a_string():
+def test_a_prefix_must_be_a_string():
     with pytest.raises(ValueError, match="`prefix` to be a string but got 3"):
         StepLog(3)

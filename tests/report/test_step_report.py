@@ -1,4 +1,4 @@
-"""When a step is measured and what is logged of it: on the steps that Lightning logs, at no cost on the others."""
+"""When steps are measured: only if Lightning logs them, at no cost otherwise."""
 
 import csv
 
@@ -42,8 +42,8 @@ def near(values, rel=1e-9):
     return pytest.approx(values, rel=rel, abs=1e-14)
 
 
-def test_each_micro_batch_by_itself():
-    """The mean over the window; what would need the second gradient alone is left out."""
+def test_separate_micro_batches():
+    """Metrics are means over the window; those that need the second gradient alone are left out."""
     method, module = METHODS["forward GR"], TinyModule()
     theta = weights(module.net)
     batches = make_batches()[:2]
@@ -54,8 +54,8 @@ def test_each_micro_batch_by_itself():
     assert logged(trainer) == near({n: sum(values[n] for values in each) / 2 for n in names})
 
 
-def test_only_on_logged_steps_and_no_stale_value(tmp_path):
-    """Lightning writes the last value again on a step without one; ours are left out there."""
+def test_only_at_logged_steps_and_without_stale_values(tmp_path):
+    """Lightning repeats the last value at steps without one; ours are left out there."""
     callback = SAM(0.1, start_step=1, interval=2, warmup_steps=4, metrics="all")
     seen = []
 
@@ -74,7 +74,7 @@ def test_only_on_logged_steps_and_no_stale_value(tmp_path):
     table = rows(tmp_path)
     assert [row["step"] for row in table] == [1, 3, 5, 7, 9, 11, 13]
     assert [step for step, due in enumerate(seen) if due] == [1, 3, 5, 7, 9, 11, 13]
-    # step 1 is due but has no strength yet
+    # step 1 is due, but its strength is 0
     assert ["gr/sharpness" in row for row in table] == [False] + [True] * 6
     assert all("gr/grad_norm" in row and "loss" in row for row in table)
     (tmp_path / "other").mkdir()
@@ -83,7 +83,7 @@ def test_only_on_logged_steps_and_no_stale_value(tmp_path):
 
 
 class Reads(TorchDispatchMode):
-    """Counts operators, and those that wait for the device."""
+    """Counts operators, and among them those that wait for the device."""
 
     def __init__(self):
         super().__init__()
@@ -96,7 +96,7 @@ class Reads(TorchDispatchMode):
 
 
 def counts(callback, steps=4, **options):
-    """Of each training step, the reads of Lightning's own loggers left out (there is none)."""
+    """Return the counts for each training step, without loggers, which would add reads of their own."""
     found = []
 
     class Counts(pl.Callback):
@@ -117,8 +117,8 @@ def counts(callback, steps=4, **options):
 
 
 @pytest.mark.parametrize("kind", [SAM, GradientRegularization])
-def test_nothing_is_read_and_nothing_is_done_on_other_steps(kind):
-    """Not even on a logged step is anything read from the device by us; on the others not one operator is added."""
+def test_no_reads_and_no_work_at_other_steps(kind):
+    """We never read from the device, not even at logged steps, and add no operators at other steps."""
     without, with_all = (counts(kind(metrics=m), log_every_n_steps=2) for m in ((), ["all", BY_LAYER]))
     assert [reads for reads, _ in with_all] == [reads for reads, _ in without]
     extra = [b - a for (_, a), (_, b) in zip(without, with_all, strict=True)]
@@ -128,7 +128,7 @@ def test_nothing_is_read_and_nothing_is_done_on_other_steps(kind):
 
 
 @pytest.mark.parametrize("options", [{"log_every_n_steps": 1}, {"barebones": True}, {"fast_dev_run": True}])
-def test_training_is_the_same_with_and_without(options):
+def test_training_is_the_same_with_and_without_metrics(options):
     quiet = {"logger": None, "enable_checkpointing": None, "enable_progress_bar": None, "enable_model_summary": None}
     options = {**(quiet if "barebones" in options else {}), **options}
     ends = []
@@ -140,7 +140,7 @@ def test_training_is_the_same_with_and_without(options):
     assert_same(*ends)
 
 
-def test_several_optimizers_have_keys_of_their_own():
+def test_several_optimizers_have_separate_keys():
     module = Manual()
     module.groups = 2
     found = logged(fit(module, SAM(0.1), limit_train_batches=1, **EVERY))

@@ -1,4 +1,4 @@
-"""Hessian eigenvalue and trace: against a dense Hessian in float64, with and without a second derivative, no trace."""
+"""Hessian eigenvalue and trace, against a dense Hessian in float64, and without side effects."""
 
 import random
 
@@ -27,13 +27,13 @@ def test_largest_eigenvalue(name, method):
     assert abs(rough.value - expected) > 1e-3 * expected
 
 
-def test_the_bound_holds_and_the_largest_is_the_most_positive():
+def test_the_residual_is_a_bound_and_the_largest_eigenvalue_the_most_positive():
     w = torch.linspace(-9.0, 5.0, 40, dtype=torch.float64)
     theta = torch.ones(40, dtype=torch.float64, requires_grad=True)
     result = hessian_eigenvalue(lambda: (w * theta**2).sum() / 2, [theta], tolerance=1e-2)
     assert result.converged
     assert abs(result.value - 5) <= result.residual
-    # every product is exact after as many steps as there are different eigenvalues
+    # Lanczos is exact after as many steps as there are different eigenvalues
     pair = torch.ones(2, dtype=torch.float64, requires_grad=True)
     exact = hessian_eigenvalue(lambda: pair[0] ** 2 - 4 * pair[1] ** 2, [pair])
     assert (exact.iterations, exact.value) == (2, pytest.approx(2))
@@ -49,8 +49,8 @@ def test_trace_within_its_standard_error(method):
     assert abs(result.value - expected) <= 3 * result.standard_error
 
 
-def test_standard_error_is_that_of_the_estimator():
-    """Over many seeds the spread is the one that is reported."""
+def test_standard_error_equals_the_spread_of_the_estimator():
+    """The reported error is the spread over many seeds."""
     net = mlp(6)
     runs = [
         hessian_trace(loss_of(net), net, max_samples=12, tolerance=1e-9, generator=torch.Generator().manual_seed(seed))
@@ -61,13 +61,13 @@ def test_standard_error_is_that_of_the_estimator():
     assert not any(run.converged for run in runs)
 
 
-def test_a_diagonal_hessian_needs_no_luck():
+def test_the_trace_of_a_diagonal_hessian_is_exact():
     theta = torch.ones(7, dtype=torch.float64, requires_grad=True)
     result = hessian_trace(lambda: (torch.arange(7.0) * theta**2).sum(), [theta], min_samples=2)
     assert (result.value, result.standard_error, result.samples) == (42.0, 0.0, 2)
 
 
-def test_float32_and_its_finite_differences_are_near():
+def test_accuracy_in_float32():
     net = mlp(16, 16)
     exact = hessian_eigenvalue(loss_of(net), net, tolerance=1e-8).value
     single = net.float()
@@ -88,7 +88,7 @@ def test_leaves_no_trace(measure, method):
     state = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     calls = net.calls
     results = {measure(loss_of(net), net, method=method) for _ in range(2)}
-    # the same dropout mask in all passes: a function with a Hessian
+    # all passes have the same dropout mask, so that there is a well-defined Hessian
     assert len(results) == 1
     assert_same(weights(net), before[0])
     assert_same(dict(net.named_buffers()), before[1])
@@ -100,7 +100,7 @@ def test_leaves_no_trace(measure, method):
     assert net.calls == calls == len(net.seen)
 
 
-def test_works_where_gradients_are_off():
+def test_works_with_gradients_disabled():
     net = mlp()
     expected = hessian_eigenvalue(loss_of(net), net)
     for off in (torch.no_grad(), torch.inference_mode()):
@@ -123,7 +123,7 @@ def test_frozen_unused_and_linear_parameters():
     assert hessian_eigenvalue(lambda: (2 * unused).sum(), [unused]).value == 0
 
 
-def test_what_is_not_finite_is_nan():
+def test_results_that_are_not_finite_are_nan():
     w = torch.zeros(2, requires_grad=True)
     for result in (hessian_eigenvalue(lambda: w.sqrt().sum(), [w]), hessian_trace(lambda: w.sqrt().sum(), [w])):
         assert result.value != result.value

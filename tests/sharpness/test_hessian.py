@@ -1,4 +1,4 @@
-"""Products with the Hessian: the dense ones, with and without a second derivative; the weights are restored."""
+"""Products with the Hessian, against the dense one, with and without a second derivative."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from lightning_gr.sharpness.hessian import HessianProducts
 
 
 class FirstOrder(torch.autograd.Function):
-    """tanh without a second derivative, as fused operators have none."""
+    """A tanh without a second derivative, like fused operators."""
 
     @staticmethod
     def forward(ctx, x):
@@ -33,7 +33,7 @@ class OnceTanh(nn.Module):
 
 @pytest.mark.parametrize("method", ["double_backward", "finite_difference"])
 @pytest.mark.parametrize("name", NETS)
-def test_products_are_those_of_the_dense_hessian(name, method):
+def test_products_equal_those_of_the_dense_hessian(name, method):
     net = NETS[name]()
     vector = random_unit(list(net.parameters()), torch.Generator().manual_seed(4))
     expected = dense_hessian(net) @ torch.cat([v.flatten() for v in vector])
@@ -75,7 +75,7 @@ def test_both_methods_see_the_same_noise():
     assert values[0] == pytest.approx(values[1], rel=1e-6)
 
 
-def test_an_autocast_context_around_it_keeps_no_moved_weights():
+def test_an_outer_autocast_context_caches_no_moved_weights():
     net, x = mlp(dtype=torch.float32), DATA[0].float()
     with torch.autocast("cpu", torch.bfloat16):
         before = net(x)

@@ -1,4 +1,4 @@
-"""Slices of a loss along its gradient and a random direction, and their pictures."""
+"""Slices of a loss along its gradient and a random direction, and their plots."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from lightning_gr.report.plotting import PlotError
 from lightning_gr.slices import draw_slices, filter_normalized, loss_slice, plot_slices
 
 
-def test_slices_are_the_loss_along_lines():
+def test_slices_equal_the_loss_along_lines():
     net, data = mlp(), make_data()
     before = weights(net)
     found = loss_slice(lambda: cross_entropy(net, data), net, radius=0.5, points=5)
@@ -29,7 +29,7 @@ def test_slices_are_the_loss_along_lines():
             assert loss == pytest.approx(cross_entropy(moved, data).item(), rel=1e-12)
 
 
-def test_filters_are_as_long_as_the_weights():
+def test_filters_have_the_norms_of_the_weights():
     net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3))
     kernel, *others = filter_normalized(net.parameters(), torch.Generator().manual_seed(0))
     torch.testing.assert_close(kernel.flatten(1).norm(dim=1), net[0].weight.flatten(1).norm(dim=1))
@@ -38,7 +38,7 @@ def test_filters_are_as_long_as_the_weights():
 
 @pytest.mark.slow
 def test_slices_of_checkpoints_side_by_side(tmp_path):
-    """A module from a checkpoint, as a user would have it."""
+    """Slices of a module that is loaded from a checkpoint, next to another one."""
     checkpoint = tmp_path / "last.ckpt"
     module = TinyModule()
     fit(module, SAM(0.2)).save_checkpoint(checkpoint)

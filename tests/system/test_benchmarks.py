@@ -1,4 +1,4 @@
-"""What a step sends, counted by the benchmark's own command; its calculation, by hand."""
+"""The benchmarks: what a step sends, the calculated times, and the numbers on the pages."""
 
 import csv
 import math
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(LIMIT + 60)
 
 
 def communication(folder, *flags):
-    """What the command prints."""
+    """Run the command and return its output."""
     command = ["env", "COLUMNS=80", *PYTHON, ROOT / "benchmarks/communication.py", *flags]
     codes, output = finish(folder / "log", command, limit=LIMIT)
     assert codes == [0], output[-3000:]
@@ -23,7 +23,7 @@ def communication(folder, *flags):
 
 @pytest.fixture(scope="module")
 def sent(tmp_path_factory):
-    """The rows of the CSV file; the ranks are started once, since that takes longest."""
+    """The rows of the CSV file; the ranks are only started once, since that takes most of the time."""
     if not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("this torch cannot shard on a CPU")
     folder = tmp_path_factory.mktemp("communication")
@@ -34,7 +34,7 @@ def sent(tmp_path_factory):
 
 
 def gradients(sent, case):
-    """All-reduces in the first and in later passes, and bytes per parameter."""
+    """Return the all-reduces in the first pass and in later ones, and the bytes per parameter."""
     row = sent[case, "all-reduce"]
     second = float(row["in_second_pass"])
     return float(row["number"]) - second, second, float(row["bytes_per_parameter"])
@@ -43,7 +43,7 @@ def gradients(sent, case):
 @pytest.mark.launch
 @pytest.mark.parametrize("suffix", ["", " ×4", " bf16"])
 def test_gradients_sent_with_ddp(sent, suffix):
-    """Synced ascent sends them twice, local ascent once and in its second pass; accumulation changes nothing."""
+    """Synced ascent sends gradients twice, local ascent once, in its second pass; accumulation changes nothing."""
     buckets, none, once = gradients(sent, f"plain{suffix}")
     assert (none, once) == (0, 2 if "bf16" in suffix else 4)
     assert buckets > 1
@@ -54,14 +54,14 @@ def test_gradients_sent_with_ddp(sent, suffix):
 @pytest.mark.launch
 @pytest.mark.parametrize("method", ["central", "SAM"])
 def test_other_methods_send_the_same(sent, method):
-    """This includes the central scheme, with three passes."""
+    """Including the central scheme, which has three passes."""
     for mode in ("synced", "local"):
         assert gradients(sent, f"{method} {mode}") == gradients(sent, f"F-GR {mode}")
 
 
 @pytest.mark.launch
-def test_numbers_besides_gradients(sent):
-    """One for a flood level compared over ranks; none for an ascent with DDP."""
+def test_numbers_sent_in_addition_to_gradients(sent):
+    """Only a flood level that is compared over ranks sends a number; ascents with DDP send none."""
     assert [case for case, kind in sent if kind == "scalar" and "FSDP" not in case] == ["flooding synced"]
     assert float(sent["flooding synced", "scalar"]["number"]) == 1
     assert gradients(sent, "flooding synced") == gradients(sent, "plain")
@@ -69,8 +69,8 @@ def test_numbers_besides_gradients(sent):
 
 @pytest.mark.launch
 @pytest.mark.parametrize("suffix", [", FSDP1", ", FSDP2", " ×4, FSDP2"])
-def test_parts_sent_where_parameters_are_sharded(sent, suffix):
-    """Twice what plain training gathers and scatters, and one number for a norm."""
+def test_shards_sent_if_parameters_are_sharded(sent, suffix):
+    """Twice as much as plain training gathers and scatters, and one number for a norm."""
     for kind in ("all-gather", "reduce-scatter"):
         once = float(sent[f"plain{suffix}", kind]["bytes"])
         assert float(sent[f"F-GR synced{suffix}", kind]["bytes"]) == 2 * once
@@ -80,7 +80,7 @@ def test_parts_sent_where_parameters_are_sharded(sent, suffix):
 
 @pytest.mark.launch
 def test_fsdp1_scatters_each_micro_batch_of_the_second_pass(sent):
-    """Plain training scatters the last one only, and gathers for each."""
+    """Plain training only scatters for the last micro-batch, but gathers for each."""
     plain, ours = (sent[f"{name} ×4, FSDP1", "reduce-scatter"] for name in ("plain", "F-GR synced"))
     assert float(ours["number"]) == (1 + 4) * float(plain["number"])
     plain, ours = (sent[f"{name} ×4, FSDP1", "all-gather"] for name in ("plain", "F-GR synced"))
@@ -106,20 +106,20 @@ def step_time(monkeypatch):
 
 
 def test_calculation_of_an_all_reduce(step_time):
-    """16 GPUs on two nodes, 50 MiB: 1.875 · 52,428,800 / 12.5e9 s, and two buckets · (14 + 2 · (7 · 1.25 + 8.5)) µs."""
+    """16 GPUs on two nodes, 50 MiB: 1.875 · 52,428,800 / 12.5e9 s plus two buckets · (14 + 2 · (7 · 1.25 + 8.5)) µs."""
     cluster = step_time.Cluster("Ethernet", between=12.5e9)
     assert math.isclose(step_time.all_reduce_time(cluster, 16, 50 * 2**20), 7.86432e-3 + 97e-6)
 
 
 def test_calculation_of_a_step(step_time):
-    """Forward 1 s, backward 2 s, all-reduce 4 s."""
+    """With 1 s for the forward pass, 2 s for the backward pass, and 4 s or 1 s for the all-reduce."""
     assert step_time.step_times(3, 4, overlap=True) == {"plain": 5, "synced": 10, "local": 8}
     assert step_time.step_times(3, 4, overlap=False) == {"plain": 7, "synced": 14, "local": 10}
     assert step_time.step_times(3, 1, overlap=True) == {"plain": 3, "synced": 6, "local": 6}
 
 
 def test_calculation_of_the_break_even(step_time):
-    """There, the all-reduce and the backward pass, two thirds of the computing, take equally long."""
+    """The all-reduce takes as long as the backward pass, which is two thirds of the computation."""
     cluster, work = step_time.CLUSTERS[1], step_time.WORKLOADS[0]
     samples = step_time.break_even(cluster, 64, work)
     sent = step_time.all_reduce_time(cluster, 64, work.parameters * work.sent)
@@ -127,7 +127,7 @@ def test_calculation_of_the_break_even(step_time):
 
 
 @pytest.mark.launch
-def test_page_shows_what_the_command_calculates(tmp_path):
+def test_page_shows_the_output_of_the_command(tmp_path):
     page = {line.strip() for line in (ROOT / "docs/scaling.md").read_text(encoding="utf-8").splitlines()}
     shown = [line.strip() for line in communication(tmp_path, "--calculate").splitlines()]
     assert [line for line in shown if line not in page] == []
@@ -151,7 +151,7 @@ def test_performance_page_shows_its_data(command, data, tmp_path):
 
 
 @pytest.mark.launch
-def test_cost_of_a_step_in_short(tmp_path):
+def test_cost_of_a_step_quickly(tmp_path):
     flags = ["--quick", "--ways", "SAM", "double backward", "--csv", tmp_path / "cost.csv"]
     codes, output = finish(tmp_path / "log", [*PYTHON, ROOT / "benchmarks/step_cost.py", *flags], limit=LIMIT)
     assert codes == [0], output[-3000:]
@@ -168,7 +168,7 @@ def test_cost_of_a_step_in_short(tmp_path):
 
 @pytest.mark.launch
 def test_gpu_benchmark_in_miniature_on_the_cpu(tmp_path, monkeypatch):
-    """All of its parts run, and the tables are made of the values in the file."""
+    """All parts run, and the tables show the values in the file."""
     values = tmp_path / "gpu.csv"
     flags = ["--device", "cpu", "--quick", "--models", "MLP", "--ways", "SAM", "--csv", values]
     command = ["env", "COLUMNS=80", *PYTHON, ROOT / "benchmarks/gpu.py", *flags]
@@ -184,5 +184,5 @@ def test_gpu_benchmark_in_miniature_on_the_cpu(tmp_path, monkeypatch):
     assert found["cost", "32-true", "plain", "peak"] < found["cost", "32-true", "SAM", "peak"]
     assert round(found["bandwidth", "", "SAM", "passes"]) == 8
     assert found["ranks", "gloo", "SAM", "apart"] == 0
-    assert [table.title for table in gpu.tables(rows) if table.title[:10] not in output] == []  # longer ones wrap
+    assert [table.title for table in gpu.tables(rows) if table.title[:10] not in output] == []  # long titles wrap
     assert all(len(line) <= 80 for line in output.splitlines())

@@ -1,4 +1,4 @@
-"""The cluster example under torchrun and a real SLURM: preempted, it ends as if nothing had happened."""
+"""The cluster example under torchrun and real SLURM: after a preemption, it ends with the same result."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ OPTIONS = ["--trainer.max_epochs", "10", "--model.width", "32"]
 
 
 def copy_example(folder, **numbers):
-    """A copy to run in, as all is written beside the scripts; returns the environment for it."""
+    """Copy the example, which writes next to its scripts, and return the environment for it."""
     shutil.copytree(ROOT / "examples" / "cluster", folder)
     (folder / "test.env").write_text(NUMBERS.format(**numbers))
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -33,7 +33,7 @@ def copy_example(folder, **numbers):
 
 @contextlib.contextmanager
 def two_nodes(folder, environment):
-    """Torchrun on two nodes, which are both here."""
+    """Run torchrun as on two nodes, both on this machine."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
     try:
@@ -50,7 +50,7 @@ def two_nodes(folder, environment):
 
 
 def has_trained(folder):
-    """Whether some epochs are over."""
+    """Return whether some epochs have ended."""
     return any((folder / "runs" / "checkpoints").glob("epoch=2-*"))
 
 
@@ -59,43 +59,43 @@ def last(folder):
 
 
 def assert_preempted(folder, output):
-    """In the midst of training; returns after which step."""
+    """Check that training was preempted, and return after which step."""
     step = last(folder)["global_step"]
     assert f"Preempted after step {step}" in output
     return step
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "cluster"
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "cluster"
     with two_nodes(folder, copy_example(folder, nodes=2, processes=1)):
         pass
     return last(folder)
 
 
-def assert_ends_as(folder, undisturbed):
+def assert_ends_as(folder, uninterrupted):
     checkpoint = last(folder)
-    assert checkpoint["global_step"] == undisturbed["global_step"] == 280
-    for name, weight in undisturbed["state_dict"].items():
+    assert checkpoint["global_step"] == uninterrupted["global_step"] == 280
+    for name, weight in uninterrupted["state_dict"].items():
         torch.testing.assert_close(checkpoint["state_dict"][name], weight, rtol=0, atol=0)
 
 
-def test_preempted_torchrun(undisturbed, tmp_path):
+def test_preempted_torchrun(uninterrupted, tmp_path):
     folder = tmp_path / "cluster"
     environment = copy_example(folder, nodes=2, processes=1)
     with two_nodes(folder, environment) as (_, second):
         wait_until(lambda: has_trained(folder), LIMIT, "training")
-        subprocess.run(["pkill", "-USR1", "-P", str(second.pid)], check=True)  # one rank hears of it first
+        subprocess.run(["pkill", "-USR1", "-P", str(second.pid)], check=True)  # only one rank gets the signal
     assert 0 < assert_preempted(folder, (folder / "log0").read_text()) < 280
     with two_nodes(folder, environment):
         pass
-    assert_ends_as(folder, undisturbed)
+    assert_ends_as(folder, uninterrupted)
 
 
 @pytest.mark.skipif(not slurm_cluster.available(), reason="needs root, slurm-wlm and munge")
-def test_preempted_slurm_job(undisturbed):
+def test_preempted_slurm_job(uninterrupted):
     scratch = Path(tempfile.mkdtemp())
-    scratch.chmod(0o755)  # munged runs as its own user
+    scratch.chmod(0o755)  # munged runs as another user
     folder = scratch / "cluster"
     example = copy_example(folder, nodes=1, processes=2)
     try:
@@ -117,6 +117,6 @@ def test_preempted_slurm_job(undisturbed):
             assert "Restarts=1" in call("scontrol", "show", "job", job)
         assert 0 < step < 280
         assert "Restored all states" in output.read_text()
-        assert_ends_as(folder, undisturbed)
+        assert_ends_as(folder, uninterrupted)
     finally:
         shutil.rmtree(scratch)

@@ -1,6 +1,6 @@
-"""What a step does beyond plain training and its second pass: operators, passes over the parameters, memory, waiting.
+"""The cost of a step beyond plain training and its second pass: operators, passes over parameters, memory, waiting.
 
-Not time, which ``benchmarks/step_cost.py`` measures. What is sent between devices is counted in ``test_benchmarks.py``.
+Time is measured by ``benchmarks/step_cost.py``, and communication is counted in ``test_benchmarks.py``.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from lightning_gr.core.two_pass import add_second_pass_
 ROOT = Path(__file__).parents[2]
 
 
-# --- on an accelerator, by tensors without values: whatever would wait for the device fails
+# --- on an accelerator, emulated by tensors without values, where anything that would wait for the device fails
 
 
 class Names(TorchDispatchMode):
@@ -35,7 +35,7 @@ class Names(TorchDispatchMode):
 
 
 def second_pass(name, tensors, loss_scale=None):
-    """The names of the operators that a second pass without its passes takes on a GPU that is not there."""
+    """Return the operators of a second pass on an emulated GPU, without those of the replays."""
     params = [nn.Parameter(torch.empty(300, 300, device="cuda")) for _ in range(tensors)]
     for param in params:
         param.grad = torch.empty_like(param)
@@ -55,7 +55,7 @@ def test_reading_from_a_device_would_be_noticed():
         torch.empty(3, device="cuda").sum().item()
 
 
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # a comparison of addresses
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # only to compare addresses
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("name", MOVING)
 def test_nothing_is_read_from_the_device(name, scaled):
@@ -65,14 +65,14 @@ def test_nothing_is_read_from_the_device(name, scaled):
 
 
 @pytest.mark.parametrize("name", MOVING)
-def test_the_number_of_operators_does_not_grow_with_that_of_tensors(name):
+def test_the_number_of_operators_does_not_depend_on_the_number_of_tensors(name):
     with FakeTensorMode():
         few, many = second_pass(name, 2), second_pass(name, 20)
     assert few == many
 
 
 def test_f_gr_takes_five_operators_and_sam_seven():
-    """Copy, move, scale what is kept, copy back, weigh; and for a norm over all tensors three more, in front of two."""
+    """F-GR copies, moves, scales the kept gradient, copies back and weights; SAM also needs a norm over all tensors."""
     with FakeTensorMode():
         assert second_pass("forward GR", 9) == [
             "_foreach_copy_",
@@ -90,7 +90,7 @@ def test_f_gr_takes_five_operators_and_sam_seven():
         ]
 
 
-# --- of whole steps with a Trainer, on the CPU
+# --- whole steps with a Trainer, on the CPU
 
 
 @pytest.fixture
@@ -103,10 +103,10 @@ def measuring(monkeypatch):
 
 
 def beyond(measuring, *ways, passes=1):
-    """For each way operators, passes over the parameters, synchronizations and memory beyond plain training."""
+    """Yield operators, passes over the parameters, synchronizations and memory beyond plain training for each way."""
     import workloads
 
-    # the second and the third weight are large enough for a swap
+    # the second and third weights are large enough to be swapped
     work = workloads.Workload(lambda: workloads.make_mlp(32, 512, 512, 128), workloads._vectors(4, 32))
     size = sum(p.nbytes for p in work.model().parameters())
     plain, one = measuring.count(work, "plain"), measuring.count_pass(work)
@@ -117,10 +117,10 @@ def beyond(measuring, *ways, passes=1):
         yield operators, moved, found.syncs - plain.syncs, (found.peak - plain.peak) / size
 
 
-# the norm reads once, adding reads twice and writes once, as the accumulation of the second gradient does, whose weight
-# is multiplied in by reading and writing once …
+# the norm reads once; a displacement reads twice and writes once, as does accumulating the second gradient, which is
+# weighted by reading and writing once …
 BY_SWAP = {"F-GR": 11, "GNP": 11, "SAM": 4, "ASAM": 11}
-# … and a copy there and back takes four more
+# … and copying the weights and restoring them takes four more
 BY_COPY = {"F-GR": 15, "GNP": 15, "SAM": 8, "ASAM": 15}
 LARGEST = 512 * 512 / (32 * 512 + 512 * 512 + 512 * 128)
 
@@ -132,14 +132,14 @@ def test_passes_over_the_parameters_and_memory(measuring, monkeypatch, smallest,
     for (way, passes), found in zip(expected.items(), beyond(measuring, *expected), strict=True):
         _, moved, syncs, memory = found
         assert moved == pytest.approx(passes, abs=0.1), way
-        assert syncs <= 2  # on the CPU only, where looking at a norm is free
-        # one set; beside it, the gradient of one layer before it is accumulated
+        assert syncs <= 2  # only on the CPU, where reading a norm is free
+        # a set of gradients or weights, and the gradient of one layer before it is accumulated
         sets = 2 if (way, smallest > 0) == ("ASAM", True) else 1
         assert memory <= sets + (0 if way in ("SAM", "ASAM") else LARGEST) + 0.1, way
 
 
 @pytest.mark.slow
-def test_no_way_of_others_moves_less(measuring):
+def test_other_implementations_cost_more(measuring):
     ours, package, by_hand, double = beyond(
         measuring, "SAM", "SAM, pytorch_optimizer", "SAM, by hand", "double backward"
     )

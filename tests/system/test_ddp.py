@@ -1,4 +1,4 @@
-"""DDP on two gloo ranks: identical weights, the joint batch or each rank's own, one all-reduce per pass, no hang."""
+"""DDP on two gloo ranks: identical weights, the result of the joint batch or of each rank, and few all-reduces."""
 
 import pytest
 import reference
@@ -14,14 +14,14 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(LIMIT + 60)]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What each rank ended with, for all cases; the processes are started once, since that takes longest."""
+    """The results of each rank for all cases; processes are only started once, since that takes most of the time."""
     folder = tmp_path_factory.mktemp("replicas")
     torchrun("replicas.py", folder, ranks=RANKS, limit=LIMIT)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
 def moved(result, net):
-    """How far the weights have gone, so that tolerances are relative to training and not to the weights."""
+    """Return the change of the weights, so that tolerances are relative to it and not to the weights."""
     start = dict(net.named_parameters())
     return {n: p - start[n].detach() for n, p in result["weights"].items()}
 
@@ -55,7 +55,7 @@ def test_statistics_of_the_joint_batch_are_counted_once(results):
 
 @pytest.mark.parametrize("name", ["synced flooding", "synced flooding with GR"])
 def test_a_common_decision_leaves_each_rank_its_own_loss(results, name):
-    """As other hooks see it; the mean is the loss of the joint batch."""
+    """Other hooks see the rank's own loss, and the mean over ranks is the loss of the joint batch."""
     case = JOINT[name]
     joint = torch.stack(replicas.fit(case._replace(flooding={"level": case.flooding["level"]}))["losses"])
     own = [torch.stack(rank[name]["losses"]) for rank in results]
@@ -64,7 +64,7 @@ def test_a_common_decision_leaves_each_rank_its_own_loss(results, name):
 
 
 class OwnBranch(replicas.Branches):
-    """What one rank does, in one process."""
+    """The network of one rank, in a single process."""
 
     rank = 0
 
@@ -73,13 +73,13 @@ class OwnBranch(replicas.Branches):
 
 
 def of_rank(batches, rank):
-    """The part of joint batches that one rank takes."""
+    """Return the part of joint batches that one rank gets."""
     return [(x[rank::RANKS], y[rank::RANKS]) for x, y in batches]
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_local_ascent_averages_what_each_rank_would_do(results, name):
-    """Each rank's own regularized gradient, by the float64 reference, averaged."""
+    """The result is the mean of each rank's own regularized gradient, by the float64 reference."""
     case = OWN[name]
     method, net = METHODS[case.method], replicas.make_net(case.net)
     if case.net == "branches":
@@ -110,24 +110,24 @@ def test_local_ascent_averages_what_each_rank_would_do(results, name):
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "nan synced"])
 def test_all_reduces_per_step(results, name):
-    """Two with a synced ascent, one with a local one, which is what plain training takes; three passes take no more."""
+    """Two with synced ascent, and one with local ascent, as in plain training; a third pass needs no more."""
     case = CASES[name]
     steps = EPOCHS * WINDOWS // case.trainer.get("accumulate_grad_batches", 1)
     synced = case.method not in (None, "Momentum-SAM") and case.options.get("ascent_sync", True)
-    if case.method == "LookSAM":  # a second pass on each third step only
+    if case.method == "LookSAM":  # has a second pass only in every third step
         assert results[0][name]["reduced"] == steps + -(-steps // 3)
         return
-    if name == "synced clipping, three passes":  # which needs each gradient as a whole
+    if name == "synced clipping, three passes":  # needs each gradient reduced separately
         assert results[0][name]["reduced"] == 3 * steps
         return
-    # DDP learns a static graph in a first step that reduces
+    # to learn a static graph, DDP reduces once in the first step
     extra = 1 if case.ddp.get("static_graph") and not synced else 0
     assert results[0][name]["reduced"] == steps * (1 + synced) + extra
 
 
 @pytest.mark.parametrize("name", ["compressed synced", "compressed local"])
 def test_compressed_gradients(results, name):
-    """A communication hook that sends bfloat16 changes the result by that rounding only."""
+    """A communication hook that sends bfloat16 only changes the result by its rounding."""
     net = replicas.make_net("plain")
     full = name.replace("compressed", "").strip() + " SAM"
     assert_near(moved(results[0][name], net), moved(results[0][full], net), 2e-2)
@@ -135,8 +135,8 @@ def test_compressed_gradients(results, name):
 
 
 @pytest.mark.parametrize("name", ["nan synced", "nan local", "nan local GR"])
-def test_nan_on_one_rank_reaches_all_of_them_and_no_sooner(results, name):
-    """As in plain training: the gradient is NaN everywhere and the weights are what they were until the step."""
+def test_nan_on_one_rank_reaches_all_ranks_in_the_same_step(results, name):
+    """As in plain training, gradients are NaN on all ranks, and weights stay finite until the optimizer step."""
     plain = results[0]["nan plain"]
     for rank in results:
         assert rank[name]["gradients"] == plain["gradients"]

@@ -1,4 +1,4 @@
-"""The examples run by their own commands."""
+"""The examples run with their own commands."""
 
 import logging
 import re
@@ -39,7 +39,7 @@ def test_selection_of_the_demonstration_s_constants():
 
 @pytest.mark.launch
 def test_gan(tmp_path):
-    """Samples come nearer to digits, and a picture is drawn."""
+    """Samples get closer to digits, and a picture is drawn."""
     out = run("gan.py", "--epochs", "8", "--picture", str(tmp_path / "samples.png"))
     before, after = (float(distance) for distance in re.findall(r"distance ([\d.]+)", out))
     assert after < 0.85 * before
@@ -48,7 +48,7 @@ def test_gan(tmp_path):
 
 @pytest.mark.launch
 def test_gan_on_two_processes():
-    """Both end with the same weights."""
+    """Both processes end with the same weights."""
     first, second = re.findall(r"sum up to ([\d.]+)", run("gan.py", "--epochs", "2", "--devices", "2"))
     assert first == second
 
@@ -63,7 +63,7 @@ def test_loops(name):
 
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """`python examples/NAME FLAGS` in this process, which has imported everything already."""
+    """Run `python examples/NAME FLAGS` in this process, which has already imported everything."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
     loggers += [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
@@ -93,7 +93,7 @@ def test_cli_by_yaml_and_flags(run_here, tmp_path):
 
 @pytest.mark.slow
 def test_language_model(run_here):
-    """Learns; plain and regularized begin alike."""
+    """Both runs learn, and start with the same loss."""
     out = run_here("language_model.py", "--epochs", "1", "--characters", "20000")
     bits = [float(number) for number in re.findall(r"(?:before|after) ([\d.]+)", out)]
     assert len(bits) == 4
@@ -104,11 +104,11 @@ def test_language_model(run_here):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # transformers' own
+@pytest.mark.filterwarnings("default")  # transformers warns
 def test_finetuning_of_gpt2(run_here):
     out = run_here("finetune_gpt2.py", "--epochs", "2", "--characters", "20000")
     plain, regularized = (float(number) for number in re.findall(r"bits per character ([\d.]+)", out))
-    assert plain < 5.5  # of 6.3 for 80 characters alike
+    assert plain < 5.5  # 80 equally likely characters have 6.3 bits
     assert regularized == pytest.approx(plain, rel=0.05)
 
 
@@ -136,7 +136,7 @@ def test_compiled_equals_eager(run_here):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # Optuna's own
+@pytest.mark.filterwarnings("default")  # Optuna warns
 def test_optuna_search(run_here):
     pytest.importorskip("optuna_integration")
     out = run_here("optuna_search.py", "--trials", "6", "--epochs", "4")
@@ -146,7 +146,7 @@ def test_optuna_search(run_here):
 
 
 def test_fabric_equals_the_plain_loop(monkeypatch):
-    """Bit for bit."""
+    """The weights are identical bit for bit."""
     monkeypatch.syspath_prepend(EXAMPLES)
     import fabric_loop
     import plain_loop

@@ -1,4 +1,4 @@
-"""Rules that keep something from step to step, through all forms, against references in float64."""
+"""Rules that keep state between steps or use the optimizer's, in all forms, against references in float64."""
 
 import pytest
 import reference
@@ -41,7 +41,7 @@ each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
 
 class Manual(GradientRegularizationMixin, TinyModule):
-    """TinyModule by hand."""
+    """TinyModule with manual optimization."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -89,14 +89,14 @@ def test_other_forms_equal_the_reference(name, optimizer):
 
 
 @each_rule
-def test_beside_flooding(name):
+def test_together_with_flooding(name):
     module = TinyModule()
     fit(module, STATEFUL[name].callback(), Flooding(1.0), max_epochs=EPOCHS)
     assert_near(weights(module.net), by_hand(name, "SGD", level=1.0))
 
 
 @each_rule
-def test_the_branch_of_accelerators(name):
+def test_the_accelerator_branch(name):
     with treated_as_accelerator() as asked:
         module = TinyModule()
         fit(module, STATEFUL[name].callback(), max_epochs=EPOCHS)
@@ -115,7 +115,7 @@ def half(scale):
 
 
 @each_rule
-def test_the_scale_does_not_show(name):
+def test_the_loss_scale_does_not_matter(name):
     modules = [TinyModule(mlp(dtype=FP32)) for _ in range(3)]
     for module, plugins in zip(modules, [[half(2.0**6)], [half(2.0**12)], []], strict=True):
         fit(module, STATEFUL[name].callback(), loader=make_loader(dtype=FP32), plugins=plugins, max_epochs=EPOCHS)
@@ -127,7 +127,7 @@ def test_the_scale_does_not_show(name):
 @pytest.mark.parametrize("at_second", [False, True])
 @each_rule
 def test_a_step_that_overflows_is_skipped_and_leaves_no_trace(name, at_second):
-    """What the rule keeps is that of the steps that were made."""
+    """The rule's state comes from successful steps only."""
     if name == "Momentum-SAM" and at_second:
         pytest.skip("it has no second pass")
 
@@ -138,7 +138,7 @@ def test_a_step_that_overflows_is_skipped_and_leaves_no_trace(name, at_second):
 
     module, callback, plugin = Overflows(mlp(dtype=FP32)), STATEFUL[name].callback(), half(2.0**8)
     fit(module, callback, loader=make_loader(dtype=FP32), plugins=[plugin])
-    skips = name != "LookSAM" or not at_second  # its second step has no second pass
+    skips = name != "LookSAM" or not at_second  # LookSAM has no second pass in the second step
     assert plugin.scaler.get_scale() == (2.0**7 if skips else 2.0**8)
     assert all(param.isfinite().all() for param in module.parameters())
     with callback.state.of(list(module.net.parameters())):
@@ -177,14 +177,14 @@ def test_gradient_clip(scheme, clip, host):
     assert_near(weights(module.net), expected)
 
 
-def test_a_clip_that_never_bites_changes_next_to_nothing():
+def test_a_threshold_that_is_never_reached_changes_nothing():
     modules = [TinyModule(), TinyModule()]
     fit(modules[0], SAM(0.2))
     fit(modules[1], SAM(0.2, gradient_clip=1e6))
     assert_same(weights(modules[0].net), weights(modules[1].net))
 
 
-def test_a_rule_with_state_needs_one():
+def test_a_stateful_rule_needs_a_state():
     net = mlp()
     with pytest.raises(ValueError, match="Expected `state` with a rule that keeps 'average'"):
         regularized_backward(lambda: cross_entropy(net, make_batches()[0]), net, STATEFUL["Friendly-SAM"].rule)
@@ -196,7 +196,7 @@ def test_looking_ahead_needs_an_optimizer():
         regularized_backward(lambda: cross_entropy(net, make_batches()[0]), net, STATEFUL["Momentum-SAM"].rule)
 
 
-def test_weights_and_momentum_are_left_as_they_are():
+def test_weights_and_momentum_stay_unchanged():
     net = mlp()
     optimizer, state = sgd(net.parameters()), State()
     for batch in make_batches():
@@ -219,8 +219,8 @@ def test_weights_and_momentum_are_left_as_they_are():
     ],
 )
 @pytest.mark.parametrize("rule", [GSAMRule(), FriendlySAMRule(), None])
-def test_what_needs_each_gradient_as_a_whole(rule, options, trainer, message):
-    """Before training."""
+def test_methods_that_need_each_gradient_as_a_whole(rule, options, trainer, message):
+    """An error is raised before training."""
     callback = SAM(0.1, gradient_clip=1.0, **options) if rule is None else TwoPass(rule, **options)
     who = "`gradient_clip` clips each gradient" if rule is None else f"{rule.name} combines its gradients itself"
     with pytest.raises(MisconfigurationException, match=f"{who}, {message}") as caught:

@@ -1,4 +1,4 @@
-"""Ranks that do not do the same (a gradient, batch, layer or decision less): the reference's result, and no hang."""
+"""Ranks that differ in their gradients, batches, layers or decisions give the reference's result and do not hang."""
 
 import copy
 import threading
@@ -21,14 +21,14 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(LIMIT + 60)]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What each rank ended with, for all cases; the processes are started once, since that takes longest."""
+    """The results of each rank for all cases; processes are only started once, since that takes most of the time."""
     folder = tmp_path_factory.mktemp("faulty")
     torchrun("faulty_ranks.py", folder, ranks=RANKS, limit=LIMIT)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
 def value(net, theta, case, rank, index):
-    """The loss of a micro-batch at θ."""
+    """Return the loss of a micro-batch at θ."""
     return functional_call(
         _Loss(net),
         {f"net.{n}": p for n, p in theta.items()},
@@ -50,7 +50,7 @@ def is_there(case, rank, index):
 
 
 class Meeting:
-    """Averages over ranks, each in a thread of its own, the loss of a micro-batch where each of them is."""
+    """Averages the losses of a micro-batch over ranks, each of which runs in its own thread."""
 
     def __init__(self):
         self.changed, self.losses, self.turns = threading.Condition(), defaultdict(dict), defaultdict(int)
@@ -67,8 +67,8 @@ class Meeting:
 
 
 def window_loss(net, case, indices, ranks, meeting=None):
-    """The mean over ranks of Σ L/window over a window's micro-batches, each flooded as the callback says."""
-    net = copy.deepcopy(net)  # for a thread
+    """Return the mean over ranks of Σ L/window over a window's micro-batches, with flooding, as a function of θ."""
+    net = copy.deepcopy(net)  # threads must not share it
 
     def total(theta):
         each = []
@@ -83,10 +83,10 @@ def window_loss(net, case, indices, ranks, meeting=None):
 
 
 def by_hand(case):
-    """Train in one process, by the float64 reference."""
+    """Train in one process with the float64 reference."""
     net = Net()
     theta = {n: p.detach().clone() for n, p in net.named_parameters()}
-    left = [{n: torch.zeros_like(p) for n, p in theta.items()} for _ in range(RANKS)]  # in `.grad`, on each rank
+    left = [{n: torch.zeros_like(p) for n, p in theta.items()} for _ in range(RANKS)]  # in `.grad` of each rank
     optimizer = reference.SGD(momentum=0.9 if case.parts == "all" else 0.0)
     method = None if case.method is None else (METHODS | STATEFUL)[case.method]
     stateful = method.reference() if case.method in STATEFUL else None
@@ -96,7 +96,7 @@ def by_hand(case):
     for start in range(0, faulty_ranks.BATCHES, case.window):
         indices = range(start, start + case.window)
         for rank in range(RANKS):
-            # Lightning zeroes at the first micro-batch, and only if there is one
+            # Lightning only zeroes gradients at the first micro-batch of a window, if that has a loss
             if (rank, start) not in case.without:
                 left[rank] = {n: torch.zeros_like(p) for n, p in theta.items()}
         due = step >= case.options.get("start_step", 0) and step % case.options.get("interval", 1) == 0
@@ -116,7 +116,7 @@ def by_hand(case):
         groups = [[index] for index in indices] if micro else [indices]
         makers = [(rank,) for rank in range(RANKS)] if local else [tuple(range(RANKS))]
         new = {n: torch.zeros_like(p) for n, p in theta.items()}
-        # a micro-batch by itself has the gradient of its loss, whose share of the window is one part
+        # a separate micro-batch uses the gradient of its whole loss, which then counts as one part of the window
         scale, meeting = case.window if micro else 1, Meeting()
 
         def made(ranks, groups=groups, gradient=gradient, scale=scale, meeting=meeting):
@@ -132,14 +132,14 @@ def by_hand(case):
             left = [total] * RANKS
             step += 1
         else:
-            for rank in range(RANKS):  # no step, and what is there stays: not reduced
+            for rank in range(RANKS):  # without a step, gradients stay on their ranks and are not reduced
                 own = reference.plain(window_loss(net, case, indices, (rank,), Meeting()), theta)
                 left[rank] = {n: left[rank][n] + own[n] for n in own}
     return theta
 
 
 def clipped_central(method, loss, theta, limit, excluded):
-    """Each gradient is clipped before they are combined (for SAM, there are two)."""
+    """Clip each gradient before combining them, for the central scheme and for SAM."""
     free = {n: p for n, p in theta.items() if n not in excluded}
     fixed = {n: p for n, p in theta.items() if n in excluded}
     clean = reference.plain(loss, theta)
@@ -174,8 +174,8 @@ def test_ranks_end_with_identical_weights(results, name):
 
 
 @pytest.mark.parametrize("name", HOOKS)
-def test_what_hooks_count_are_optimizer_steps(results, name):
-    """As in plain training, whatever the number of passes. A hook of one's own counts buckets."""
+def test_hooks_count_optimizer_steps(results, name):
+    """Counts are the same as in plain training, whatever the number of passes; the custom hook counts buckets."""
     kind, case = HOOKS[name][0], HOOKED[HOOKS[name][1]]
     steps = range(1, faulty_ranks.BATCHES // case.window + 1)
     for rank in results:
@@ -187,7 +187,7 @@ def test_what_hooks_count_are_optimizer_steps(results, name):
 
 @pytest.mark.parametrize("name", [name for name in HOOKED if not name.startswith("NaN")])
 def test_power_sgd_is_not_biased_by_the_ascent(results, name):
-    """Its error feedback makes up for what it leaves out, so that training goes where it does without compression."""
+    """Its error feedback compensates for the compression, so the weights stay close to those without it."""
     full, start = by_hand(HOOKED[name]), weights(Net())
     for rank in results:
         moved = {n: rank[f"power, {name}"]["weights"][n] - start[n] for n in start}
@@ -196,8 +196,8 @@ def test_power_sgd_is_not_biased_by_the_ascent(results, name):
 
 @pytest.mark.parametrize("name", ["step", "step, local", "rule"])
 @pytest.mark.parametrize(("window", "manual"), [(1, False), (2, False), (1, True)])
-def test_ranks_that_decide_differently_end_with_an_error_on_each(results, name, window, manual):
-    """In the step where it happens, before any of them waits for another."""
+def test_ranks_that_decide_differently_all_end_with_an_error(results, name, window, manual):
+    """The error comes in the step where they differ, before any rank waits for another one."""
     for rank in results:
         message, step = rank["moody"][name, window, manual]
         assert "decided differently on some ranks in optimizer step 3" in message
@@ -205,7 +205,7 @@ def test_ranks_that_decide_differently_end_with_an_error_on_each(results, name, 
 
 
 @pytest.mark.parametrize("name", ["rho", "interval", "scheme", "exclude", "level", "sync"])
-def test_ranks_with_different_settings_end_with_an_error_on_each(results, name):
+def test_ranks_with_different_settings_all_end_with_an_error(results, name):
     for rank in results:
         message, step = rank["moody"][name, 1, False]
         assert "differ between ranks" in message

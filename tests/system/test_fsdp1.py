@@ -1,4 +1,4 @@
-"""FSDP1 on two CPU ranks, HYBRID_SHARD on four: the single-process result, clean checkpoints, resume, no gathering."""
+"""FSDP1 on two CPU ranks, and HYBRID_SHARD on four: results of one process, clean checkpoints, no extra gathering."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def results_of(tmp_path_factory, ranks):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What each of two ranks ended with, for all cases; the processes are started once, since that takes longest."""
+    """The results of two ranks for all cases; processes are only started once, since that takes most of the time."""
     return results_of(tmp_path_factory, 2)
 
 
@@ -35,7 +35,7 @@ def hybrid(tmp_path_factory):
 
 
 def joined(folder, name):
-    """The weights in a sharded checkpoint."""
+    """Return the weights in a sharded checkpoint."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     dcp_to_torch_save(folder / f"{name}.ckpt", folder / f"{name}-joined.ckpt")
@@ -43,7 +43,7 @@ def joined(folder, name):
 
 
 def alone(case):
-    """The same in one process, on the joint batch, in the precision of its module."""
+    """Train in one process on the joint batch, in the precision of the module; return the initial weights as well."""
     case = case._replace(layout="single", trainer={n: v for n, v in case.trainer.items() if n != "precision"})
     if case.trainer.get("gradient_clip_algorithm") == "value":
         case = case._replace(trainer=case.trainer)
@@ -65,7 +65,7 @@ def check(ranks, name, case, tolerance):
 @pytest.mark.launch
 @pytest.mark.parametrize("name", CASES)
 def test_equals_a_single_process(results, name):
-    """In float64; in some cases a rank holds no element of what is regularized. So do the logged metrics."""
+    """Weights and logged metrics agree in float64, even if a rank holds no part of the regularized parameters."""
     expected = check(results[1], name, CASES[name], 1e-9)
     for rank in results[1]:
         assert rank[name]["logs"] == pytest.approx(expected.logs, rel=1e-6)
@@ -87,7 +87,7 @@ def test_lower_precision_differs_by_its_rounding(results, name):
 @pytest.mark.parametrize("layout", ["wrap", "flat"])
 @pytest.mark.parametrize("kind", ["sharded"])
 def test_checkpoints_are_clean_and_load_without_us(results, kind, layout):
-    """As one part per rank, under the names of the user's module."""
+    """Checkpoints have one part per rank, with the names of the user's module."""
     folder, ranks = results
     assert_same(joined(folder, f"resume-{kind}-{layout}"), ranks[0]["resumed", kind, layout]["saved"])
 
@@ -103,8 +103,8 @@ def test_a_resumed_run_ends_with_the_same_bits(results, kind, layout):
 
 @pytest.mark.launch
 @pytest.mark.parametrize("layout", ["root", "wrap", "grad op"])
-def test_a_checkpoint_between_the_passes_of_momentum_sam_has_the_weights_themselves(results, layout):
-    """FSDP holds gathered weights at that moment, which were gathered where the shards were displaced."""
+def test_a_checkpoint_between_the_passes_of_momentum_sam_contains_the_clean_weights(results, layout):
+    """At that moment FSDP holds gathered weights, which come from displaced shards."""
     folder, ranks = results
     assert_same(joined(folder, f"gap-{layout}"), ranks[0]["gap", layout])
 
@@ -113,18 +113,18 @@ def test_a_checkpoint_between_the_passes_of_momentum_sam_has_the_weights_themsel
 @pytest.mark.parametrize("layout", ["root", "wrap", "grad op"])
 @pytest.mark.parametrize("method", ["forward GR", "SAM", "central GR"])
 def test_no_gradient_is_gathered(results, layout, method):
-    """As many gathers and scatters per pass as in plain training; one number per step for a norm, one for a metric."""
+    """Each pass gathers and scatters as in plain training; each step sends a number for a norm and one for a metric."""
     counts, plain = (results[1][0]["communication", layout, name] for name in (method, None))
     passes, steps = (3 if method == "central GR" else 2), 4
     for name in ("allgather_", "_reduce_scatter_base_"):
         assert counts[name] == passes * plain[name]
-    assert counts["allreduce_"] - plain["allreduce_"] == 2 * steps + 2  # at the start, the settings and the panel
+    assert counts["allreduce_"] - plain["allreduce_"] == 2 * steps + 2  # settings and panel, at the start
 
 
 @pytest.mark.launch
 @pytest.mark.parametrize(("layout", "more"), [("root", 1), ("wrap", 1), ("grad op", 3)])
-def test_momentum_sam_gathers_once_more_what_stays_gathered_between_its_passes(results, layout, more):
-    """The outermost unit, and with ``SHARD_GRAD_OP`` all units."""
+def test_momentum_sam_gathers_units_again_that_stay_gathered_between_its_passes(results, layout, more):
+    """This is the outermost unit, or all units with ``SHARD_GRAD_OP``."""
     counts, plain = (results[1][0]["communication", layout, name] for name in ("Momentum-SAM", None))
     assert counts["allgather_"] == plain["allgather_"] + 4 * more
     assert counts["_reduce_scatter_base_"] == plain["_reduce_scatter_base_"]
@@ -143,7 +143,7 @@ def example(folder, launcher, *options):
 
 @pytest.mark.launch
 def test_the_cluster_example_runs_with_fsdp_by_changing_its_strategy(tmp_path):
-    """Here to one on CPU ranks, with sharded checkpoints; it ends with the weights of one process."""
+    """With CPU ranks and sharded checkpoints, it ends with the weights of a single process."""
     strategy = ["--trainer.strategy", "fsdp1.OnCPU", "--trainer.strategy.state_dict_type", "sharded"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     found = joined(example(tmp_path / "two", launcher, "--trainer.devices", 2, *strategy), "last")
@@ -168,7 +168,7 @@ def test_what_cannot_be_sharded_is_refused(callback, options, message):
 
 @pytest.mark.parametrize("callback", [SAM(), Flooding(0.1)])
 def test_manual_optimization_is_refused(callback):
-    """FSDP1 fails there in plain Lightning, or does not train."""
+    """In plain Lightning, FSDP1 fails in manual optimization, or does not train."""
     module = Module(Case("wrap", None))
     module.automatic_optimization = False
     with pytest.raises(MisconfigurationException, match=r"cannot run a backward pass within `training_step`, also"):

@@ -1,4 +1,4 @@
-"""What the other tests show on the CPU, on a GPU; skipped where there is none."""
+"""The most important results of the other tests, on a GPU; skipped without one."""
 
 import pytest
 import pytorch_lightning as pl
@@ -28,7 +28,7 @@ def fit(module, *callbacks, accelerator="gpu", devices=1, **options):
 
 @pytest.fixture
 def one_rank(monkeypatch):
-    """A process group of one rank, with NCCL."""
+    """Prepare for a NCCL process group of one rank, and destroy it afterwards."""
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     yield
     if torch.distributed.is_initialized():
@@ -65,7 +65,7 @@ def test_fsdp1_is_refused(one_rank):
 
 
 class Single(TinyModule):
-    """In float32, for a gradient scaler."""
+    """A module in float32, for gradient scalers."""
 
     def training_step(self, batch, batch_idx):
         return super().training_step((batch[0].float(), batch[1]), batch_idx)
@@ -94,7 +94,7 @@ def test_the_second_pass_never_waits_for_the_device():
 
 
 def test_measuring_never_waits_for_the_device():
-    """From the backward pass to the optimizer step."""
+    """No metric waits between the backward pass and the optimizer step."""
 
     class Watched(TinyModule):
         def on_before_backward(self, loss):

@@ -1,4 +1,4 @@
-"""Hooks on parameters with DDP: each rank clips its own gradients, and what is reduced is what it left."""
+"""Hooks on parameters with DDP: each rank clips its own gradients before they are reduced."""
 
 import pytest
 import torch
@@ -17,5 +17,5 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_gradient_is_clipped_by_itself(results, name):
+def test_each_gradient_is_clipped_separately(results, name):
     assert max(rank[name] for rank in results) < 1e-9

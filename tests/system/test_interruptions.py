@@ -1,4 +1,4 @@
-"""Whatever breaks off a second pass: the weights are the clean ones, in the module and in a checkpoint saved then."""
+"""Whatever interrupts a second pass, the weights are restored, in the module and in a checkpoint saved then."""
 
 import signal
 import subprocess
@@ -34,7 +34,7 @@ STOPS = {
 
 
 class Stops(TinyModule):
-    """Ends by ``stop`` in the second pass of its third step, in the forward or in the backward pass."""
+    """Raises ``stop`` in the second pass of its third step, in the forward or in the backward pass."""
 
     stop, at = None, "forward"
 
@@ -44,7 +44,7 @@ class Stops(TinyModule):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         if in_second_pass() and batch_idx == 2:
-            # perturbed by now, or the test would show nothing
+            # weights must be perturbed now, or the test would be meaningless
             assert not all(torch.equal(p, self.clean[name]) for name, p in self.net.named_parameters())
             if self.at == "forward":
                 raise self.stop
@@ -56,7 +56,7 @@ class Stops(TinyModule):
 
 
 @pytest.mark.usefixtures("_ctrl_c")
-@pytest.mark.filterwarnings("ignore:.*ckpt_path:UserWarning")  # Lightning's own, about OnExceptionCheckpoint
+@pytest.mark.filterwarnings("ignore:.*ckpt_path:UserWarning")  # from Lightning, about OnExceptionCheckpoint
 @pytest.mark.parametrize("at", ["forward", "backward"])
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("name", MOVING)
@@ -74,14 +74,14 @@ def test_weights_are_restored(name, stop, at, tmp_path):
     assert "log" not in vars(module)
 
 
-POINTS = 60  # of some ten thousand bytecodes, spread over the pass
+POINTS = 60  # spread over about ten thousand bytecodes of the pass
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["lightning_gr.core", "lightning_gr"])
 @pytest.mark.parametrize("name", SOME_MOVING)
 def test_ctrl_c_before_any_bytecode(name, part):
-    """Wherever in our code Ctrl-C comes, restoring included, the weights end as they were."""
+    """Wherever Ctrl-C hits our code, including while restoring, the weights end unchanged."""
     net = mlp()
     clean, all_of_it = weights(net), Interrupter(10**9, part)
     second_pass = second_pass_of(name, net)
@@ -100,7 +100,7 @@ def test_ctrl_c_before_any_bytecode(name, part):
 @pytest.mark.usefixtures("_ctrl_c")
 @pytest.mark.parametrize("after", [0, 1])
 def test_ctrl_c_while_restoring(monkeypatch, after):
-    """It comes before, or in the middle of, copying the weights back: a second attempt completes it."""
+    """Ctrl-C hits before or in the middle of restoring the weights, and a second attempt completes it."""
     real, calls = WeightStorage.put_back, []
 
     def put_back(self):
@@ -137,9 +137,9 @@ sys.exit(subprocess.run(command).returncode)
 
 @pytest.mark.launch
 @pytest.mark.slow
-def test_ctrl_c_in_a_job_in_the_background():
+def test_ctrl_c_in_a_background_job():
     signals = f"{ROOT}/tests/core/test_signals.py"
-    tests = [f"{__file__}::test_ctrl_c_is_not_ignored", f"{signals}::test_ctrl_c_is_not_held_back"]
+    tests = [f"{__file__}::test_ctrl_c_is_not_ignored", f"{signals}::test_ctrl_c_is_not_deferred"]
     command = [sys.executable, "-c", IN_BACKGROUND, *tests]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
     assert ended.returncode == 0, ended.stdout[-2000:]

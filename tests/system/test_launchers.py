@@ -1,4 +1,4 @@
-"""However the ranks are started the result is the same, and an error on one of them ends them all, with its cause."""
+"""All ways to start ranks give the same result, and an error on one rank ends all of them and shows the cause."""
 
 import re
 import time
@@ -15,7 +15,7 @@ SCRIPT = HERE / "launched.py"
 
 
 def two_nodes(*args):
-    """Torchrun as on two nodes with one process each, on this machine."""
+    """Return the torchrun commands for two nodes with one process each, both on this machine."""
     port = free_port()
     common = [*PYTHON, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1]
     common += ["--master-addr", "127.0.0.1", "--master-port", port]
@@ -32,7 +32,7 @@ LAUNCHERS = ["ddp", "ddp_spawn", "ddp_notebook", "torchrun on two nodes"]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_every_launcher_gives_the_joint_batch(launcher, tmp_path):
+def test_every_launcher_gives_the_result_of_the_joint_batch(launcher, tmp_path):
     codes, output = finish(tmp_path / "log", *commands(launcher, tmp_path, "synced"), limit=LIMIT)
     assert set(codes) == {0}, output[-3000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
@@ -44,8 +44,8 @@ def test_every_launcher_gives_the_joint_batch(launcher, tmp_path):
     ("launcher", "method"),
     [("ddp", "synced"), ("ddp", "local"), ("ddp_spawn", "local"), ("torchrun on two nodes", "synced")],
 )
-def test_an_error_in_the_second_pass_of_one_rank_ends_all(launcher, method, tmp_path):
-    """Within a bounded time, though the other rank waits for the gradients; and the cause is shown."""
+def test_an_error_in_the_second_pass_of_one_rank_ends_all_ranks(launcher, method, tmp_path):
+    """All ranks end within a time limit, although the other one waits for gradients, and the cause is shown."""
     began = time.monotonic()
     codes, output = finish(tmp_path / "log", *commands(launcher, tmp_path, method, "fails"), limit=LIMIT)
     assert 0 not in codes

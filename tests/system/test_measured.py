@@ -1,4 +1,4 @@
-"""Metrics on two gloo ranks, with DDP and with FSDP2: those of the joint batch, or the mean of each rank's own."""
+"""Metrics on two gloo ranks with DDP and FSDP2: those of the joint batch, or the mean over ranks."""
 
 import measured
 import pytest
@@ -17,7 +17,7 @@ shards = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reaso
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What each rank logged, for all cases; the processes are started once, since that takes longest."""
+    """The logs of each rank for all cases; processes are only started once, since that takes most of the time."""
     folder = tmp_path_factory.mktemp("measured")
     torchrun("measured.py", folder, ranks=RANKS, limit=LIMIT)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
@@ -25,7 +25,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [*(f"synced {n}" for n in METHODS), "plain"])
 def test_synced_values_are_those_of_the_joint_batch(results, name):
-    """Norms, losses, alignment, curvature, the norm before clipping, by layer, and the Hessian's: on both ranks."""
+    """Norms, also before clipping and by layer, losses, alignment, curvature and the Hessian's, on both ranks."""
     alone = measured.replicated(measured.CASES[name])
     for rank in results:
         assert rank[name].keys() == alone.keys()
@@ -43,7 +43,7 @@ def test_sharded_values_are_those_of_the_joint_batch(results, name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_local_values_are_means_of_each_ranks_own(results, name):
-    """What would need each rank's second gradient, which DDP reduces, is left out."""
+    """Metrics that need each rank's second gradient are left out, since DDP reduces it."""
     net = replicas.make_net("plain")
     losses = [reference.loss_of(net, cross_entropy, [own_batch(rank)]) for rank in range(RANKS)]
     each = [by_hand(METHODS[name], loss, weights(net)) for loss in losses]
@@ -65,14 +65,14 @@ def test_share_of_flooded_losses_is_the_mean_over_ranks(results):
     assert [rank["flooded"]["gr/flooded"] for rank in results] == [share] * RANKS
 
 
-def test_one_all_reduce_on_logged_steps_and_none_on_others(results):
+def test_one_all_reduce_at_logged_steps_and_none_at_others(results):
     counts = results[0]["all-reduces"]
     assert counts["all", 100] == counts[(), 1]
     assert counts["all", 2] == counts[(), 1] + 2
 
 
 def test_torchmetrics_reduce_over_ranks(results):
-    """Rank 0 makes one update, rank 1 two: a mean over all three."""
+    """With one update on rank 0 and two on rank 1, the result is the mean over all three."""
     first, second = 2.0**0.5 * 1, (2.0**0.5 * 2, 2.0**0.5 * (2 + 1))
     half = 0.5**0.5
     expected = {

@@ -1,4 +1,4 @@
-"""One set of classes for `pytorch_lightning` and `lightning.pytorch`, and what importing them costs."""
+"""One set of classes for `pytorch_lightning` and `lightning.pytorch`, and what gets imported."""
 
 import importlib
 import os
@@ -25,7 +25,7 @@ QUIET = {
 
 
 def module_of(namespace):
-    """TinyModule's training as a module of ``namespace``."""
+    """Create a module of ``namespace`` that trains like TinyModule."""
 
     class Module(importlib.import_module(namespace).LightningModule):
         def __init__(self):
@@ -45,7 +45,7 @@ def module_of(namespace):
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("bare", [True, False])
 @pytest.mark.parametrize("make", [lambda: GradientRegularization(0.3, 0.2), lambda: SAM(0.2), lambda: Flooding(1.05)])
-def test_trains_alike_in_a_list_and_bare(namespace, bare, make):
+def test_trains_the_same_in_a_list_and_bare(namespace, bare, make):
     expected = TinyModule()
     fit(expected, make())
     module = module_of(namespace)
@@ -96,7 +96,7 @@ print("steps", trainer.global_step, [name for name in sys.modules if name.split(
 
 
 @pytest.mark.launch
-def test_works_where_only_pytorch_lightning_is_installed(tmp_path):
+def test_works_if_only_pytorch_lightning_is_installed(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_LIGHTNING]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr[-2000:]
@@ -114,12 +114,12 @@ def test_works_where_only_pytorch_lightning_is_installed(tmp_path):
         (["nothing"], 2, "invalid choice: 'nothing'"),
     ],
 )
-def test_the_command_s_help_version_and_errors_import_no_package(flags, code, said, tmp_path):
-    script = tmp_path / "lightning-gr"  # as pip writes it for an entry point
+def test_help_version_and_errors_of_the_command_import_no_package(flags, code, said, tmp_path):
+    script = tmp_path / "lightning-gr"  # the script that pip writes for an entry point
     module, function = entry_point().split(":")
     script.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
     command = [sys.executable, "-X", "importtime", str(script), *flags]
-    # in ASCII, as where no locale is set
+    # in ASCII, as without a locale
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environment)
     assert ended.returncode == code
@@ -147,7 +147,7 @@ print(*(name for name in lightning_gr.__all__ if name in globals()))
 
 
 @pytest.mark.launch
-def test_log_lines_stay_with_the_namespace_of_the_user():
+def test_log_lines_stay_in_the_namespace_of_the_user():
     ended = subprocess.run([sys.executable, "-c", NAMES], capture_output=True, text=True, timeout=100, check=False)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert ended.stdout.split() == lightning_gr.__all__

@@ -1,4 +1,4 @@
-"""What a wheel, a source distribution and an editable install contain, built by the backend that pip calls."""
+"""The contents of a wheel, a source distribution and an editable install, built by the backend that pip calls."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def sources(tmp_path_factory):
 
 
 def build(sources, kind):
-    """Call a hook of the build backend in ``sources``, and return the file that it makes."""
+    """Call a hook of the build backend in ``sources``, and return the path of the file that it creates."""
     out = sources / "dist"
     code = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(out)!r}))"
     ended = subprocess.run(
@@ -69,7 +69,7 @@ def test_the_source_distribution_contains_the_tests_with_their_helpers(sources):
 
 
 def test_an_editable_install_is_a_plain_path(sources):
-    """Type checkers and editors follow a path; they do not run the import hook that setuptools installs by default."""
+    """Type checkers and editors follow paths, but do not run the import hook that setuptools installs by default."""
     with zipfile.ZipFile(build(sources, "editable")) as wheel:
         (path_file,) = [name for name in wheel.namelist() if ".dist-info/" not in name]
         assert Path(path_file).suffix == ".pth"

@@ -1,4 +1,4 @@
-"""The paper's experiments: their fast forms by their own commands, the identities they rest on, and the pages."""
+"""The paper's experiments: fast versions by their own commands, the underlying identities, and the pages."""
 
 import csv
 import os
@@ -21,7 +21,7 @@ COMMITTED = sorted((PAPER / "results").glob("*.csv"))
 
 @pytest.fixture
 def paper(monkeypatch):
-    """The programs as modules."""
+    """A function that imports the programs as modules."""
     monkeypatch.syspath_prepend(PAPER)
     import common
 
@@ -39,7 +39,7 @@ def run(program, folder, *flags):
 
 
 def experiment(program):
-    """In this process."""
+    """Run a program's experiment in this process."""
     threads = torch.get_num_threads()
     try:
         program.experiment()
@@ -62,7 +62,7 @@ def assert_drawn(folder, *names):
         assert "</svg>" in (folder / f"{name}.svg").read_text(encoding="utf-8")
 
 
-# --- fast forms
+# --- fast versions
 
 
 @pytest.mark.launch
@@ -83,7 +83,7 @@ def test_flooding_and_a_second_run(paper, tmp_path, monkeypatch, capsys):
     assert max(numbers(tmp_path / "flooding_identity.csv", "difference")) < 1e-12
     monkeypatch.setattr(sys, "argv", ["flooding.py", "--fast", "--results", str(tmp_path), "--figures", str(tmp_path)])
     experiment(paper("flooding"))
-    assert " runs" not in capsys.readouterr().out  # nothing was missing
+    assert " runs" not in capsys.readouterr().out  # no run was missing
     assert {file.name: file.read_bytes() for file in tmp_path.glob("*.csv")} == before
 
 
@@ -101,7 +101,7 @@ def test_generalisation_and_sharpness(tmp_path):
 
 @pytest.mark.launch
 def test_generalisation_on_mnist(tmp_path):
-    """Plain training has its own learning rate, also for twice the epochs, and a row without it."""
+    """Plain training has a tuned learning rate, another one for twice the epochs, and a row with the default one."""
     run("generalisation", tmp_path, "--tasks", "mnist-mlp-500", "--methods", "MSAM", "plain, untuned", "--seeds", "3")
     assert_drawn(tmp_path, "generalisation_mnist")
     tried = [row for row in rows(tmp_path / "selection.csv") if row["method"] == "plain"]
@@ -136,7 +136,7 @@ def test_one_pass_and_relatives(tmp_path):
         "plain", "SAM", "GSAM", "Friendly SAM", "LookSAM",
     }  # fmt: skip
     accuracies = numbers(tmp_path / "relatives.csv", "accuracy")
-    assert len(set(accuracies)) > 3  # another method, another result
+    assert len(set(accuracies)) > 3  # methods have different results
     assert all(0 < accuracy <= 100 for accuracy in accuracies)
 
 
@@ -166,7 +166,7 @@ class Arguments:
         self.results, self.draw_only = folder, draw_only
 
 
-def test_runner_goes_on_where_it_was(paper, tmp_path):
+def test_runner_continues_after_an_interruption(paper, tmp_path):
     common, seen = paper("common"), []
 
     def measure(a, b):
@@ -195,7 +195,7 @@ def test_runner_keeps_curves_together(paper, tmp_path):
     assert made == common.run_missing(Arguments(tmp_path, draw_only=True), "x", runs, None)
 
 
-def test_runner_refuses_a_file_of_another_form(paper, tmp_path):
+def test_runner_refuses_a_file_with_other_columns(paper, tmp_path):
     (tmp_path / "x.csv").write_text("a,c\n1,2\n")
     with pytest.raises(SystemExit, match="delete it"):
         paper("common").run_missing(Arguments(tmp_path), "x", [{"a": 1, "b": 2}], None)
@@ -206,7 +206,7 @@ def test_runner_refuses_a_file_of_another_form(paper, tmp_path):
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 @pytest.mark.parametrize("order", ["up, down", "down, up"])
-def test_two_flooded_steps_are_one_of_gradient_regularization(paper, order, activation):
+def test_two_flooded_steps_equal_one_step_of_gradient_regularization(paper, order, activation):
     found = paper("flooding_walks").measure_identity(order, 0.1, 1, activation)
     below, above = ("loss_before", "loss_between") if order == "up, down" else ("loss_between", "loss_before")
     assert found[below] < found[above]
@@ -221,7 +221,7 @@ def test_drift_with_momentum(paper, momentum):
 
 
 @pytest.mark.parametrize(("gamma", "epsilon"), [(0.0, None), (0.02, 0.0), (0.02, 0.2), (0.02, -0.1)])
-def test_field_of_the_package_is_the_closed_form(paper, gamma, epsilon):
+def test_field_of_the_package_equals_the_closed_form(paper, gamma, epsilon):
     diagonal = paper("diagonal_flow")
     problem = diagonal.Problem(3, n=10, d=20)
     weights = np.random.default_rng(0).uniform(0.1, 0.5, (2, 20))
@@ -232,7 +232,7 @@ def test_field_of_the_package_is_the_closed_form(paper, gamma, epsilon):
 
 @pytest.mark.slow
 def test_effective_scale_of_a_small_problem(paper):
-    """√(w₊w₋) after a while is α·exp(−γ∫g∘g′dt)."""
+    """After some time, √(w₊w₋) = α·exp(−γ∫g∘g′dt)."""
     diagonal = paper("diagonal_flow")
     problem = diagonal.Problem(0, n=10, d=20)
     plus, minus, integral, *_ = diagonal.flow(problem, 0.02, 0.2, source="package", time=0.05)
@@ -241,7 +241,7 @@ def test_effective_scale_of_a_small_problem(paper):
 
 
 def test_networks_side_by_side_do_not_mix(paper):
-    """One rule for several independent networks gives each the gradient that it gets alone."""
+    """A rule applied to several independent networks gives each the same gradient as when it is alone."""
     diagonal = paper("diagonal_flow")
     problems = [diagonal.Problem(seed, n=10, d=20) for seed in range(3)]
     together = diagonal.DiagonalNetworks(problems)
@@ -294,7 +294,7 @@ def test_schedule_in_trainer_and_plain_loop(paper):
     ],
 )
 def test_learning_rates_to_try(paper, task, method, tuned, expected):
-    """Plain training has the whole range, and the others its best one and the task's."""
+    """Plain training tries the whole range, and other methods its best rate and the task's."""
     assert paper("studies").STUDIES[task].rates_of(method, tuned) == expected
 
 
@@ -310,7 +310,7 @@ def test_mnist_splits_are_disjoint(paper):
     assert len(images.unique(dim=0)) == len(tasks.mnist()[0].unique(dim=0))
 
 
-def test_data_is_that_of_the_demonstration(paper):
+def test_data_equals_that_of_the_demonstration(paper):
     tasks = paper("tasks")
     ours, theirs = tasks.split(*tasks.digits(), 897, 500, 0.2, seed=3), demo.Digits.load(3)
     for part in ("train", "validation", "test"):
@@ -319,7 +319,7 @@ def test_data_is_that_of_the_demonstration(paper):
 
 
 @pytest.mark.slow
-def test_mnist1d_is_made_and_leaves_numpy_s_random_numbers(paper):
+def test_mnist1d_is_created_without_changing_numpys_random_state(paper):
     np.random.seed(5)
     before = np.random.get_state()[1].tolist()
     x, y = paper("tasks").mnist1d()
@@ -333,7 +333,7 @@ def test_mnist1d_is_made_and_leaves_numpy_s_random_numbers(paper):
 @pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_page_shows_the_committed_numbers(paper, program, tmp_path, capsys, monkeypatch):
-    """The figure and the table are made of the committed files, and the page has each line of the table."""
+    """The figure and the table are created from the committed files, and the page contains each line of the table."""
     monkeypatch.setattr(sys, "argv", [f"{program}.py", "--draw-only", "--figures", str(tmp_path)])
     experiment(paper(program))
     assert len(list(tmp_path.glob("*.png"))) == len(list(tmp_path.glob("*.svg"))) >= 1
@@ -343,6 +343,6 @@ def test_page_shows_the_committed_numbers(paper, program, tmp_path, capsys, monk
     assert [line for line in shown if line not in page] == []
 
 
-def test_results_say_where_they_come_from():
+def test_results_have_a_description_of_their_origin():
     assert len(COMMITTED) == 19
     assert all(file.with_suffix(".json").exists() for file in COMMITTED)

@@ -1,4 +1,4 @@
-"""Every precision: the right gradient, overflow where it is expected, and nothing read from the device."""
+"""All precisions: correct gradients, overflows, and no reads from the device."""
 
 import contextlib
 
@@ -31,19 +31,19 @@ FP32 = torch.float32
 
 
 def half(scale, scaler=torch.amp.GradScaler):
-    """Lightning's 16-mixed with a gradient scaler on the CPU."""
+    """Return Lightning's 16-mixed plugin with a gradient scaler on the CPU."""
     return MixedPrecision("16-mixed", "cpu", scaler("cpu", init_scale=scale, growth_interval=10_000))
 
 
 def train(name, *callbacks, module=None, dtype=FP32, **options):
-    """Train a module with a method; by-hand loops have their own functions below."""
+    """Train a module with a method."""
     module = TinyModule(mlp(dtype=dtype)) if module is None else module
     fit(module, METHODS[name].callback(), *callbacks, loader=make_loader(dtype=dtype), **options)
     return module
 
 
 def last_gradient_by_hand(name, context=contextlib.nullcontext):
-    """The last gradient of the same training in a plain loop with the functional form."""
+    """Return the last gradient and the weights of the same training in a plain loop with the functional form."""
     net = mlp(dtype=FP32)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     for batch in make_batches(dtype=FP32):
@@ -64,7 +64,7 @@ def last_gradient_by_hand(name, context=contextlib.nullcontext):
 @pytest.mark.parametrize(("precision", "tolerance"), [("64-true", 1e-10), ("32-true", 1e-4)])
 @pytest.mark.parametrize("name", METHODS)
 def test_true_precision(name, precision, tolerance):
-    """As near to the float64 reference as the precision lets it be."""
+    """Weights agree with the float64 reference as closely as the precision allows."""
     module = train(name, precision=precision)
     assert {p.dtype for p in module.parameters()} == {torch.float64 if precision == "64-true" else FP32}
     net = mlp(dtype=FP32).double()
@@ -76,15 +76,15 @@ def test_true_precision(name, precision, tolerance):
 
 
 @pytest.mark.parametrize("callback", [GradientRegularization(1e-6, 1e-6), SAM(1e-6)])
-def test_weights_too_coarse_to_move_are_told(callback):
-    """bf16-true with a perturbation below the resolution of the weights: one warning in the whole training."""
+def test_warns_of_weights_too_coarse_to_move(callback):
+    """With bf16-true and a perturbation below the resolution of the weights, there is one warning per training."""
     with pytest.warns(UserWarning, match=r"weights move: .* precision='bf16-mixed'") as record:
         fit(TinyModule(mlp(dtype=FP32)), callback, loader=make_loader(dtype=FP32), precision="bf16-true", max_epochs=2)
     assert len([w for w in record if "weights move" in str(w.message)]) == 1
 
 
-def test_weights_that_move_are_not_warned_about():
-    """Warnings are errors here."""
+def test_no_warning_if_weights_move():
+    """Any warning would be an error here."""
     fit(TinyModule(mlp(dtype=FP32)), SAM(0.5), loader=make_loader(dtype=FP32), precision="bf16-true")
 
 
@@ -97,7 +97,7 @@ def bf16():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_bf16_mixed(name):
-    """The same, bit for bit, as a plain loop with autocast; both passes run under it."""
+    """The result equals a plain loop with autocast bit for bit, and both passes run under autocast."""
     seen = Record()
 
     class Watched(TinyModule):
@@ -111,7 +111,7 @@ def test_bf16_mixed(name):
     assert_same(module.gradients[-1], expected)
     assert_same(weights(module.net), after)
     assert set(seen) == {(False, torch.bfloat16), (True, torch.bfloat16)}
-    assert_near(expected, last_gradient_by_hand(name)[0], 0.2)  # and it means what it means in float32
+    assert_near(expected, last_gradient_by_hand(name)[0], 0.2)  # close to float32
 
 
 # --- 16-mixed with a gradient scaler
@@ -119,7 +119,7 @@ def test_bf16_mixed(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_16_mixed(name):
-    """Scales of 2⁶ and 2¹² give the same gradients, near those of float32: the step does not see the scale."""
+    """Scales of 2⁶ and 2¹² give the same gradients, close to those of float32."""
     low, high = (train(name, plugins=[half(scale)]) for scale in (2.0**6, 2.0**12))
     assert_near(low.gradients[-1], high.gradients[-1], 1e-3)
     assert_near(low.gradients[0], train(name).gradients[0], 0.02)
@@ -128,7 +128,7 @@ def test_16_mixed(name):
 
 @pytest.mark.parametrize("name", FIRST_ORDER)
 def test_16_mixed_from_a_scale_that_overflows(name):
-    """From 2²⁴ steps are skipped and the scale comes down; the weights stay finite and training begins."""
+    """At a scale of 2²⁴ steps are skipped until the scale is low enough; weights stay finite, and training begins."""
     plugin = half(2.0**24)
     module = train(name, plugins=[plugin], max_epochs=6)
     finite = [all(g.isfinite().all() for g in step.values()) for step in module.gradients]
@@ -141,7 +141,7 @@ def test_16_mixed_from_a_scale_that_overflows(name):
 
 
 class Overflows(TinyModule):
-    """Overflows in its second step, in one of the two passes."""
+    """Overflows in its second step, in the first or in the second pass."""
 
     at_second = True
 
@@ -172,14 +172,14 @@ def test_an_overflow_in_either_pass_skips_the_step(name, at_second):
 
 @pytest.mark.parametrize("name", FIRST_ORDER)
 def test_accumulation_flooding_and_clipping_under_a_scaler(name):
-    """All of them see unscaled values: the gradients equal those of float32 up to rounding."""
+    """All of them use unscaled values, so gradients equal those of float32 up to rounding."""
     options = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05, "max_epochs": 2}
     scaled = train(name, Flooding(5.0), plugins=[half(2.0**10)], **options)
     single = train(name, Flooding(5.0), **options)
     plain = train(name, plugins=[half(2.0**10)], **options)
     assert len(scaled.gradients) == 2
     assert_near(scaled.gradients[-1], single.gradients[-1], 0.02)
-    # ascent: the loss is far below the level
+    # the loss is far below the level, so this is ascent
     assert sum((scaled.gradients[0][n] * plain.gradients[0][n]).sum() for n in plain.gradients[0]) < 0
     norm = torch.stack([(w - v).norm() for w, v in zip(weights(scaled.net).values(), mlp().parameters(), strict=True)])
     assert norm.norm() < 0.1 * 0.05 * (1 + 1.9) * 1.01  # two clipped steps of SGD with momentum
@@ -189,7 +189,7 @@ def test_accumulation_flooding_and_clipping_under_a_scaler(name):
 
 
 class Unread(torch.amp.GradScaler):
-    """A scaler whose scale must not be asked for, since the answer waits for the device."""
+    """A scaler whose scale must not be read, since that would wait for the device."""
 
     def get_scale(self):
         raise AssertionError("the scale was read")
@@ -203,7 +203,7 @@ def test_the_scale_is_not_read():
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("loss_scale", [None, 8.0])
 def test_nothing_is_read_from_the_device(name, loss_scale):
-    """A tensor on the meta device has no values: whoever reads one gets an error, as `.item()` shows."""
+    """Tensors on the meta device have no values, so reading one is an error, as shown for `.item()`."""
     net = mlp(dtype=FP32).to("meta")
     x, y = torch.empty(4, 5, device="meta"), torch.empty(4, 3, device="meta")
     with pytest.raises(RuntimeError, match="meta"):

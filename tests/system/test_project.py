@@ -1,4 +1,4 @@
-"""Project files: one owner in all addresses, one version, and workflows that call what exists."""
+"""Project files: the same owner in all URLs, the same version everywhere, and valid workflows."""
 
 import re
 import subprocess
@@ -30,7 +30,7 @@ def texts():
                 yield file.read_text(encoding="utf-8")
 
 
-def test_all_addresses_have_the_same_owner():
+def test_all_urls_have_the_same_owner():
     owners = [owner for text in texts() for owner in re.findall(r"github\.com/([\w-]+)/lightning_gr", text)]
     assert len(owners) > 8
     assert len(set(owners)) == 1
@@ -44,7 +44,7 @@ def test_version_and_date_agree():
     assert (ROOT / "docs" / "releases" / f"{lightning_gr.__version__}.md").exists()
 
 
-def test_workflows_and_forms_are_valid_and_call_what_exists():
+def test_workflows_and_forms_are_valid_and_refer_to_existing_files():
     for path in (ROOT / ".github").rglob("*.yml"):
         assert yaml.safe_load(path.read_text(encoding="utf-8")), path
     ci = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ FOUND = [
     module for module in pkgutil.walk_packages(lightning_gr.__path__, "lightning_gr.") if "__main__" not in module.name
 ]
 MODULES = ["lightning_gr", *(module.name for module in FOUND)]
-# a package below the top one is a storey, whose modules are imported by name
+# subpackages are layers, whose modules are imported by name
 WITHOUT_NAMES = {"lightning_gr._version", *(module.name for module in FOUND if module.ispkg)}
 PROMISED = {
     "GradientRegularization", "SAM", "Flooding", "GRRule", "SAMRule", "regularized_backward", "flood",
@@ -34,7 +34,7 @@ def test_can_be_imported(module, name):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_all_is_there_without_repetition(module):
+def test_all_is_complete_and_has_no_duplicates(module):
     names = names_of(module)
     assert len(names) == len(set(names))
     assert names or module in WITHOUT_NAMES
@@ -46,12 +46,12 @@ def test_the_promised_names_are_public():
 
 
 @pytest.mark.parametrize("name", sorted(PROMISED - {"__version__"}))
-def test_is_documented_by_an_equation_or_an_example(name):
+def test_is_documented_by_an_example(name):
     documentation = getattr(lightning_gr, name).__doc__
     assert ">>>" in documentation
 
 
-def test_says_that_it_is_typed():
+def test_is_marked_as_typed():
     assert (Path(lightning_gr.__file__).parent / "py.typed").exists()
 
 

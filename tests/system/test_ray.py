@@ -1,4 +1,4 @@
-"""The Ray Train example on a local cluster; skipped where Ray is not installed, as it is not in the extra `test`."""
+"""The Ray Train example on a local cluster; skipped without Ray, which is not in the extra `test`."""
 
 import re
 import tempfile
@@ -14,13 +14,13 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(2 * LIMIT)]
 
 @pytest.fixture
 def short_path():
-    """Ray's sockets lie below it, whose paths may have 107 characters."""
+    """A short path for Ray's sockets, whose paths are limited to 107 characters."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
 
-def test_workers_end_with_the_weights_of_lightning_s_own_ddp(short_path):
-    """Bit for bit, on both."""
+def test_workers_end_with_the_same_weights_as_with_lightnings_ddp(short_path):
+    """The weights are identical bit for bit on both workers."""
     ends = []
     for engine in ("ray", "lightning"):
         command = [*PYTHON, ROOT / "examples/ray_train.py", "--epochs", 3, "--engine", engine]

@@ -1,4 +1,4 @@
-"""The Python examples of README and pages run: those of the README as they stand, those of a page in one namespace."""
+"""Python examples in the README run unchanged, and those of a page run in a common namespace."""
 
 import re
 from pathlib import Path
@@ -46,14 +46,14 @@ def blocks(page):
 
 @pytest.fixture
 def steps():
-    """One entry for each step of an optimizer."""
+    """A list that gets one entry per optimizer step."""
     taken = []
     with register_optimizer_step_post_hook(lambda *_: taken.append(1)):
         yield taken
 
 
-@pytest.mark.filterwarnings("default")  # those of a Trainer with all defaults
-def test_readme_runs_as_it_stands(steps, monkeypatch, tmp_path, capsys):
+@pytest.mark.filterwarnings("default")  # a Trainer with default options warns
+def test_readme_runs_unchanged(steps, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     (block,) = blocks("README.md")
     exec(compile(block, "README.md", "exec"), {})
@@ -83,7 +83,7 @@ def test_linked_files_exist(page):
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_pages_start_with_their_answer(page):
+def test_pages_start_with_a_summary(page):
     title, answer = page.read_text(encoding="utf-8").split("\n\n")[:2]
     assert title.startswith("# ")
-    assert answer.startswith(("**In short.**", "```"))  # in words, or the command
+    assert answer.startswith(("**In short.**", "```"))  # a summary, or the command

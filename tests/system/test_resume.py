@@ -1,4 +1,4 @@
-"""A training that is resumed from a checkpoint goes on as if it had never stopped, and ours may come and go there."""
+"""Training that is resumed from a checkpoint gives the same result, and methods may be added or removed there."""
 
 import json
 import os
@@ -23,7 +23,7 @@ LIMIT = 120.0  # seconds
 
 
 def plain(value):
-    """Nested containers of tensors as plain values, to be compared bit for bit."""
+    """Convert nested containers of tensors to plain values, which can be compared bit for bit."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), value.tolist()
     if isinstance(value, dict):
@@ -32,13 +32,13 @@ def plain(value):
 
 
 def state_of(trainer):
-    """All that a training ends with: weights and buffers, the optimizer, the schedule, and how many steps it made."""
+    """Return the final state of training: weights and buffers, optimizer, schedule, and number of steps."""
     states = [trainer.model, trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler]
     return [plain(state.state_dict()) for state in states], trainer.global_step
 
 
 class Passes(types.ModuleType):
-    """Notes the optimizer steps with a second pass, out of reach: what is noted within it would be undone."""
+    """Records optimizer steps with a second pass, in a module object, since other records would be undone."""
 
     def __init__(self):
         super().__init__("passes")
@@ -67,8 +67,8 @@ class Saves(pl.Callback):
 @pytest.mark.timeout(LIMIT + 60)
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 @pytest.mark.parametrize("name", TRAININGS)
-def test_killed_training_ends_as_the_unbroken_one(name, tmp_path, capsys):
-    # fsspec writes a checkpoint to a temporary file first, which stays when it is killed
+def test_killed_training_ends_like_uninterrupted_training(name, tmp_path, capsys):
+    # fsspec first writes checkpoints to a temporary file, which remains if it is killed
     path = os.pathsep.join([str(ROOT), str(HERE)])
     environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-W", "ignore", str(HERE / "resumes.py"), name, str(tmp_path)]
@@ -77,7 +77,7 @@ def test_killed_training_ends_as_the_unbroken_one(name, tmp_path, capsys):
         assert child.wait(LIMIT) == 0
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # its fork too
+            os.killpg(child.pid, signal.SIGKILL)  # including its fork
         child.wait()
     report = json.loads((tmp_path / "report.json").read_text())
     with capsys.disabled():
@@ -94,13 +94,13 @@ def test_killed_training_ends_as_the_unbroken_one(name, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_schedules_follow_the_global_step(name, tmp_path):
-    """From any checkpoint on; and nothing of ours in it is needed."""
+    """From any checkpoint, and without any of our state in it."""
     callbacks, options, _ = TRAININGS[name]
     options = {"max_epochs": 3, **options}
     unbroken = Passes()
     expected = state_of(train(*callbacks(), Saves(tmp_path), module=Training(unbroken), **options))
     assert len(unbroken.steps) == {"GR": 5, "SAM": 12, "SAM by micro-batch": 12}[name]
-    for batches in (2, 4, 7, 9, 11, 14, 18, 20):  # all at the end of a window: the last of an epoch is cut short
+    for batches in (2, 4, 7, 9, 11, 14, 18, 20):  # each ends a window, as the last window of an epoch is shorter
         checkpoint = torch.load(tmp_path / f"{batches}.ckpt", weights_only=True)
         assert "lightning_gr" not in checkpoint
         checkpoint["callbacks"] = {}
@@ -112,7 +112,7 @@ def test_schedules_follow_the_global_step(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", KEEPING)
-def test_what_a_rule_keeps_is_resumed(name, tmp_path):
+def test_the_state_of_a_rule_is_resumed(name, tmp_path):
     callbacks, options = KEEPING[name]
     options = {"max_epochs": 3, **options}
     expected = state_of(train(*callbacks(), Saves(tmp_path), **options))
@@ -133,7 +133,7 @@ def test_the_rest_of_a_window_is_regularized(name, tmp_path):
     assert resumed.steps == {1, 2, 3}
 
 
-def test_the_same_trainer_goes_on_after_an_error(tmp_path):
+def test_the_same_trainer_continues_after_an_error(tmp_path):
     class Breaks(Training):
         def training_step(self, batch, batch_idx):
             if in_second_pass() and self.global_step == 10 and not errors:
@@ -161,8 +161,8 @@ def method(name):
 
 
 @pytest.mark.parametrize(("before", "after"), CHANGES)
-def test_another_method_goes_on(before, after, tmp_path):
-    """As where the rule changes in the midst of a training."""
+def test_another_method_can_continue(before, after, tmp_path):
+    """The result is the same as when the rule changes during training."""
 
     class Changes(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -189,7 +189,7 @@ def test_load_from_checkpoint(before, after, tmp_path):
 
 
 class SavesEverywhere(pl.Callback):
-    """Saves a checkpoint in each hook, and keeps all that it holds."""
+    """Saves a checkpoint in each hook, and keeps its contents."""
 
     def __init__(self, path):
         self.path, self.saved = path, []
@@ -220,7 +220,7 @@ class Breaks(Training):
 
 
 class Raises(pl.Callback):
-    """Raises where the second pass would be, if it is the last callback."""
+    """Raises at the point where the second pass would run, if it is the last callback."""
 
     def on_after_backward(self, trainer, pl_module):
         if trainer.global_step == pl_module.last:
@@ -228,7 +228,7 @@ class Raises(pl.Callback):
 
 
 def save_everywhere(path, *callbacks, accumulate, at_end=(), **options):
-    # with a learning rate of zero, a run with a second pass goes through the very weights of one without
+    # with a learning rate of zero, runs with and without second passes have the same weights throughout
     module = Breaks(optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
     module.last = {1: 5, 2: 3}[accumulate]
     first, last = SavesEverywhere(path), SavesEverywhere(path)
@@ -241,8 +241,8 @@ def save_everywhere(path, *callbacks, accumulate, at_end=(), **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("name", [*SOME, "SAM"])
-def test_a_checkpoint_is_that_of_plain_training(name, accumulate, tmp_path):
-    """In whichever hook it is saved, of a callback before or after ours: the weights are clean, nothing is added."""
+def test_checkpoints_equal_those_of_plain_training(name, accumulate, tmp_path):
+    """Whichever hook saves it, before or after our callback, it has clean weights and no additional entries."""
     path = tmp_path / "saved.ckpt"
     without = save_everywhere(path, at_end=[Raises()], accumulate=accumulate)
     with_it = save_everywhere(path, METHODS[name].callback(), Flooding(1.0), accumulate=accumulate)

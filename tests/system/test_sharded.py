@@ -1,4 +1,4 @@
-"""FSDP2 and tensor parallelism on four CPU ranks: the single-process result, no gathering, clean checkpoints."""
+"""FSDP2 and tensor parallelism on four CPU ranks: results of one process, no extra gathering, clean checkpoints."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What each rank ended with, for all cases; the processes are started once, since that takes longest."""
+    """The results of each rank for all cases; processes are only started once, since that takes most of the time."""
     folder = tmp_path_factory.mktemp("sharded")
     torchrun("sharded.py", folder, ranks=RANKS, limit=LIMIT)
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
@@ -28,7 +28,7 @@ def results(tmp_path_factory):
 @pytest.mark.launch
 @pytest.mark.parametrize("name", CASES)
 def test_equals_a_single_process(results, name):
-    """In float64, on the joint batch; some ranks hold empty parts."""
+    """In float64 on the joint batch, even if some ranks hold empty shards."""
     case = CASES[name]._replace(layout="single")
     alone = Module(case)
     start = whole(alone)
@@ -40,21 +40,21 @@ def test_equals_a_single_process(results, name):
 
 
 @pytest.mark.launch
-def test_nothing_is_gathered_by_us(results):
-    """Twice the collectives of plain training, and one number per norm."""
+def test_no_additional_gathering(results):
+    """There are twice the collectives of plain training, and one number per norm."""
     counts = {method: results[1][0][f"communication {method}"] for method in (None, "forward GR", "SAM")}
     steps = 6
     for method in ("forward GR", "SAM"):
         assert counts[method].keys() == counts[None].keys()
         for name in ("_allgather_base_", "_reduce_scatter_base_"):
             assert counts[method][name] == 2 * counts[None][name]
-        assert counts[method]["allreduce_"] == counts[None]["allreduce_"] + steps + 1  # the settings, at the start
+        assert counts[method]["allreduce_"] == counts[None]["allreduce_"] + steps + 1  # settings, at the start
 
 
 @pytest.mark.launch
 @pytest.mark.parametrize("full", [True, False])
 def test_checkpoints_are_clean(results, full):
-    """Saved when the second pass failed, as one file and as one part per rank."""
+    """Checkpoints saved after a second pass has failed, as one file or as one part per rank."""
     folder, ranks = results
     for rank in ranks:
         result = rank[f"broken off {full}"]

@@ -1,4 +1,4 @@
-"""The documentation in a browser, on a desktop and on a phone: nothing is reported, cut off or wider than its page.
+"""The documentation in a browser, on a desktop and on a phone: no errors, and nothing is cut off or too wide.
 
 Needs the extra `docs` and Chromium with its driver; skipped otherwise.
 """
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.launch,
     pytest.mark.timeout(500),
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium and chromedriver"),
-    pytest.mark.filterwarnings("default"),  # Selenium's own
+    pytest.mark.filterwarnings("default"),  # Selenium warns
 ]
 
 WIDER = """
@@ -52,7 +52,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The address of the built pages, and the paths of all pages."""
+    """The URL of the built site, and the paths of all pages."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, env=dict(os.environ, NO_MKDOCS_2_WARNING="1"))
@@ -83,7 +83,7 @@ def resize(browser, device):
 
 
 def look(browser, address):
-    """What is wrong with a page: errors of the console, and what is wider than the page."""
+    """Return the problems of a page: errors in the console, and elements that are wider than the page."""
     browser.get(address)
     wide = browser.execute_script(WIDER)
     errors = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
@@ -96,7 +96,7 @@ def test_every_page_loads_and_fits(site, browser, device):
     resize(browser, device)
     found = {}
     for page in pages:
-        # a busy machine may not have laid out a page, or loaded all of it, the first time
+        # on a busy machine, a page may not be completely loaded and laid out the first time
         problems = look(browser, address + page) and look(browser, address + page)
         if problems:
             found[page] = problems

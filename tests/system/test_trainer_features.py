@@ -1,4 +1,4 @@
-"""Regularized training under features of torch and the Trainer equals that without them, or the reference."""
+"""Regularized training with features of torch and the Trainer, against training without them or the reference."""
 
 import time
 
@@ -35,7 +35,7 @@ from lightning_gr import SAM, in_second_pass
 each_method = pytest.mark.parametrize("name", SOME)
 both_orders = pytest.mark.parametrize("order", [1, -1], ids=["ours first", "ours last"])
 older = not hasattr(lightning, "WeightAveraging")
-since_2_6 = pytest.mark.skipif(older, reason="no WeightAveraging yet, and batches are left out after a search")
+since_2_6 = pytest.mark.skipif(older, reason="has no WeightAveraging, and skips batches after a search")
 
 
 def in_windows(batches, size=1, epochs=1):
@@ -43,7 +43,7 @@ def in_windows(batches, size=1, epochs=1):
 
 
 def by_hand(name, windows, *, parts=1, net=None, optimizer=None, then=lambda gradient: gradient):
-    """The weights after one step per window; ``then`` is done to each final gradient."""
+    """Return the weights after one step per window; ``then`` is applied to each final gradient."""
     net = mlp() if net is None else net
     losses = [reference.loss_of(net, cross_entropy, window, parts) for window in windows]
     gradient = METHODS[name].gradient
@@ -51,13 +51,13 @@ def by_hand(name, windows, *, parts=1, net=None, optimizer=None, then=lambda gra
 
 
 def path(name, epochs, **options):
-    """The weights at the beginning, and after each step of some epochs."""
+    """Return the initial weights and those after each step of some epochs."""
     windows = in_windows(make_batches(), epochs=epochs)
     return [by_hand(name, windows[:steps], **options) for steps in range(len(windows) + 1)]
 
 
 def loss_at(position):
-    """The loss of one batch as a function of the weights."""
+    """Return the loss of one batch as a function of the weights."""
     return reference.loss_of(mlp(), cross_entropy, [make_batches()[position]])
 
 
@@ -76,7 +76,7 @@ class Validates(TinyModule):
 
 
 class Mixed(nn.Module):
-    """Has dropout, its own random numbers and buffers, in a part that ``wrap`` may call differently."""
+    """Has dropout, random numbers and a buffer, in a part that is called through ``wrap``."""
 
     def __init__(self, wrap):
         super().__init__()
@@ -94,7 +94,7 @@ class Mixed(nn.Module):
 
 
 def train_mixed(callback=None, compiler=None, part=None, lr=0.1, wrap=lambda function, h: function(h)):
-    """Train a ``Mixed`` and return its weights with the next random numbers, and its buffers."""
+    """Train a ``Mixed`` network; return its weights with the next random numbers, and its buffers."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     net = Mixed(wrap)
@@ -129,7 +129,7 @@ def test_the_second_pass_runs_the_graph_of_the_first(name, part):
     assert (len(graphs), len(runs)) == (1, 9 * passes)
 
 
-def test_what_aot_autograd_cannot_differentiate_twice_is_refused_and_unharmed():
+def test_exact_with_aot_autograd_is_refused_and_leaves_weights_unchanged():
     module = TinyModule()
     with pytest.raises(RuntimeError, match=r"create_graph=False|double backward"):
         fit(torch.compile(module, backend="aot_eager"), METHODS["exact GR"].callback())
@@ -146,14 +146,14 @@ def test_gradient_checkpointing(name, reentrant):
 
     callback = METHODS[name].callback()
     assert_same(train_mixed(callback, wrap=wrap)[0], train_mixed(callback)[0])
-    # a step of almost nothing gives the gradient of the first pass, if the random numbers are those
+    # a tiny step gives the gradient of the first pass, provided that the random numbers are the same
     assert_near(train_mixed(SAM(1e-13), wrap=wrap)[0], train_mixed(wrap=wrap)[0])
     standing, plain = (train_mixed(given, wrap=wrap, lr=0.0) for given in (callback, None))
     assert_same(standing[0], plain[0])
     assert_same(standing[1], plain[1])
 
 
-# --- callbacks that look at weights and losses
+# --- callbacks that use weights and losses
 
 
 @since_2_6
@@ -176,11 +176,11 @@ def test_stochastic_weight_averaging(name, order):
     module, visited = TinyModule(), path(name, 3)
     averaging = lightning.StochasticWeightAveraging(0.1, swa_epoch_start=2, annealing_epochs=1)
     fit(module, *[METHODS[name].callback(), averaging][::order], max_epochs=4)
-    mean = {n: sum(visited[step][n] for step in (3, 6, 9)) / 3 for n in visited[0]}  # where epochs begin
+    mean = {n: sum(visited[step][n] for step in (3, 6, 9)) / 3 for n in visited[0]}  # at the starts of epochs
     assert_near(weights(module.net), mean)
 
 
-def test_the_private_flag_of_that_epoch_is_there():
+def test_the_private_flag_of_the_statistics_epoch_exists():
     assert make_trainer().fit_loop._skip_backward is False
 
 
@@ -190,7 +190,7 @@ def test_the_epoch_for_batch_statistics_of_averaged_weights_has_no_second_pass(o
     module.loss = lambda net, batch: passes.append(in_second_pass()) or cross_entropy(net, batch)
     averaging = lightning.StochasticWeightAveraging(0.1, swa_epoch_start=1, annealing_epochs=1)
     fit(module, *[SAM(0.2), averaging][::order], max_epochs=2)
-    # Lightning ends that epoch with a step along the gradient that is left from before
+    # Lightning ends that epoch with a step along the last gradient before it
     assert_same(module.gradients[6], module.gradients[5])
     assert passes == [False, True] * 6 + [False] * 3
 
@@ -216,7 +216,7 @@ def test_early_stopping_and_checkpoints_follow_the_clean_loss(name, order, tmp_p
     assert_near({n.removeprefix("net."): value for n, value in saved.items()}, visited[9])
 
 
-# --- Trainers that do less, or more than one thing
+# --- Trainers that use some batches only, tune, or fit repeatedly
 
 
 @pytest.mark.parametrize("limit", [{"overfit_batches": 2}, {"fast_dev_run": 2}, {"limit_train_batches": 0.7}], ids=str)
@@ -227,7 +227,7 @@ def test_only_some_batches(limit):
 
 
 class Tunable(TinyModule):
-    """Has its learning rate and its batch size as attributes."""
+    """Has a learning rate and a batch size that tuners can set."""
 
     def __init__(self):
         super().__init__(optimizer=lambda params: torch.optim.SGD(params, self.lr, momentum=0.9))
@@ -244,7 +244,7 @@ class Tunable(TinyModule):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["lr", "batch_size"])
-def test_a_tuner_leaves_nothing_to_the_training_after_it(what, tmp_path):
+def test_a_tuner_has_no_effect_on_later_training(what, tmp_path):
     module, trainer = Tunable(), make_trainer(SAM(0.2), max_epochs=2, default_root_dir=tmp_path)
     if what == "lr":
         Tuner(trainer).lr_find(module, num_training=20)
@@ -272,11 +272,11 @@ def test_barebones(name):
     assert_near(weights(module.net), by_hand(name, in_windows(make_batches(), epochs=2)))
 
 
-def test_epochs_added_later_equal_those_of_one_fit():
+def test_epochs_added_later_equal_those_of_a_single_fit():
     callback = SAM(0.2, start_step=1, interval=2, warmup_steps=4)
     long, short = TinyModule(optimizer=sgd_without_momentum), TinyModule(optimizer=sgd_without_momentum)
     trainer = fit(short, callback)
-    fit(TinyModule(mlp(4)), callback, accumulate_grad_batches=2)  # in between, the callback serves another Trainer
+    fit(TinyModule(mlp(4)), callback, accumulate_grad_batches=2)  # the callback is used by another Trainer in between
     trainer.fit_loop.max_epochs = 3
     trainer.fit(short, make_loader())
     fit(long, callback, max_epochs=3)
@@ -338,13 +338,13 @@ def test_options(name, options):
     assert_near(weights(module.net), by_hand(name, in_windows(make_batches(), epochs=2)))
 
 
-def test_time_that_runs_out_in_a_second_pass():
+def test_the_time_limit_is_reached_in_a_second_pass():
     module = TinyModule(loss=lambda *args: time.sleep(0.1 * in_second_pass()) or cross_entropy(*args))
     fit(module, SAM(0.2), max_epochs=2, max_time={"milliseconds": 100})
     assert_near(weights(module.net), path("SAM", 1)[1])
 
 
-def test_a_profiler_counts_what_it_counted():
+def test_a_profiler_counts_the_same_as_without_the_callback():
     counts = []
     for callbacks in ([], [SAM(0.2)]):
         profiler = pl.profilers.SimpleProfiler()
@@ -375,7 +375,7 @@ def test_data_modules(name):
 
 
 class Several(TinyModule):
-    """Adds the losses of several loaders, one of which may be exhausted, and also returns them."""
+    """Adds up the losses of several loaders, one of which may be exhausted, and returns them as well."""
 
     def training_step(self, batch, batch_idx):
         losses = {key: self.loss(self.net, part) for key, part in batch.items() if part is not None}

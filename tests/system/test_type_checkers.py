@@ -1,4 +1,4 @@
-"""mypy and pyright accept our classes in programs of each namespace, and still find a wrong argument in one."""
+"""mypy and pyright accept our classes in programs for each namespace, and find wrong arguments."""
 
 import json
 import os
@@ -102,7 +102,7 @@ LINES_OF_ERRORS = [("wrong.py", line) for line in (3, 4, 5, 6)]
 
 @pytest.fixture
 def programs(tmp_path):
-    """One program for each namespace, and one with an error in each line."""
+    """A folder with a program for each namespace, and one with an error in each call."""
     for namespace in ("pytorch_lightning", "lightning.pytorch"):
         (tmp_path / f"uses_{namespace.replace('.', '_')}.py").write_text(PROGRAM.replace("NAMESPACE", namespace))
     (tmp_path / "wrong.py").write_text(WRONG)

@@ -1,4 +1,4 @@
-"""The statistics, the table and the sentence."""
+"""The statistics, the table and the summary sentence."""
 
 import io
 import math
@@ -32,10 +32,10 @@ def test_differences_are_paired_by_seed():
 
 @pytest.mark.parametrize(
     ("gains", "clear"),
-    # Student's t for two degrees of freedom is 4.303
+    # Student's t is 4.303 for two degrees of freedom
     [([0.03, 0.04, 0.05], True), ([0.01, 0.04, 0.07], False), ([0.04], False), ([-0.03, -0.04, -0.05], True)],
 )
-def test_what_counts_as_beyond_the_spread_of_seeds(gains, clear):
+def test_differences_beyond_the_spread_over_seeds(gains, clear):
     gain = Gain.of(dict(enumerate(gains)), dict.fromkeys(range(len(gains)), 0.0), 1.0)
     assert gain.is_clear is clear
     assert gain.helps is (clear and gains[0] > 0)
@@ -57,13 +57,13 @@ def test_a_lower_loss_is_better():
     assert "no method helps" in sentence([result[0], row("SAM", [0.5, 0.52, 0.54], plain=plain)], LOSS)
 
 
-def test_nothing_helps_is_said_plainly():
+def test_the_sentence_says_if_nothing_helps():
     assert sentence(rows(row("SAM", [-0.01, 0.01, 0.0])), ACCURACY) == (
         "no method helps here beyond the spread of seeds."
     )
 
 
-def test_what_may_help_asks_for_more_seeds():
+def test_the_sentence_asks_for_more_seeds_if_a_method_may_help():
     said = sentence(rows(row("SAM", [0.01, 0.04, 0.07])), ACCURACY)
     assert "SAM(rho=0.2) comes closest" in said
     assert "more --seeds" in said
@@ -88,7 +88,7 @@ def printed(result):
     return console.export_text()
 
 
-def test_the_table_fits_80_columns_and_says_that_the_metric_chose():
+def test_the_table_fits_80_columns_and_warns_that_the_metric_selected():
     result = TuneResult(
         ACCURACY,
         rows(row("MomentumSAM", [0.05, 0.052, 0.054], {"epsilon": 0.123, "gamma": 0.456})),
@@ -103,6 +103,6 @@ def test_the_table_fits_80_columns_and_says_that_the_metric_chose():
     assert "test" not in text
 
 
-def test_the_test_set_has_a_table_of_its_own():
+def test_the_test_set_has_its_own_table():
     tested = row("SAM", [0.05, 0.052, 0.054], test={1: 0.7, 2: 0.72}, plain_test={1: 0.6, 2: 0.61})
     assert "+10.5" in printed(TuneResult(ACCURACY, rows(tested), [], {}))

@@ -1,4 +1,4 @@
-"""What comes next, and the constants that a search starts with."""
+"""Which task comes next, and which constants a search starts with."""
 
 import math
 from itertools import pairwise
@@ -24,14 +24,14 @@ def found(method):
 
 @pytest.fixture(autouse=True)
 def _in_memory(monkeypatch):
-    """A storage that takes no time; `test_study` is about those on disk."""
+    """Use a fast storage; `test_study` tests those on disk."""
     storage = optuna.storages.InMemoryStorage()
     monkeypatch.setattr(module, "open_storage", lambda *args: storage)
 
 
 @pytest.fixture(autouse=True)
-def _closed(monkeypatch):
-    """Close every board at the end; a lock is no evidence within one process, so claims are given up explicitly."""
+def _close_boards(monkeypatch):
+    """Close all boards after the test to release their claims, since within one process no lock reveals dead owners."""
     made, original = [], Board.__init__
 
     def note(self, *args):
@@ -52,7 +52,7 @@ def make_board(tmp_path, settings=None, **options):
 
 
 def drain(board, value=lambda task: 0.5, limit=100):
-    """Do all tasks, without any training; return them."""
+    """Finish all tasks without training, and return them."""
     tasks = []
     while (task := board.next()) is not None and len(tasks) < limit:
         tasks.append(task)
@@ -63,7 +63,7 @@ def drain(board, value=lambda task: 0.5, limit=100):
     return tasks
 
 
-def test_the_stages_follow_each_other_and_methods_take_turns(tmp_path):
+def test_stages_come_in_order_and_methods_take_turns(tmp_path):
     board = make_board(tmp_path)
     tasks = [(task.stage, task.method, task.seed) for task in drain(board)]
     assert tasks == [
@@ -75,7 +75,7 @@ def test_the_stages_follow_each_other_and_methods_take_turns(tmp_path):
     board.close()
 
 
-def test_nothing_that_is_done_is_repeated_and_more_can_be_added(tmp_path):
+def test_finished_tasks_are_not_repeated_and_more_can_be_added(tmp_path):
     drain(make_board(tmp_path))
     assert drain(make_board(tmp_path)) == []
     more = drain(make_board(tmp_path, trials=3, seeds=3))
@@ -94,7 +94,7 @@ def test_the_final_trainings_use_the_best_constants(tmp_path):
     assert result.rows[1].values == {1: max(searched), 2: max(searched)}
 
 
-def test_a_minimum_is_sought_if_less_is_better(tmp_path):
+def test_lower_is_better_for_losses(tmp_path):
     plan = Plan.checked(monitor="val_loss", methods=["SAM"], trials=3, seeds=1, output=tmp_path)
     board = Board(plan, {})
     tasks = drain(board, lambda task: task.constants.get("rho", 0.0))
@@ -102,7 +102,7 @@ def test_a_minimum_is_sought_if_less_is_better(tmp_path):
     assert board.best(METHODS["SAM"]) == {"rho": min(searched)}
 
 
-def test_diverged_and_failed_trials_are_kept_and_the_search_goes_on(tmp_path):
+def test_diverged_and_failed_trials_are_kept_and_the_search_continues(tmp_path):
     board = make_board(tmp_path, methods=["SAM"], trials=3, seeds=1)
     board.next()
     board.finish_range(found("SAM"))
@@ -134,7 +134,7 @@ def test_a_method_whose_range_test_fails_is_left_out_with_its_error(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"settings": {"model": "B"}}, {"monitor": "val_loss"}, {"seed": 1}])
-def test_another_study_in_the_folder_is_refused_with_what_differs(tmp_path, change):
+def test_another_study_in_the_folder_is_refused_by_naming_the_difference(tmp_path, change):
     make_board(tmp_path).close()
     options = {"monitor": "val_acc", **change}
     settings = options.pop("settings", {"model": "A"})
@@ -143,7 +143,7 @@ def test_another_study_in_the_folder_is_refused_with_what_differs(tmp_path, chan
         Board(plan, settings)
 
 
-def test_the_search_ends_when_its_time_is_over(tmp_path):
+def test_the_search_ends_after_its_maximum_time(tmp_path):
     board = make_board(tmp_path, trials=1000, max_time="0.0001")
     for _ in range(2):
         board.next()
@@ -167,8 +167,8 @@ def test_poor_trials_are_pruned_after_a_third_of_the_training(tmp_path):
 
 
 @pytest.mark.parametrize(("mode", "early", "late", "mine"), [("max", 0.94, 0.9, 0.92), ("min", 0.4, 0.8, 0.6)])
-def test_a_trial_that_is_behind_only_because_the_others_get_worse_goes_on(tmp_path, mode, early, late, mine):
-    """With wrong labels, plain training is ahead at first."""
+def test_a_trial_is_not_pruned_if_earlier_ones_get_worse_later(tmp_path, mode, early, late, mine):
+    """With wrong labels, plain training leads at first."""
     board = make_board(tmp_path, methods=["SAM"], trials=7, monitor="metric", mode=mode)
     board.next()
     board.finish_range(found("SAM"))
@@ -184,7 +184,7 @@ def test_a_trial_that_is_behind_only_because_the_others_get_worse_goes_on(tmp_pa
 
 
 @pytest.mark.parametrize("method", ["SAM", "F-GR"])
-def test_first_guesses_begin_with_the_suggestion_and_fill_the_bounds(method):
+def test_first_guesses_start_with_the_suggestion_and_cover_the_bounds(method):
     each = found(method)
     guesses = first_guesses(each)
     assert guesses[0] == each.suggestion

@@ -55,13 +55,13 @@ def test_settings_of_a_method_that_is_not_compared_are_refused():
         Plan.checked(monitor="val_loss", methods=["SAM"], settings={"gr": {"gamma": 0.1}})
 
 
-def test_the_identity_leaves_out_what_may_grow():
+def test_the_identity_excludes_settings_that_may_grow():
     small = Plan.checked(monitor="val_loss", methods=["SAM"], trials=2, seeds=2)
     large = Plan.checked(monitor="val_loss", methods=["SAM", "F-GR"], trials=20, seeds=5, max_time="01:00:00")
     assert small.identity() == large.identity()
     assert small.identity() != Plan.checked(monitor="val_acc", methods=["SAM"]).identity()
 
 
-def test_each_task_has_a_folder_of_its_own():
+def test_each_task_has_its_own_folder():
     tasks = [Task(stage, name, index=i) for stage in ("search", "final") for name in ("SAM", "F-GR") for i in (0, 1)]
     assert len({task.folder for task in tasks}) == len(tasks)

@@ -1,4 +1,4 @@
-"""Each training has its own module and Trainer, whose files stay out of the user's runs."""
+"""Each training has a new module and Trainer, and leaves no files among the user's runs."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def test_each_build_makes_a_new_module_and_data(tmp_path):
     assert first.trainer is not second.trainer
 
 
-def test_loggers_checkpoints_and_bars_of_the_user_stay_out(tmp_path):
+def test_loggers_checkpoints_and_bars_of_the_user_are_left_out(tmp_path):
     users = [ModelCheckpoint(tmp_path / "mine"), RichProgressBar(), LearningRateMonitor(), EarlyStopping("val_loss")]
     method = SAM()
     built = build(tmp_path, method, callbacks=users, logger=CSVLogger(str(tmp_path / "logs")))
@@ -38,7 +38,7 @@ def test_loggers_checkpoints_and_bars_of_the_user_stay_out(tmp_path):
     assert users[3] not in built.trainer.callbacks  # a copy for each training
 
 
-def test_without_a_logger_there_is_none(tmp_path):
+def test_no_logger_if_the_user_has_none(tmp_path):
     assert build(tmp_path, logger=False).trainer.loggers == []
 
 
@@ -61,7 +61,7 @@ def test_loaders_in_a_tuple(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [{"make_module": Problem()}, {"make_data": Data()}])
-def test_instances_in_place_of_functions_are_refused(wrong):
+def test_instances_instead_of_functions_are_refused(wrong):
     (name,) = wrong
     with pytest.raises(TuneError, match=f"`{name}` to be a function"):
         Functions(**{"make_module": Problem, "make_data": Data, **wrong})

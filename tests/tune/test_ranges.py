@@ -28,13 +28,13 @@ def test_gamma_may_be_twice_the_largest_epsilon(found):
     assert bounds["gamma"][1] == 2 * bounds["epsilon"][1]
 
 
-def test_a_range_survives_a_storage(found):
+def test_a_range_can_be_stored(found):
     for each in found.values():
         assert Range.from_dict(json.loads(json.dumps(each.as_dict()))) == each
 
 
-def test_training_with_the_bound_breaks_or_the_loss_rises_too_far(found):
-    """The bound is at most twice the edge, and a bound below that broke a short training."""
+def test_training_beyond_the_bound_breaks_or_the_loss_rises_too_far(found):
+    """The bound is at most twice the edge, and lower only if a short training with a larger one broke."""
     for each in found.values():
         high = each.bounds[each.sweep.constant][1]
         assert high <= 2.2 * each.sweep.edge

@@ -1,4 +1,4 @@
-"""What rank 0 asks is heard by all ranks."""
+"""Rank 0 decides, and sends its decisions to the other ranks."""
 
 import pytest
 import torch.distributed as dist
@@ -8,14 +8,14 @@ from lightning_gr.tune.ranks import is_rank_zero, shared
 from lightning_gr.tune.space import TuneError
 
 
-def test_one_process_asks_by_itself():
+def test_a_single_process_asks_directly():
     assert is_rank_zero()
     assert shared(lambda: [1, 2]) == [1, 2]
 
 
 @pytest.fixture
 def _second_of_two(monkeypatch):
-    """A group in which this process is rank 1, and rank 0 sends what is in `sent`."""
+    """Emulate a group in which this process is rank 1, and rank 0 sends `sent`."""
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)

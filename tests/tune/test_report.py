@@ -48,7 +48,7 @@ def test_the_files(result, tmp_path):
             assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_best_has_the_method_with_its_settings_and_the_answer_above(result, tmp_path):
+def test_best_contains_the_method_with_its_settings_below_the_answer(result, tmp_path):
     write_files(result, tmp_path, {"trainer": {"max_epochs": 3}}, {"sam": {"interval": 2}})
     text = (tmp_path / "best.yaml").read_text()
     assert text.startswith("# SAM(rho=0.5): SAM(rho=0.5) helps: +10.1 ± 0.1 points at 2.0 times the cost.")
@@ -65,7 +65,7 @@ def test_best_is_plain_if_nothing_helps(result, tmp_path):
     assert [content[key] for key in ("gr", "sam", "msam", "flooding")] == [None] * 4
 
 
-def test_trials_have_a_row_each(result, tmp_path):
+def test_each_trial_has_a_row(result, tmp_path):
     write_files(result, tmp_path, {}, {})
     with (tmp_path / "trials.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -75,7 +75,7 @@ def test_trials_have_a_row_each(result, tmp_path):
     assert rows[4]["test"] == "test_acc=0.88"
 
 
-def test_the_pictures_show_bounds_pruned_trials_and_each_seed(result):
+def test_the_plots_show_bounds_pruned_trials_and_each_seed(result):
     ranges = draw_ranges(result).axes
     assert [axes.get_title() for axes in ranges[:2]] == ["SAM", "F-GR"]
     labels = [text.get_text() for text in ranges[0].get_legend().get_texts()]

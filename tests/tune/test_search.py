@@ -1,4 +1,4 @@
-"""Whole studies on a small problem: the answer, resuming, sharing, several ranks."""
+"""Whole studies on a small problem: the answer, resuming, sharing, and several ranks."""
 
 import os
 import random
@@ -23,7 +23,7 @@ PROGRAM = [*PYTHON, HERE / "tuned.py"]
 
 @pytest.mark.integration
 def test_a_study_from_python(tmp_path, capsys):
-    """All stages; the module that the user has is not touched; the global generator decides nothing."""
+    """Runs all stages; the user's own module stays unchanged, and the global generator has no influence."""
     mine = Problem()
     before = {name: value.clone() for name, value in mine.state_dict().items()}
     result = study(tmp_path / "a", test=True)
@@ -33,13 +33,13 @@ def test_a_study_from_python(tmp_path, capsys):
     assert len([t for t in result.trials if t["stage"] == "search"]) == 2 * SIZE["trials"]
     assert {"best.yaml", "trials.csv", "range.png", "search.png", "final.png"} <= set(os.listdir(tmp_path / "a"))
     assert not [folder for folder in os.listdir(tmp_path / "a" / "trials") if folder.startswith("check")]
-    assert capsys.readouterr().out == ""  # quiet without a terminal
+    assert capsys.readouterr().out == ""  # nothing is printed without a terminal
     assert result.sentence.endswith(".")
 
 
 @pytest.mark.integration
 def test_an_interruption_within_the_process_changes_nothing(tmp_path):
-    """Stopped by Ctrl-C in the middle, and called again."""
+    """The study is stopped by Ctrl-C in the middle, and started again."""
 
     class StopsOnce(Data):
         trainings = 0
@@ -61,7 +61,7 @@ def test_an_interruption_within_the_process_changes_nothing(tmp_path):
 
 
 @pytest.mark.integration
-def test_a_trial_that_fails_is_kept_and_all_of_them_are_an_error(tmp_path):
+def test_a_failed_trial_is_kept_and_all_trials_failing_is_an_error(tmp_path):
     class FailsWithSAM(Problem):
         def on_train_epoch_end(self):
             if any(type(callback).__name__ == "SAM" for callback in self.trainer.callbacks):
@@ -75,13 +75,13 @@ def test_a_trial_that_fails_is_kept_and_all_of_them_are_an_error(tmp_path):
         tune(FailsWithSAM, Data, monitor="val_loss", trainer=FLAGS, output=tmp_path / "b", **only)
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TuneError, match="cannot write to the folder"):
         study(tmp_path / "file" / "folder")
 
 
-def test_a_monitor_that_is_not_logged_is_known_after_one_step(tmp_path):
+def test_a_monitor_that_is_not_logged_is_noticed_after_one_step(tmp_path):
     with pytest.raises(TuneError, match="choose from val_acc, val_loss"):
         study(tmp_path, monitor="val_auc")
 
@@ -94,8 +94,8 @@ def launched(folder, *arguments):
 
 @pytest.mark.launch
 @pytest.mark.integration
-def test_killed_at_random_moments_and_started_again(tmp_path):
-    """The answer is that of a study that was never interrupted, and no finished trial is repeated."""
+def test_killed_at_random_moments_and_restarted(tmp_path):
+    """The answer is the same as without interruptions, and finished trials are not repeated."""
     whole = launched(tmp_path, tmp_path / "whole")
     draw = random.Random(os.environ.get("TUNED_SEED", "0"))
     for _ in range(4):
@@ -121,7 +121,7 @@ def test_two_processes_share_a_study(tmp_path, storage):
 
 
 def _as_postgres(command):
-    """PostgreSQL refuses to run as root."""
+    """Switch to the user postgres if this is root, as whom PostgreSQL refuses to run."""
     return (
         ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", *command] if os.getuid() == 0 else command
     )
@@ -129,7 +129,7 @@ def _as_postgres(command):
 
 @pytest.fixture
 def postgres(tmp_path):
-    """A PostgreSQL server of Debian's package on loopback."""
+    """A PostgreSQL server on the loopback interface, from Debian's package."""
     pytest.importorskip("psycopg2")
     found = shutil.which("initdb") or shutil.which("initdb", path="/usr/lib/postgresql/15/bin")
     if found is None:
@@ -156,7 +156,7 @@ def postgres(tmp_path):
 @pytest.mark.launch
 @pytest.mark.integration
 def test_two_machines_share_a_study_in_postgresql(tmp_path, postgres):
-    """Each has an output folder of its own, so only the database knows of the other."""
+    """Each has its own output folder, so they only share the database."""
     commands = [[*PROGRAM, tmp_path / name, postgres] for name in ("first", "second")]
     codes, output = finish(tmp_path / "log", *commands, limit=900)
     assert codes == [0, 0], output[-3000:]
@@ -167,8 +167,8 @@ def test_two_machines_share_a_study_in_postgresql(tmp_path, postgres):
 
 @pytest.mark.launch
 @pytest.mark.integration
-def test_rank_0_asks_and_all_ranks_hear(tmp_path):
-    """Two ranks on a CPU, started by Lightning itself; the answer is one of whole trainings on both."""
+def test_a_study_on_two_ranks(tmp_path):
+    """Two CPU ranks, started by Lightning itself, which take part in each training."""
     script = tmp_path / "ranks.py"
     script.write_text(
         "import sys\nfrom tuned import *\n"
@@ -183,7 +183,7 @@ def test_rank_0_asks_and_all_ranks_hear(tmp_path):
     assert lines[0] == lines[1]
 
 
-def test_the_grace_is_longer_than_several_beats():
+def test_the_grace_period_is_longer_than_several_heartbeats():
     from lightning_gr.tune.study import BEAT
 
     assert GRACE > 3 * BEAT

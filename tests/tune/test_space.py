@@ -1,4 +1,4 @@
-"""The methods to compare, and how their callbacks are made."""
+"""The methods to compare, and how their callbacks are created."""
 
 import pytest
 
@@ -17,7 +17,7 @@ from lightning_gr.tune.space import METHODS, TuneError, check_methods, rounded
         ("MomentumSAM", MomentumSAM, "Momentum-SAM"),
     ],
 )
-def test_each_name_makes_its_method_with_the_constants(name, kind, expected):
+def test_each_name_creates_its_method_with_the_constants(name, kind, expected):
     method = METHODS[name]
     callback = method.callback(method.at_scale(0.25))
     assert type(callback) is kind
@@ -41,13 +41,13 @@ def test_plain_training_is_always_compared_and_needs_no_search():
     assert [method.name for method in check_methods(["plain", "SAM", "SAM"])] == ["SAM"]
 
 
-def test_names_are_spelled_as_for_other_commands():
+def test_names_have_the_same_spellings_as_for_other_commands():
     names = ["sam", "SAM", "gr", "msam", "momentum-sam", "Flooding", "b-gr"]
     assert [method.name for method in check_methods(names)] == ["SAM", "F-GR", "MomentumSAM", "flooding", "B-GR"]
 
 
 @pytest.mark.parametrize("names", [["Adam"], "Adam", ["SAM", "SAM2"], [], ["plain"]])
-def test_wrong_methods_are_refused_with_the_right_ones(names):
+def test_errors_of_unknown_methods_list_the_known_ones(names):
     with pytest.raises(TuneError, match=r"choose from .*SAM") as error:
         check_methods(names)
     assert "\n" not in str(error.value)

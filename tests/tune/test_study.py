@@ -1,4 +1,4 @@
-"""Jobs are claimed once, repeated if their process ends, and numbered as if nothing had happened."""
+"""Jobs are claimed once, and repeated under the same number if their process ends."""
 
 import time
 
@@ -19,7 +19,7 @@ def storage(tmp_path):
 
 @pytest.fixture
 def new_owner(tmp_path):
-    """Makes owners, which are closed in the end."""
+    """A function that creates owners, which are closed after the test."""
     made = []
 
     def make(folder=None):
@@ -37,8 +37,8 @@ def owner(new_owner):
 
 
 @pytest.fixture(autouse=True)
-def _is_dead_once_closed(monkeypatch):
-    """Within one process a lock is no evidence, so closed owners are listed."""
+def _closed_owners_are_dead(monkeypatch):
+    """Treat closed owners as dead, since within one process no lock reveals them."""
     closed, close = set(), Owner.close
 
     def note(self):
@@ -59,7 +59,7 @@ def run(queue, limit, value=lambda job, chosen: chosen["rho"], first=()):
     return found
 
 
-def test_as_many_jobs_as_asked_for(storage, owner):
+def test_as_many_jobs_as_requested(storage, owner):
     queue = Queue(storage, "a", owner)
     assert list(run(queue, 3)) == [0, 1, 2]
     assert list(run(queue, 5)) == [3, 4]
@@ -80,7 +80,7 @@ def test_an_interrupted_search_chooses_the_same_constants(tmp_path, new_owner, s
         queue = Queue(open_storage(None, folder), "a", first)
         found = run(queue, stop_at)
         if interrupted:
-            lost = queue.claim(6)  # and nothing comes of it
+            lost = queue.claim(6)  # without a result
             queue.suggest(lost, BOUNDS, ())
             first.close()
             queue = Queue(open_storage(None, folder), "a", second)
@@ -99,7 +99,7 @@ def test_a_repeated_job_keeps_its_constants_and_its_number(storage, owner, new_o
     assert again.queue.suggest(again, BOUNDS, [{"rho": 0.7}]) == chosen
 
 
-def test_a_living_process_keeps_its_job(storage, owner, new_owner):
+def test_a_running_process_keeps_its_job(storage, owner, new_owner):
     other = new_owner()
     assert Queue(storage, "a", other).claim(1) is not None
     queue = Queue(storage, "a", owner)
@@ -107,7 +107,7 @@ def test_a_living_process_keeps_its_job(storage, owner, new_owner):
     assert queue.done() == {}
 
 
-def test_without_a_lock_in_reach_the_time_stamp_decides(storage, owner, new_owner, monkeypatch):
+def test_without_an_accessible_lock_the_time_stamp_decides(storage, owner, new_owner, monkeypatch):
     other = new_owner()
     Queue(storage, "a", other).claim(1)
     monkeypatch.setattr(Owner, "is_dead", lambda self, name: None)
@@ -128,13 +128,13 @@ def test_a_job_is_marked_as_alive_while_it_is_worked_on(storage, owner, monkeypa
     assert queue.trials()[0].user_attrs["alive"] > before
 
 
-def test_a_released_job_is_free_at_once(storage, owner):
+def test_a_released_job_can_be_claimed_immediately(storage, owner):
     queue = Queue(storage, "a", owner)
     queue.claim(1).release()
     assert queue.claim(1).index == 0
 
 
-def test_a_job_that_always_ends_its_process_counts_as_failed(storage, new_owner):
+def test_a_job_that_repeatedly_ends_its_process_counts_as_failed(storage, new_owner):
     for _ in range(module.MOST_ATTEMPTS):
         owner = new_owner()
         assert Queue(storage, "a", owner).claim(1) is not None
@@ -154,7 +154,7 @@ def test_failed_and_pruned_jobs_are_not_repeated(storage, owner):
     assert [trial.state.name for trial in queue.done().values()] == ["FAIL", "PRUNED", "COMPLETE"]
 
 
-def test_a_result_that_comes_after_the_job_was_taken_over_is_dropped(storage, owner, tmp_path):
+def test_a_result_is_dropped_if_the_job_was_taken_over(storage, owner, tmp_path):
     slept = Owner(tmp_path / "processes")
     late = Queue(storage, "a", slept).claim(1)
     slept.close()
@@ -178,20 +178,20 @@ def test_a_storage_that_cannot_be_reached_is_one_line(storage, said, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_no_database(tmp_path):
+def test_a_file_that_is_not_a_database(tmp_path):
     (tmp_path / "study.db").write_text("nothing of the kind, and long enough to be looked at" * 10)
     with pytest.raises(TuneError, match="cannot open the storage"):
         open_storage(None, tmp_path)
 
 
-def test_a_journal_file_is_a_storage_too(tmp_path, owner):
+def test_a_journal_file_as_storage(tmp_path, owner):
     queue = Queue(open_storage(str(tmp_path / "journal.log"), tmp_path), "a", owner)
     assert list(run(queue, 2)) == [0, 1]
     assert optuna.study.get_all_study_names(open_storage(str(tmp_path / "journal.log"), tmp_path)) == ["a"]
 
 
 def test_a_second_constant_does_not_depend_on_whether_the_first_was_known(storage, owner):
-    """As after an interruption between the two."""
+    """Such as after an interruption between the two suggestions."""
     both, second = Queue(storage, "a", owner), {"gamma": (0.01, 1.0)}
     job = both.claim(3)
     chosen = both.suggest(job, {**BOUNDS, **second}, ())

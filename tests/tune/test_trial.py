@@ -1,4 +1,4 @@
-"""One training: what is measured, and how it ends."""
+"""A single training: what is measured, and how it ends."""
 
 import logging
 import math
@@ -19,7 +19,7 @@ def trained(tmp_path, module=Problem, goal=LOSS, callbacks=(), seed=0, flags=Non
     return train(program, callbacks, seed, tmp_path / "trial", goal, **options)
 
 
-def test_the_metric_of_each_validation_and_the_cost_are_noted(tmp_path):
+def test_the_metric_of_each_validation_and_the_cost_are_recorded(tmp_path):
     outcome = trained(tmp_path)
     assert len(outcome.values) == 3
     assert outcome.value == outcome.values[-1] < outcome.values[0]
@@ -28,7 +28,7 @@ def test_the_metric_of_each_validation_and_the_cost_are_noted(tmp_path):
     assert (outcome.pruned, outcome.error, outcome.test) == (False, None, {})
 
 
-def test_the_seed_decides_on_everything(tmp_path):
+def test_a_trial_is_determined_by_its_seed(tmp_path):
     assert trained(tmp_path, seed=1).values == trained(tmp_path, seed=1).values
     assert trained(tmp_path, seed=1).values != trained(tmp_path, seed=2).values
 
@@ -47,7 +47,7 @@ def test_a_poor_trial_is_ended_early(tmp_path):
     assert [share for _, _, share in asked] == pytest.approx([1 / 3, 2 / 3])
 
 
-def test_progress_goes_up_to_the_end(tmp_path):
+def test_progress_reaches_the_end(tmp_path):
     shares = []
     trained(tmp_path, tick=shares.append)
     assert shares == sorted(shares)
@@ -78,12 +78,12 @@ class Stopped(Problem):
 
 
 @pytest.mark.usefixtures("_ctrl_c")
-def test_ctrl_c_is_told_apart_from_an_error(tmp_path):
+def test_ctrl_c_is_distinguished_from_errors(tmp_path):
     with pytest.raises(Interrupted):
         trained(tmp_path, Stopped)
 
 
-def test_a_monitor_that_is_not_logged_names_those_that_are(tmp_path):
+def test_the_error_for_a_monitor_that_is_not_logged_lists_logged_ones(tmp_path):
     with pytest.raises(TuneError, match=r"'val_auc' was not logged .*: choose from val_acc, val_loss"):
         trained(tmp_path, goal=Goal("val_auc", "max"))
 
@@ -109,7 +109,7 @@ def test_the_check_takes_one_step(tmp_path):
     assert (outcome.steps, len(outcome.values)) == (1, 1)
 
 
-def test_lightning_is_quiet_meanwhile_and_as_before_afterwards(tmp_path, capfd):
+def test_lightning_is_quiet_during_a_trial_and_restored_afterwards(tmp_path, capfd):
     logger = logging.getLogger("pytorch_lightning")
     before = logger.level
     trained(tmp_path)

@@ -1,4 +1,4 @@
-"""What the demonstration says of its runs."""
+"""The table and the verdicts of the demonstration."""
 
 import pytest
 from rich.console import Console
@@ -42,7 +42,7 @@ def test_one_seed_has_no_spread(capsys):
 
 
 @pytest.mark.parametrize("width", [40, 80])
-def test_the_table_fits(width, capsys):
+def test_the_table_fits_the_terminal(width, capsys):
     records = records_of(**dict.fromkeys(DEMO_METHODS, (0.8, 0.81)))
     Console(width=width).print(make_table(records, dict.fromkeys(DEMO_METHODS, 1.0), "title"))
     out = capsys.readouterr().out
@@ -50,5 +50,5 @@ def test_the_table_fits(width, capsys):
     assert "…" not in out
 
 
-def test_constants_by_the_field_s_letters():
+def test_constants_are_named_by_greek_letters():
     assert [constants(name) for name in DEMO_METHODS] == ["", "γ=1 ε=0.5", "γ=0.5 ε=0.3", "ρ=0.5", "ρ=2", "b=0.8"]

@@ -1,4 +1,4 @@
-"""The demonstration as a command: what it shows and writes, and Ctrl-C."""
+"""The demonstration as a command: its output, its files, and Ctrl-C."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ def test_demo_shows_table_figure_and_values(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_files_are_written_where_nothing_can_be_printed(tmp_path, monkeypatch):
+def test_files_are_written_if_nothing_can_be_printed(tmp_path, monkeypatch):
     stream = io.StringIO()
     stream.close()
     monkeypatch.setattr(sys, "stdout", stream)
@@ -42,7 +42,7 @@ def test_files_are_written_where_nothing_can_be_printed(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["demo.csv", "demo.png"])
-def test_results_are_printed_where_no_file_can_be_written(name, tmp_path, capsys):
+def test_results_are_printed_if_no_file_can_be_written(name, tmp_path, capsys):
     (tmp_path / name).mkdir()
     assert cli.main(["demo", "--seeds=1", "--epochs=1", "--methods", "plain", "--output", str(tmp_path)]) == 2
     printed = capsys.readouterr()
@@ -69,7 +69,7 @@ def test_demo_in_any_encoding(encoding, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"demo.csv", "demo.png"}
 
 
-def test_ctrl_c_keeps_what_was_done(tmp_path, capsys, monkeypatch):
+def test_ctrl_c_keeps_results(tmp_path, capsys, monkeypatch):
     real, calls = demo._Curves.on_train_epoch_end, []
 
     def interrupt(self, trainer, pl_module):

@@ -1,4 +1,4 @@
-"""The demonstration: its data, a short run, and what it shows."""
+"""The demonstration: its data, and short runs."""
 
 import pytest
 import torch
@@ -8,18 +8,18 @@ from lightning_gr.cli.demo.task import DEMO_METHODS, Digits, train
 from lightning_gr.tune.trial import Interrupted
 
 
-def test_data_is_as_promised():
+def test_data_is_as_documented():
     from sklearn.datasets import load_digits
 
     data = Digits.load(seed=3)
     assert [len(labels) for _, labels in (data.train, data.validation, data.test)] == [500, 400, 897]
     images = torch.cat([data.train[0], data.validation[0], data.test[0]])
     everything = torch.tensor(load_digits().data, dtype=torch.float32) / 16 - 0.3
-    # the three parts are the whole set, each image once
+    # the three parts contain each image exactly once
     assert sorted(map(tuple, images.tolist())) == sorted(map(tuple, everything.tolist()))
 
 
-def test_labels_are_clean_but_for_the_training_part():
+def test_only_training_labels_are_noisy():
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -31,7 +31,7 @@ def test_labels_are_clean_but_for_the_training_part():
         return sum(truth[tuple(image)] != label for image, label in zip(images.tolist(), labels.tolist(), strict=True))
 
     assert wrong(data.test) == wrong(data.validation) == 0
-    # 100 labels drawn at random, of which about a tenth are right by chance
+    # 100 labels are drawn at random, so about a tenth of them are right by chance
     assert 80 <= wrong(data.train) <= 100
 
 
@@ -41,7 +41,7 @@ def test_test_part_is_the_same_for_each_seed():
 
 
 @pytest.mark.slow
-def test_a_run_follows_from_its_seed():
+def test_a_run_is_determined_by_its_seed():
     first, second, other = (train("SAM", DEMO_METHODS["SAM"](), seed, epochs=2) for seed in (5, 5, 6))
     assert first == second
     assert first != other
@@ -53,7 +53,7 @@ def test_flooding_at_zero_is_plain():
     assert runs[0] == runs[1]
 
 
-def test_interrupted_run_says_so(monkeypatch):
+def test_an_interrupted_run_raises(monkeypatch):
     def interrupt(self, trainer, pl_module):
         raise KeyboardInterrupt
 
