@@ -188,8 +188,16 @@ class _OneLineErrors:
         raise AssertionError("exit returned")
 
 
-# lines that the parser prints besides the actual reason
-_ASIDES = ("Does not validate", "Subtypes:", "Errors:", "Problem with given class_path", "Expected a path but")
+# lines that the parser prints besides the actual reason; before version 4.52, None and paths came first
+_ASIDES = (
+    "Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Problem with given class_path",
+    "Expected a path but",
+    "Expected a config path but",
+    "Expected a <class 'NoneType'>",
+)
 
 
 def _readable(message: str) -> str:
@@ -204,8 +212,9 @@ def _readable(message: str) -> str:
             keys.append(key)
         reason = line.strip().removeprefix("- ")
         if keys and reason and not reason.startswith(_ASIDES):
-            _, _, given = message.rpartition("Given value: ")
-            value = "" if given.startswith("NestedArg(") or given.strip() in reason else f", but got {given.strip()}"
+            _, found, given = message.rpartition("Given value: ")
+            omit = not found or given.startswith("NestedArg(") or given.strip() in reason
+            value = "" if omit else f", but got {given.strip()}"
             return f"--{'.'.join(keys)}: {reason}{value}"
     return " ".join(message.split())
 

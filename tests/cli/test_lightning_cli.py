@@ -7,14 +7,17 @@ import importlib
 import io
 import re
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
 import yaml
 from jsonargparse import Namespace
+from packaging.version import Version
 
 from lightning_gr import SAM, Flooding, GradientRegularization, GradientRegularizationCLI, GRRule, SAMRule
 from lightning_gr.callbacks.base import TwoPass
+from lightning_gr.cli import lightning_cli
 from lightning_gr.cli import main as cli
 from lightning_gr.cli.lightning_cli import lower_methods
 
@@ -296,6 +299,33 @@ def test_help_in_an_encoding_without_greek(flags, encoding, own_program, monkeyp
     assert "\\u" not in said
 
 
+OLDER_ERROR = """Parser key "model":
+
+  - Expected a config path but torch.nn.Linear either not accessible or invalid
+  - Does not validate against any of the Union subtypes
+  Subtypes: [<class 'NoneType'>, <class 'pytorch_lightning.core.module.LightningModule'>]
+  Errors:
+    - Expected a <class 'NoneType'>
+    - Import path does not correspond to a subclass of LightningModule
+  Given value type: <class 'str'>
+  Given value: torch.nn.Linear"""
+OLDER_READABLE = "--model: Import path does not correspond to a subclass of LightningModule, but got torch.nn.Linear"
+
+
+def test_a_missing_configuration_file_is_named_once(capsys, tmp_path):
+    said = ends(lambda: cli.main(["fit", "--config=missing.yaml"]), capsys)
+    assert said == f"lightning-gr fit: error: --config: File does not exist: '{tmp_path / 'missing.yaml'}'"
+
+
+def test_errors_of_older_parsers():
+    """jsonargparse 4.40 to 4.51 list None and configuration files before the intended type."""
+    assert lightning_cli._readable(OLDER_ERROR) == OLDER_READABLE
+
+
+older = Version(version("jsonargparse")) < Version("4.52")
+UNKNOWN = "Validation failed: Key 'rat' is not expected" if older else "Option 'rat' is not accepted"
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -304,7 +334,7 @@ def test_help_in_an_encoding_without_greek(flags, encoding, own_program, monkeyp
         ("--model=Modell", "--model: Expected a dot import path string: Modell"),
         ("--model=torch.nn.Linear", "--model: Import path does not correspond to a subclass of LightningModule"),
         ("--model={} --data={}Data", "--data: module '{}' has no attribute 'ModelData'"),
-        ("--model={} --model.rat=1", "--model: Option 'rat' is not accepted"),
+        ("--model={} --model.rat=1", f"--model: {UNKNOWN}"),
         ("--model={} --model.rate=fast", "--model.rate: Expected a <class 'float'>. Got value: fast"),
     ],
 )

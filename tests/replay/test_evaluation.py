@@ -101,7 +101,8 @@ def test_an_exception_leaves_no_trace_either(error, where):
     assert net.state() == state
     assert not in_second_pass()
     notes = getattr(caught.value, "__notes__", [])
-    assert bool(notes) == (error is ValueError)
+    # exceptions have notes since Python 3.11, and Ctrl-C needs none
+    assert bool(notes) == (error is ValueError and hasattr(error, "add_note"))
 
 
 def test_moved_weights_are_not_restored():
