@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_gr._compat import hook_tables, storage_uses, with_hooks
 from lightning_gr.core.hooks import Zero, has_accumulation_hooks, without_hooks
-from lightning_gr.core.sharding import is_distributed, local_parts, plain_are_shards
+from lightning_gr.core.sharding import is_distributed, local_parts
 from lightning_gr.core.tensors import is_lazy
 
 __all__ = [
@@ -59,9 +59,8 @@ class BackwardCheck:
     """
 
     def __init__(self, params: Sequence[Tensor], thorough: bool = False) -> None:
-        # FSDP1 itself exchanges shards for gathered parameters until the backward pass ends, and a lazy parameter is
-        # written by the evaluation, which gives it its shape
-        self._params = [param for param in params if not is_lazy(param) and not plain_are_shards()]
+        # a lazy parameter is written by the evaluation, which gives it its shape
+        self._params = [param for param in params if not is_lazy(param)]
         self._marks = TensorMarks(self._params, thorough)
 
     def done(self) -> None:
