@@ -4,8 +4,10 @@ A hook runs in each reduction of gradients, but what it keeps belongs to optimiz
 may change it.
 """
 
+import random
+from collections import deque
 from collections.abc import Callable, Iterable
-from types import ModuleType
+from types import MemberDescriptorType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -59,11 +61,28 @@ def _keep(value: Any, seen: dict[int, object]) -> Restore:
         return _keep_tensor(value)
     if isinstance(value, dict):
         return _keep_mapping(value, seen)
-    if isinstance(value, list):
-        return _keep_list(value, seen)
-    if isinstance(value, (torch.Generator, np.random.RandomState)):
-        return _keep_generator(value)
+    if isinstance(value, (list, deque, set)):
+        return _keep_items(value, seen)
+    if isinstance(value, tuple):
+        return _keep_tuple(value, seen)
+    if isinstance(value, np.ndarray) and value.flags.writeable:
+        return _keep_array(value)
+    for kind, get_state, set_state in _GENERATORS:
+        if isinstance(value, kind):
+            return _keep_generator(value, get_state, set_state)
     return _keep_attributes(value, seen)
+
+
+def _set_bits(generator: np.random.Generator, state: Any) -> None:
+    generator.bit_generator.state = state
+
+
+_GENERATORS: tuple[tuple[type, Callable[[Any], Any], Callable[[Any, Any], object]], ...] = (
+    (torch.Generator, torch.Generator.get_state, torch.Generator.set_state),
+    (np.random.RandomState, np.random.RandomState.get_state, np.random.RandomState.set_state),
+    (np.random.Generator, lambda generator: generator.bit_generator.state, _set_bits),
+    (random.Random, random.Random.getstate, random.Random.setstate),
+)
 
 
 def _keep_tensor(tensor: Tensor) -> Restore:
@@ -87,29 +106,57 @@ def _keep_mapping(mapping: dict[Any, Any], seen: dict[int, object]) -> Restore:
     return restore
 
 
-def _keep_list(values: list[Any], seen: dict[int, object]) -> Restore:
+def _keep_items(values: Any, seen: dict[int, object]) -> Restore:
     kept = [_keep(value, seen) for value in values]
+    extend = values.update if isinstance(values, set) else values.extend
 
-    def restore() -> list[Any]:
-        values[:] = [each() for each in kept]
+    def restore() -> Any:
+        values.clear()
+        extend(each() for each in kept)
         return values
 
     return restore
 
 
-def _keep_generator(generator: Any) -> Restore:
-    kept = generator.get_state()
+def _keep_tuple(values: tuple[Any, ...], seen: dict[int, object]) -> Restore:
+    kept = [_keep(value, seen) for value in values]
+
+    def restore() -> tuple[Any, ...]:
+        for each in kept:
+            each()
+        return values
+
+    return restore
+
+
+def _keep_array(array: "np.ndarray[Any, Any]") -> Restore:
+    kept = array.copy()
+
+    def restore() -> "np.ndarray[Any, Any]":
+        if array.shape != kept.shape:
+            array.resize(kept.shape, refcheck=False)
+        np.copyto(array, kept)
+        return array
+
+    return restore
+
+
+def _keep_generator(
+    generator: Any, get_state: Callable[[Any], Any], set_state: Callable[[Any, Any], object]
+) -> Restore:
+    kept = get_state(generator)
 
     def restore() -> Any:
-        generator.set_state(kept)
+        set_state(generator, kept)
         return generator
 
     return restore
 
 
 def _keep_attributes(owner: Any, seen: dict[int, object]) -> Restore:
-    slots = [name for kind in type(owner).__mro__ for name in _names(vars(kind).get("__slots__", ()))]
-    names = [name for name in [*slots, *getattr(owner, "__dict__", {})] if name != "__dict__" and hasattr(owner, name)]
+    bodies = [vars(kind) for kind in type(owner).__mro__ if "__slots__" in vars(kind)]
+    slots = [name for body in bodies for name, slot in body.items() if isinstance(slot, MemberDescriptorType)]
+    names = [name for name in [*slots, *getattr(owner, "__dict__", {})] if hasattr(owner, name)]
     kept = {name: _keep(getattr(owner, name), seen) for name in names}
 
     def restore() -> Any:
@@ -118,7 +165,3 @@ def _keep_attributes(owner: Any, seen: dict[int, object]) -> Restore:
         return owner
 
     return restore
-
-
-def _names(slots: str | Iterable[str]) -> list[str]:
-    return [slots] if isinstance(slots, str) else list(slots)

@@ -320,7 +320,10 @@ def _restore(tensors: list[Tensor], saved: list[Content]) -> None:
         if alias is not None and _is_elsewhere(tensor, alias):
             tensor.data = alias
         elif alias is None and tensor.shape != value.shape:
-            Tensor.resize_(tensor, value.shape)
+            if tensor.requires_grad:  # it cannot be resized, only pointed elsewhere
+                tensor.data = torch.empty_like(value)
+            else:
+                Tensor.resize_(tensor, value.shape)
         if _is_simple(tensor):
             simple.append(tensor.data)
             values.append(value)
@@ -368,10 +371,10 @@ def sample(tensors: list[Tensor]) -> list[Any]:
         return [_few(Tensor.detach(tensor)) for tensor in tensors]
 
 
-def _few(flat: Tensor) -> Any:
-    count = flat.numel()
+def _few(tensor: Tensor) -> Any:
+    count = tensor.numel()
     if count == 0:
         return ()
-    flat = flat.reshape(-1) if flat.is_contiguous() else flat.flatten()[:8]
-    few: Tensor = flat[:: max(1, count // 8)][:8].clone().resolve_conj().view(torch.uint8)
-    return few.numpy().tobytes()  # in which NaN is equal to itself
+    few = tensor.reshape(-1)[:: max(1, count // 8)][:8].clone(memory_format=torch.contiguous_format)
+    bits: Tensor = few.resolve_conj().view(torch.uint8)
+    return bits.numpy().tobytes()  # in which NaN is equal to itself

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gr.replay.contents import TensorPlace, is_lazy, is_plain, sample
+from lightning_gr.replay.contents import TensorPlace, is_plain, sample
 from lightning_gr.replay.machinery import QuietTensorPlace
 from lightning_gr.replay.places import Place
 from lightning_gr.replay.snapshot import storage_of
@@ -158,6 +158,6 @@ def _few(tensor: Tensor) -> Tensor:
 def _read_few(tensor: Tensor) -> str:
     """The same for other kinds of dense tensors on the host, read by their own operators."""
     is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
-    if not is_dense or tensor.device.type != "cpu" or is_lazy(tensor):
+    if not is_dense or tensor.device.type != "cpu":
         return ""
     return repr(sample([tensor]))  # in which NaN is equal to itself

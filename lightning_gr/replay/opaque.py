@@ -6,10 +6,11 @@ import operator
 import sys
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from lightning_gr.replay.places import Place
+from lightning_gr.replay.places import Place, SlotPlace, slot_names
 
 __all__ = ["OpaquePlace", "can_be_moved", "is_opaque"]
 
@@ -64,7 +65,7 @@ def _position(owner: Any, depth: int = 0) -> Any:
     if isinstance(owner, types.GeneratorType):
         return _line(owner, depth)
     if isinstance(owner, io.IOBase):
-        return None if owner.closed else _asked(owner.tell)
+        return _asked(owner.tell)
     # only the representation of an itertools iterator shows its position
     text = repr(owner) if kind.__module__ == "itertools" else ""
     hint = operator.length_hint(owner, -1) if hasattr(kind, "__length_hint__") else -1
@@ -83,11 +84,10 @@ def _plain(value: object) -> object:
     return value if isinstance(value, (int, float, str, bytes)) else id(value)
 
 
-def _attributes(owner: Any) -> Any:
-    try:
-        own = object.__getattribute__(owner, "__dict__")
-    except AttributeError:
-        return None
+def _attributes(owner: Any) -> list[tuple[str, object]]:
+    own = SlotPlace(owner, "", slot_names(type(owner))).save()
+    with suppress(AttributeError):
+        own |= object.__getattribute__(owner, "__dict__")
     return [(name, _plain(value)) for name, value in own.items()]
 
 
@@ -96,7 +96,7 @@ def _inside(owner: Any) -> Any:
     kind = type(owner)
     if not _is_of_c(kind) or _is_iterator(kind):
         return None
-    known = kind.__module__.partition(".")[0].lstrip("_") in _STANDARD
+    known = kind.__module__.partition(".")[0] in _STANDARD
     readable = (types.MemberDescriptorType, types.GetSetDescriptorType) if known else types.MemberDescriptorType
     members = {name: member for cls in kind.__mro__ for name, member in vars(cls).items()}
     asked: list[Callable[[], Any]] = [

@@ -192,9 +192,7 @@ class AttributePlace(Place):
 
     def children(self) -> Iterator[tuple[str, Any]]:
         for name, value in list(self.owner.items()):
-            if name in ("_parameters", "_buffers", "_modules") and name not in self.hidden:
-                yield self.path, value  # whose entries are the attributes of a module
-            elif name not in self.hidden:
+            if name not in self.hidden:
                 yield f"{self.path}.{name}", value
 
 
@@ -434,7 +432,9 @@ class SetPlace(Place):
         return set.__len__(self.owner) != len(saved) or any(map(operator.is_not, set.__iter__(self.owner), saved))
 
     def restore(self, saved: list[Any]) -> None:
-        set.intersection_update(self.owner, set(saved))
+        # one by one, since a set that is rebuilt gives its items in another order
+        for item in set(set.__iter__(self.owner)) - set(saved):
+            set.discard(self.owner, item)
         set.update(self.owner, saved)
         if self.differs(saved):
             set.clear(self.owner)

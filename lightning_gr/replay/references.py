@@ -90,6 +90,5 @@ class _Known:
         if not self.has_results and list(map(id, now)) == self._in_order:
             return False
         new = [value for value in now if id(value) not in self._ids]
-        if new or len(now) != len(self._held):
-            self._note(now)
+        self._note(now)
         return any(type(value) not in SIMPLE for value in new)

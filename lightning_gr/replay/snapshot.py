@@ -265,7 +265,7 @@ _FORM = operator.attrgetter("shape", "dtype")
 
 def _empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
     with torch.inference_mode(False):
-        return [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
+        return [torch.empty_like(tensor) for tensor in tensors]
 
 
 class Storages:

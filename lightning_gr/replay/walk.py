@@ -202,16 +202,15 @@ class Walk:
         self._hold((path, each) for each in seen if not (isinstance(each, dict) and "__module__" in each))
 
     def _cache(self, value: Any, path: str) -> None:
-        """Search the results of ``functools.lru_cache``, which are in a plain dictionary if the cache is unbounded."""
-        own = vars(value)
-        for table in gc.get_referents(value):
-            if type(table) is dict and table is not own:
-                if value.cache_parameters()["maxsize"] is None:
-                    self._waiting.append((path, table))
-                else:
-                    self._waiting.extend(
-                        (path, kept) for link in table.values() for kept in gc.get_referents(link)[-1:]
-                    )
+        """Search the results of ``functools.lru_cache``, which are in a plain dictionary if the cache is unbounded.
+
+        A bounded one refers to its arguments and results itself, and to a dictionary that must not be written to.
+        """
+        own, found = vars(value), gc.get_referents(value)
+        if value.cache_parameters()["maxsize"] is None:
+            self._waiting.extend((path, each) for each in found if type(each) is dict and each is not own)
+        elif value.cache_info().currsize:
+            self._hold((path, each) for each in found if type(each) is not object and not _has_links(each))
         self._waiting.extend(own.items())
 
     def _class(self, value: type, path: str) -> None:
@@ -296,6 +295,11 @@ _KINDS: tuple[tuple[Any, Callable[[Walk, Any, str], None]], ...] = (
     (threading.local, Walk._local),
     (SynchronizedBase, Walk._shared),
 )
+
+
+def _has_links(value: object) -> bool:
+    """Whether this is the dictionary of a bounded cache, whose entries are linked to each other."""
+    return type(value) is dict and any(type(each).__name__ == "_lru_list_elem" for each in value.values())
 
 
 _WRAPPERS = {property: ("fget", "fset", "fdel"), staticmethod: ("__func__",), classmethod: ("__func__",),

@@ -1,6 +1,10 @@
 """The state of communication hooks is restored in place, whatever it consists of."""
 
+import random
+from collections import deque
+
 import numpy as np
+import pytest
 import torch
 from pytorch_lightning import Trainer
 from torch import nn
@@ -76,3 +80,64 @@ def test_objects_of_others_are_not_entered():
     assert net.weight.item() == 7.0
     assert optimizer.param_groups[0]["lr"] == 0.2
     assert trainer.should_stop
+
+
+class Private:
+    __slots__ = ("__count",)
+
+    def __init__(self):
+        self.__count = 3
+
+    def add(self):
+        self.__count += 1
+
+    def __repr__(self):
+        return f"Private({self.__count})"
+
+
+class Derived(Private):
+    __slots__ = "other"  # which has no value yet
+
+
+KINDS = {
+    "tuple": (lambda: (torch.ones(2), [1]), lambda x: (x[0].add_(1), x[1].append(2))),
+    "tuple of tuples": (lambda: ((torch.ones(2),), 1), lambda x: x[0][0].mul_(2)),
+    "deque": (lambda: deque([1, 2], maxlen=2), lambda x: x.append(3)),
+    "set": (lambda: {1, 2}, lambda x: x.add(3)),
+    "array": (lambda: np.zeros(2), lambda x: x.__setitem__(1, 3.0)),
+    "array that grows": (lambda: np.zeros(2), lambda x: x.resize(5, refcheck=False)),
+    "private slot": (Private, Private.add),
+    "private slot of a base": (Derived, Private.add),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_containers_and_objects_of_all_kinds_are_restored(kind):
+    make, change = KINDS[kind]
+    value = make()
+    kept = CommStates([{"inner": value}])
+    before = repr(value)
+    for _ in range(2):
+        change(value)
+        assert repr(value) != before
+        kept.restore()
+        assert repr(value) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "draw"),
+    [
+        (lambda: np.random.default_rng(0), lambda generator: generator.random()),
+        (lambda: np.random.RandomState(0), lambda generator: generator.rand()),
+        (lambda: random.Random(0), lambda generator: generator.random()),
+        (torch.Generator, lambda generator: torch.rand((), generator=generator).item()),
+    ],
+)
+def test_generators_go_on_from_where_they_were(make, draw):
+    generator = make()
+    draw(generator)
+    kept = CommStates([generator])
+    drawn = draw(generator)
+    for _ in range(2):
+        kept.restore()
+        assert draw(generator) == drawn

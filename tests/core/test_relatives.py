@@ -1,9 +1,11 @@
-"""GSAM, Friendly-SAM and LookSAM: their constants and special cases. What they compute: system/test_family.py."""
+"""GSAM, Friendly-SAM and LookSAM: their constants, and what they compute. As callbacks: system/test_family.py."""
 
 import pickle
 
 import pytest
-from modules import STATEFUL, assert_near, cross_entropy, gradients, make_batches, mlp
+import reference
+import torch
+from modules import STATEFUL, assert_near, cross_entropy, gradients, make_batches, mlp, sgd, weights
 
 from lightning_gr import SAMRule, regularized_backward
 from lightning_gr.core.rules import Context
@@ -21,6 +23,37 @@ def test_special_cases_equal_sam(rule):
     state = State()
     for _ in range(2):
         assert_near(gradient(rule, state=state), gradient(SAMRule(0.2)))
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_training_equals_the_reference(name, scale):
+    net, batches, state = mlp(), make_batches() * 2, State()
+    optimizer, loss_scale = sgd(net.parameters()), None if scale is None else torch.tensor(scale, dtype=torch.float64)
+    for batch in batches:
+        optimizer.zero_grad()
+        options = {"optimizer": optimizer, "state": state, "loss_scale": loss_scale}
+        regularized_backward(lambda batch=batch: cross_entropy(net, batch), net, STATEFUL[name].rule, **options)
+        for param in net.parameters():
+            param.grad /= scale or 1.0
+        optimizer.step()
+    losses = [reference.loss_of(mlp(), cross_entropy, [batch]) for batch in batches]
+    expected = reference.train_with(mlp(), losses, reference.SGD(), STATEFUL[name].reference())
+    assert_near(weights(net), expected)
+
+
+def test_looksam_may_begin_between_its_second_passes():
+    """It then has nothing to use again, and its gradient is the clean one."""
+    state = State()
+    state.step = 1
+    assert_near(gradient(LookSAMRule(0.2, interval=3), state=state), gradient(SAMRule(0.0)))
+
+
+@pytest.mark.parametrize("make", [GSAMRule, FriendlySAMRule, LookSAMRule])
+def test_strength_scales_the_radius(make):
+    for strength in (1.0, 0.25):
+        (probe,) = make(0.2).update(Context(strength)).probes
+        assert probe == (0.2 * strength, 1.0)
 
 
 @pytest.mark.parametrize(

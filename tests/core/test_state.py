@@ -28,6 +28,10 @@ def test_a_value_is_missing_unless_every_parameter_has_one():
         assert state.get("another") is None
 
 
+def test_a_new_state_has_seen_no_step():
+    assert State().step == 0
+
+
 def test_set_requires_a_vector_for_each_parameter():
     state = State()
     with state.of(list(mlp().parameters())), pytest.raises(ValueError, match="shorter"):

@@ -188,6 +188,29 @@ def test_shared_storage_is_not_swapped(make):
     del other
 
 
+def test_what_counts_is_the_direction_where_one_is_given():
+    """As a momentum, where there is no gradient yet."""
+    param, storage = make_param(), WeightStorage()
+    direction, param.grad = param.grad, None
+    assert swap.can_swap(param, direction)
+    assert not swap.can_swap(param, direction.double())
+    assert not swap.can_swap(param, None)
+    storage.take([param], [direction])
+    assert storage.swap.params == [param]
+    storage.release()
+
+
+@pytest.mark.parametrize("shape", [(3,), LARGE])  # copied, and swapped
+def test_a_weight_that_is_pointed_elsewhere_meanwhile_is_pointed_back(shape):
+    param = make_param(shape)
+    before, address = param.detach().clone(), param.data_ptr()
+    with Perturbation([param], WeightStorage()) as perturbation:
+        perturbation.displace(Update("gradient", 0.5), 0.1)
+        param.data = torch.zeros(shape)
+    assert torch.equal(param, before)
+    assert param.data_ptr() == address
+
+
 def test_a_gradient_in_a_bucket_is_not_written_to():
     param = make_param()
     assert swap.can_swap(param)

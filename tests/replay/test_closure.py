@@ -5,16 +5,18 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from modules import METHODS, assert_near, assert_same, cross_entropy, gradients, make_batches, mlp
+from modules import METHODS, assert_near, assert_same, cross_entropy, gradients, make_batches, mlp, weights
 from outside import Record
 from torch import nn
 
 from lightning_gr import GRRule, SAMRule, flood, in_second_pass, regularized_backward
-from lightning_gr.core.rules import SCHEMES
+from lightning_gr.core.ahead import Ahead
+from lightning_gr.core.rules import SCHEMES, Update
 from lightning_gr.core.storage import WeightStorage
 from lightning_gr.replay.closure import ClosurePasses, _memory_of
 from lightning_gr.replay.evaluation import Surroundings
 from lightning_gr.replay.footprint import Footprint
+from lightning_gr.rules import FriendlySAMRule, MomentumSAMRule, State
 
 
 def regularized(net, batch, rule, *, loss=cross_entropy, **options):
@@ -239,3 +241,129 @@ def test_an_iterator_that_only_a_closure_holds_is_named_once():
     with pytest.warns(UserWarning, match="`numbers` cannot be put back") as caught:
         train()
     assert len(caught) == 1
+
+
+# --- rules that look at more than the gradient
+
+
+def with_momentum(net):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    cross_entropy(net, make_batches()[1]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+class Told:
+    """A rule that keeps what it is told."""
+
+    def __init__(self):
+        self.contexts = []
+
+    def update(self, at):
+        self.contexts.append(at)
+        return Update("gradient", 1.0)
+
+
+def test_a_rule_is_told_of_the_strength_the_step_and_the_first_group():
+    net, batch, rule, state = mlp(), make_batches()[0], Told(), State()
+    rates = zip(net.parameters(), (4.0, 3.0, 2.0, 1.0), strict=True)
+    optimizer = torch.optim.SGD([{"params": [param], "lr": lr} for param, lr in rates])
+    for options in ({}, {"strength": 0.5, "state": state, "optimizer": optimizer}, {"state": state}):
+        regularized(net, batch, rule, **options)
+    assert [(at.strength, at.step, at.lr) for at in rule.contexts] == [(1.0, 0, 0.0), (0.5, 0, 4.0), (1.0, 1, 0.0)]
+    assert state.step == 2
+
+
+def test_a_rule_that_keeps_something_needs_a_state():
+    with pytest.raises(ValueError, match="Expected `state` with a rule that keeps 'average'"):
+        regularized(mlp(), make_batches()[0], FriendlySAMRule(0.2))
+
+
+@pytest.mark.parametrize("exclude", [[], ["0.*"]])
+def test_momentum_sam_takes_its_gradient_at_the_point_ahead(exclude):
+    net, batch = mlp(), make_batches()[0]
+    optimizer = with_momentum(net)
+    before = weights(net)
+    targets = list(net.parameters())[2 if exclude else 0 :]
+    with Ahead(optimizer, targets, 0.5, WeightStorage()).displaced():
+        expected = regularized(net, batch, GRRule(0.0))
+    found = regularized(net, batch, MomentumSAMRule(1.0), strength=0.5, optimizer=optimizer, exclude=exclude)
+    assert_same(found, expected)
+    assert_same(weights(net), before)
+    with pytest.raises(ValueError, match="Expected `optimizer` with a rule that looks ahead"):
+        regularized(net, batch, MomentumSAMRule(0.5))
+    assert_same(regularized(net, batch, MomentumSAMRule(0.0)), regularized(net, batch, GRRule(0.0)))
+
+
+def test_momentum_sam_too_refuses_an_optimizer_that_steps_in_the_backward_pass():
+    net = mlp()
+    optimizer = with_momentum(net)
+
+    @torch.no_grad()
+    def step(param):
+        param.sub_(param.grad)
+
+    net[0].bias.register_post_accumulate_grad_hook(step)
+    with pytest.raises(RuntimeError, match="during the backward pass"):
+        regularized(net, make_batches()[0], MomentumSAMRule(0.5), optimizer=optimizer)
+
+
+def test_gradients_that_a_closure_leaves_behind_belong_to_the_loss():
+    """As where it back-propagates a penalty by itself."""
+    batch = make_batches()[0]
+
+    def penalty(net):
+        return sum(param.pow(4).sum() for param in net.parameters())
+
+    def in_parts(net, batch):
+        penalty(net).backward()
+        return cross_entropy(net, batch)
+
+    def at_once(net, batch):
+        return penalty(net) + cross_entropy(net, batch)
+
+    assert_near(*(regularized(mlp(), batch, SAMRule(0.2), loss=loss) for loss in (in_parts, at_once)))
+
+
+def test_a_hook_that_changes_a_single_entry_runs_in_both_passes():
+    """At first all entries are compared, and what is learned then is not forgotten."""
+    net, calls = nn.Linear(40, 25), Record()
+
+    def write(grad):
+        calls.append(1)
+        grad.data[7, 3] = 5.0
+
+    net.weight.register_hook(lambda grad: write(grad))
+    for step in range(1, 4):
+        regularized(net, torch.ones(2, 40), SAMRule(0.1), loss=lambda net, x: net(x).pow(2).sum())
+        assert len(calls) == 2 * step
+
+
+def test_an_iterator_of_the_module_is_named_by_its_path():
+    net = mlp()
+    net.numbers = iter(range(100))
+    with pytest.warns(UserWarning, match=r"`module\.numbers` cannot be put back"):
+        regularized(net, make_batches()[0], SAMRule(0.1), loss=lambda *at: cross_entropy(*at) * (1 + next(net.numbers)))
+
+
+def test_hooks_that_only_look_run_once_a_step():
+    net, seen = mlp(), Record()
+    net[0].bias.register_hook(lambda grad: seen.append(1))
+    for step in range(3):
+        regularized(net, make_batches()[0], SAMRule(0.1))
+        assert len(seen) == step + 1
+
+
+def test_a_gradient_is_clipped_before_it_is_combined():
+    net, batch = mlp(), make_batches()[0]
+    clean = regularized(net, batch, GRRule(0.0))
+    norm = torch.cat([grad.flatten() for grad in clean.values()]).norm().item()
+    found = regularized(net, batch, GRRule(0.1, 0.2), gradient_clip=(norm / 2, norm * 100))
+    half = {name: grad / 2 for name, grad in clean.items()}
+    moved = mlp()
+    with torch.no_grad():
+        for name, param in moved.named_parameters():
+            param += 0.2 * half[name]
+    second = regularized(moved, batch, GRRule(0.0))
+    assert_near(found, {name: 0.5 * half[name] + 0.5 * second[name] for name in clean})

@@ -268,3 +268,79 @@ def test_a_write_only_in_the_second_pass_is_undone_or_warned_about(learned):
     with evaluation.again():
         pass
     assert torch.equal(net.odd, before)  # from now on it is protected
+
+
+def test_a_module_that_is_lazy_is_initialized_once():
+    """By the first pass; what has come into being then is protected in the second one."""
+    net, batch = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Linear(4, 3)), make_batches()[0]
+    batch = batch[0].float(), batch[1]
+    surroundings = Surroundings(Footprint(lambda: {"self": net}), trained=lambda: list(net.parameters()))
+    for step in range(1, 5):
+        evaluation = Evaluation(lambda: cross_entropy(net, batch), surroundings)
+        first = evaluation.first()
+        found = weights(net), net[1].running_mean.clone()
+        with evaluation.again() as loss:
+            assert torch.equal(loss, first)
+        assert_same(weights(net), found[0])
+        assert torch.equal(net[1].running_mean, found[1])
+        assert net[1].num_batches_tracked == step
+
+
+def test_an_error_in_a_second_pass_leaves_gradients_that_are_not_trained_as_they_are():
+    holder, extra = nn.Module(), torch.ones(2, requires_grad=True)
+    holder.extra, gradient = extra, torch.zeros(2)
+    extra.grad = gradient
+
+    def fails():
+        if in_second_pass():
+            extra.sum().backward()
+            raise ValueError
+        return extra.sum()
+
+    evaluation = Evaluation(fails, Surroundings(Footprint(lambda: {"self": holder})))
+    evaluation.first()
+    with pytest.raises(ValueError), evaluation.again():  # noqa: PT011
+        pass
+    assert extra.grad is gradient
+    assert not gradient.any()
+
+
+def test_learning_leaves_no_trace_of_random_numbers_gradients_hooks_and_muted_methods():
+    net, said, ran = Busy(), Record(), Record()
+    net.new, net.say, net.extra = 0.0, said.append, torch.ones(2, requires_grad=True)
+    compute, surroundings, _ = make(net, muted=lambda: [(net, ("say",))])
+    net.net[0].weight.register_hook(lambda grad: ran.append(1))
+
+    def talks():
+        net.say(in_second_pass())
+        loss = compute() + net.extra.sum()
+        loss.backward()
+        return loss
+
+    state = net.state()
+    evaluation = Evaluation(talks, surroundings)
+    evaluation.learn()
+    assert net.state() == state
+    assert list(said) == list(ran) == []
+    assert net.extra.grad is None
+    assert all(param.grad is None for param in net.parameters())
+    assert not in_second_pass()
+
+
+def test_learning_finds_what_is_written_to():
+    """And undoes it even for what is too large to be saved in each step."""
+    net = Busy()
+    net.large, net.new = torch.zeros(2**11), 0.0
+    compute, surroundings, _ = make(net)
+
+    def writes():
+        net.large += 1
+        return compute() * net.large[0]
+
+    evaluation = Evaluation(writes, surroundings)
+    evaluation.learn()
+    assert not net.large.any()
+    with evaluation.again() as first, evaluation.again() as second:
+        assert torch.equal(first, second)
+    assert not net.large.any()
+    assert any(place.owner is net.large for place in surroundings.footprint.protected)

@@ -208,6 +208,41 @@ def test_a_hook_that_changes_its_first_gradient_late():
     assert runs(scale, grad=2.0)
 
 
+def test_one_that_has_changed_a_gradient_runs_from_then_on_even_if_it_changes_none_again():
+    calls = []
+
+    def scale(grad):
+        calls.append(1)
+        return grad * 2 if len(calls) == 1 else None
+
+    assert runs(lambda grad: scale(grad), passes=3)
+
+
+@pytest.mark.parametrize("exactly", [True, False])
+def test_a_change_of_one_entry_is_seen_if_all_are_compared(exactly):
+    weight, hooks, calls = nn.Parameter(torch.ones(1000)), ObservingHooks(), []
+
+    def write(grad):
+        calls.append(1)
+        grad.data[301] = 5.0
+
+    weight.register_hook(lambda grad: write(grad))
+    with hooks.watched([weight], exactly=exactly):
+        (2 * weight).pow(2).sum().backward()
+    with hooks.silenced([weight]):
+        weight.sum().backward()
+    assert len(calls) == (2 if exactly else 1)
+
+
+def test_a_gradient_may_have_one_number_for_all_entries():
+    """As that of a sum."""
+    weight, hooks, seen = nn.Parameter(torch.ones(100)), ObservingHooks(), []
+    weight.register_hook(lambda grad: seen.append(grad.stride()))
+    with hooks.watched([weight], exactly=False):
+        weight.sum().backward()
+    assert seen == [(0,)]
+
+
 def test_after_accumulation():
     weights = []
 
@@ -227,6 +262,36 @@ def test_after_accumulation():
 
     assert not runs(keep, after=True)
     assert all(runs(hook, after=True) for hook in (replace, drop, step))
+
+
+@pytest.mark.parametrize("exactly", [True, False])
+def test_a_hook_that_finds_no_gradient(exactly):
+    """An earlier one has dropped it."""
+    weight, hooks, seen = nn.Parameter(torch.ones(3)), ObservingHooks(), []
+
+    def drop(param):
+        param.grad = None
+
+    weight.register_post_accumulate_grad_hook(drop)
+    weight.register_post_accumulate_grad_hook(lambda param: seen.append(param.grad))
+    with hooks.watched([weight], exactly=exactly):
+        weight.sum().backward()
+    with hooks.silenced([weight]):
+        weight.sum().backward()
+    assert seen == [None]
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Embedding(3, 2, sparse=True), lambda: nn.Embedding(3, 2, device="meta")])
+def test_of_a_gradient_that_is_not_dense_or_not_on_the_host_no_entries_are_read(make):
+    layer, hooks, seen = make(), ObservingHooks(), []
+    indices = torch.tensor([0, 2], device=layer.weight.device)
+    layer.weight.register_hook(lambda grad: seen.append(grad))
+    with hooks.watched([layer.weight], exactly=False):
+        layer(indices).sum().backward()
+    with hooks.silenced([layer.weight]):
+        layer(indices).sum().backward()
+    assert len(seen) == 1
 
 
 def test_a_hook_that_fails_is_no_longer_watched():

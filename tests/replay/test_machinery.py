@@ -48,6 +48,7 @@ def test_the_state_of_an_optimizer_is_entered_without_its_parameters():
     assert isinstance(inner, StatePlace)
     found = dict(inner.children())
     assert isinstance(found["x[0]['step']"], QuietTensorPlace)
+    assert found["x[0]['step']"].owner is state[param]["step"]
     assert found["x[0]['count']"] == 1
 
 

@@ -1,10 +1,13 @@
 """Marks detect writes without copying tensors."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 from lightning_gr.replay.contents import TensorPlace
+from lightning_gr.replay.machinery import QuietTensorPlace
 from lightning_gr.replay.marks import Marker, Marks
 from lightning_gr.replay.snapshot import storages_of
 
@@ -17,10 +20,6 @@ def marker(*tensors, **options):
 
 def changed(marks):
     return [place.path for place in marks.changed()]
-
-
-def sparse(tensor):
-    return tensor.to_sparse()
 
 
 class Boxes(torch.Tensor):
@@ -96,17 +95,41 @@ def test_parameters_are_not_sampled_until_they_are_frozen():
     assert changed(before) == ["0"]
 
 
-@pytest.mark.filterwarnings("ignore:.*sparse.*:UserWarning", "ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: torch.zeros(3).to_sparse(), lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
-        lambda: nn.LazyLinear(2).weight, lambda: torch.empty(3, device="meta"),
-        lambda: torch.zeros(3, dtype=torch.complex64).conj(), lambda: torch.zeros(3).as_subclass(Boxes),
-    ],
-)  # fmt: skip
-def test_tensors_of_other_kinds_have_marks(make):
-    assert changed(Marks([marker(make())])) == []
+OTHERS = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    "quantized": lambda: torch.quantize_per_tensor(torch.zeros(2), 0.5, 0, torch.qint8),
+    "conjugated": lambda: torch.zeros(3, dtype=torch.complex64).conj(),
+    "subclass": lambda: torch.zeros(3).as_subclass(Boxes),
+    "lazy": lambda: nn.LazyLinear(2).weight,
+    "meta": lambda: torch.empty(3, device="meta"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def _tensors_of_other_kinds():
+    """Without torch's warnings that some kinds are prototypes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.usefixtures("_tensors_of_other_kinds")
+@pytest.mark.parametrize("thorough", [True, False])
+@pytest.mark.parametrize("name", OTHERS)
+def test_of_tensors_of_other_kinds_a_write_is_seen_only_where_it_was(name, thorough):
+    tensors = [torch.zeros(3), *(make() for make in OTHERS.values()), torch.zeros(3)]
+    before = Marks([marker(*tensors, thorough=thorough)])
+    assert changed(before) == []
+    position = 1 + list(OTHERS).index(name)
+    tensor = tensors[position]
+    if name == "meta":  # has no content
+        return
+    if name == "lazy":
+        tensor.materialize((2, 3))
+    else:
+        tensor.mul_(2) if name != "quantized" else tensor.copy_(torch.ones(2))
+    assert changed(before) == [str(position)]
 
 
 def test_a_subclass_is_sampled_on_request():
@@ -132,3 +155,23 @@ def test_a_write_is_detected_without_samples():
     with torch.no_grad():
         weight += 1
     assert changed(before) == ["0"]
+
+
+def test_a_weight_that_is_pointed_elsewhere_is_seen_even_if_nothing_is_read():
+    weights = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    before = Marks([marker(*weights)])
+    weights[1].data = weights[1].data.clone()
+    assert changed(before) == ["1"]
+
+
+def test_of_tensors_that_are_rarely_written_only_versions_are_compared():
+    tensors = [torch.zeros(3) for _ in range(3)]
+    with torch.inference_mode():
+        tensors.append(torch.zeros(3))  # has no version
+    places = [QuietTensorPlace(tensor, str(position)) for position, tensor in enumerate(tensors)]
+    before = Marks([Marker([*places, TensorPlace(torch.zeros(3), "other")])])
+    assert changed(before) == []
+    tensors[0].data += 1
+    assert changed(before) == []
+    tensors[1] += 1
+    assert changed(before) == ["1"]

@@ -1,5 +1,7 @@
 """Each kind of place: saving does not change it, changes are detected, and restoring leaves no trace."""
 
+import abc
+import random
 from array import array
 from collections import OrderedDict, defaultdict, deque
 
@@ -143,3 +145,165 @@ def test_hidden_attributes_are_left_alone():
     place.restore(saved)
     assert owner == {"mine": 1, "theirs": 2, "late": 3}
     assert [path for path, _ in place.children()] == ["x.mine"]
+
+
+# --- marks, of what is too large to be saved in each step
+
+
+NINE = "abcdefghi"
+MARKED = {
+    "dict, empty": (places.EntryPlace, dict, change_dict),
+    "dict": (places.EntryPlace, lambda: dict.fromkeys(NINE, 1), change_dict),
+    "dict, last value": (places.EntryPlace, lambda: dict.fromkeys(NINE, 1), lambda d: d.update(i=2)),
+    "dict, last key": (places.EntryPlace, lambda: dict.fromkeys(NINE, 1), lambda d: d.update(j=d.pop("i"))),
+    "ordered": (places.EntryPlace, lambda: OrderedDict.fromkeys(NINE, 1), lambda d: d.update(j=1)),
+    "strict dict": (places.EntryPlace, lambda: Strict(a=1), change_dict),
+    "list, empty": (places.SequencePlace, list, lambda x: x.append(1)),
+    "list": (places.SequencePlace, lambda: list(NINE), lambda x: x.insert(4, "e")),
+    "list, first": (places.SequencePlace, lambda: list(NINE), lambda x: x.__setitem__(0, "x")),
+    "list, middle": (places.SequencePlace, lambda: list(NINE), lambda x: x.__setitem__(4, "x")),
+    "list, last": (places.SequencePlace, lambda: list(NINE), lambda x: x.__setitem__(8, "x")),
+    "deque": (places.SequencePlace, lambda: deque(NINE, maxlen=9), lambda x: x.append("x")),
+    "bytearray": (places.SequencePlace, lambda: bytearray(9), lambda x: x.__setitem__(8, 1)),
+    "array": (places.SequencePlace, lambda: array("d", [0.5] * 9), lambda x: x.__setitem__(4, 1.5)),
+    "set": (places.SetPlace, lambda: set(NINE), lambda x: x.add("x")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_a_mark_tells_of_a_change(name):
+    kind, make, change = MARKED[name]
+    owner = make()
+    place = kind(owner, "x")
+    assert place.has_mark
+    mark = place.mark()
+    assert place.mark() == mark
+    change(owner)
+    assert place.mark() != mark
+
+
+def test_an_equal_item_in_the_place_of_another_has_another_mark():
+    items = [[1], [1]]
+    place = places.SequencePlace(items, "x")
+    mark = place.mark()
+    items[0] = [1]
+    assert place.mark() != mark
+
+
+# --- what is within
+
+
+class Base:
+    __slots__ = ("__private", "b")
+    shared = 1
+
+
+class Derived(Base):
+    __slots__ = "a"
+
+
+class Body(abc.ABC):
+    number, nested = 1, Base
+    by_name = property(lambda self: 1)
+
+    @abc.abstractmethod
+    def method(self):
+        """Something."""
+
+    fixed = staticmethod(len)
+    of_class = classmethod(len)
+
+
+def test_slots_of_bases_and_private_ones_are_slots():
+    assert places.slot_names(Derived) == ("_Base__private", "a", "b")
+    assert places.slot_names(Plain) == ()
+
+
+def test_slots_without_a_value_are_left_out():
+    owner = Derived()
+    owner.a = 1
+    place = places.SlotPlace(owner, "x", places.slot_names(Derived))
+    assert list(place.children()) == [("x.a", 1)]
+    assert list(place.values()) == [1]
+
+
+def test_only_data_in_the_body_of_a_class_counts():
+    place = places.ClassPlace(Body, "x")
+    assert list(place.children()) == [("x.number", 1)]
+    saved, method = place.save(), Body.method
+    try:
+        Body.method = lambda self: 2
+        assert not place.differs(saved)
+        Body.number = 2
+        assert place.differs(saved)
+        place.restore(saved)
+        assert Body.number == 1
+        assert Body.method is not method
+    finally:
+        Body.method = method
+
+
+def entries():
+    key = Plain()
+    return {"a": 1, 2: 3, 0.5: 4, (1, "b"): 5, key: 6}, key
+
+
+def test_entries_are_named_by_their_keys_except_for_keys_with_code_of_their_own():
+    owner, key = entries()
+    expected = [("x['a']", 1), ("x[2]", 3), ("x[0.5]", 4), ("x[(1, 'b')]", 5), ("x[...]", 6), ("x[...]", key)]
+    place = places.EntryPlace(owner, "x")
+    assert list(place.children()) == expected
+    assert list(place.values()) == [1, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("kind", "owner", "expected"),
+    [
+        (places.EntryPlace, OrderedDict(a=1, b=2), {"x['a']": 1, "x['b']": 2}),
+        (places.EntryPlace, dict.__new__(Strict), {}),
+        (places.ModuleEntryPlace, {"a": 1}, {"x.a": 1}),
+        (places.AttributePlace, {"a": 1, "b": 2}, {"x.a": 1, "x.b": 2}),
+        (places.SequencePlace, deque(["a", "b"]), {"x[0]": "a", "x[1]": "b"}),
+        (places.SequencePlace, bytearray(b"ab"), {}),
+        (places.SequencePlace, array("d", [1.0]), {}),
+        (places.SetPlace, {"a"}, {"x[...]": "a"}),
+        (places.CellPlace, cell_of("a"), {"x": "a"}),
+        (places.CellPlace, empty_cell(), {}),
+    ],
+)
+def test_what_a_place_leads_to(kind, owner, expected):
+    place = kind(owner, "x")
+    assert dict(place.children()) == expected
+    assert list(place.values()) == list(expected.values())
+
+
+def test_a_set_that_something_refers_to_for_good_cannot_be_replaced():
+    items, other = {1}, {1}
+    held = {id(other)}
+    assert places.SetPlace(items, "x", held).can_be_replaced
+    assert not places.SetPlace(other, "x", held).can_be_replaced
+    assert not places.SetPlace(type("Own", (set,), {})(), "x", held).can_be_replaced
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_set_without_what_was_added_has_its_order(seed):
+    """Which depends on all that was ever added to it, so that a new set with the same items may have another one."""
+    numbers = random.Random(seed)
+    items = {numbers.randrange(10**6) for _ in range(10)}  # to which one more can be added without more memory
+    place = places.SetPlace(items, "x")
+    saved = place.save()
+    items.add(10**6)
+    place.restore(saved)
+    assert list(items) == saved
+
+
+def test_the_order_of_a_set_is_restored_as_well():
+    """These two collide, so the one that comes first is given first."""
+    items = {8, 0}
+    place = places.SetPlace(items, "x")
+    saved = place.save()
+    items.clear()
+    items.update([0, 8] if saved == [8, 0] else [8, 0])
+    assert place.differs(saved)
+    place.restore(saved)
+    assert list(items) == saved

@@ -1,6 +1,8 @@
 """Second passes change a copy of a set instead of the set itself, wherever it is referred to."""
 
+import random
 import types
+from collections import OrderedDict, deque
 
 import pytest
 from outside import Record
@@ -9,6 +11,8 @@ from torch import nn
 from lightning_gr import in_second_pass
 from lightning_gr.replay.evaluation import Evaluation, Surroundings
 from lightning_gr.replay.footprint import Footprint
+from lightning_gr.replay.places import CellPlace, EntryPlace, SequencePlace, SetPlace
+from lightning_gr.replay.stand_ins import SetsAtStart
 
 
 class Slotted:
@@ -99,3 +103,47 @@ def test_a_subclass_and_an_empty_set():
             assert second == first
         assert set(items) == before | {len(before)}
         assert module.held is items
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_stand_in_has_the_items_of_the_start_in_their_order(seed):
+    numbers = random.Random(seed)
+    items, same = {numbers.randrange(10**6) for _ in range(10)}, {1}
+    sets, order = SetsAtStart([SetPlace(items, "x"), SetPlace(same, "same")]), list(items)
+    items.add(10**6)
+    with sets.replaced() as pairs:
+        ((original, stand_in),) = pairs
+        assert original is items
+        assert list(stand_in) == order
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_stand_in_for_a_set_that_has_shrunk_before_has_its_items(seed):
+    """Their order depends on what was removed, so it cannot always be had."""
+    numbers = random.Random(seed)
+    items = {numbers.randrange(10**6) for _ in range(40)}
+    for item in list(items)[:30]:
+        items.discard(item)
+    sets, before = SetsAtStart([SetPlace(items, "x")]), set(items)
+    items.clear()
+    with sets.replaced() as pairs:
+        assert pairs[0][1] == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "values"),
+    [
+        (EntryPlace, lambda *each: dict(enumerate(each)), lambda owner: list(owner.values())),
+        (EntryPlace, lambda *each: OrderedDict(enumerate(each)), lambda owner: list(owner.values())),
+        (SequencePlace, lambda *each: list(each), list),
+        (SequencePlace, lambda *each: deque(each), list),
+    ],
+)
+def test_nothing_but_the_set_is_exchanged(kind, make, values):
+    items, other, stand_in = {1}, {1}, {1}
+    owner = make(0, items, other, items)
+    cell = (lambda: other).__closure__[0]
+    SetsAtStart.refer_to_stand_ins([(items, stand_in)], [kind(owner, "x"), CellPlace(cell, "other")])
+    expected = [0, stand_in, other, stand_in]
+    assert all(found is value for found, value in zip(values(owner), expected, strict=True))
+    assert cell.cell_contents is other

@@ -6,6 +6,11 @@ from outside import Record
 from torch import nn
 
 from lightning_gr import GRRule, SAMRule, regularized_backward
+from lightning_gr.replay.contents import TensorPlace
+from lightning_gr.replay.footprint import Footprint
+from lightning_gr.replay.places import EntryPlace
+from lightning_gr.replay.snapshot import Snapshot
+from lightning_gr.replay.weights import WrittenWeights
 
 START, DIRECTION = 2.0, 3.0
 
@@ -65,3 +70,17 @@ def test_a_weight_that_only_second_passes_write_to():
     weight, seen = after(clip, SAMRule(10.0), calls=3)
     assert weight.item() == START
     assert list(found) == list(seen) == 3 * [START, START + 10.0]
+
+
+def test_only_trained_weights_that_were_written_are_noted():
+    """With their values before; others are restored by those who save everything else."""
+    written, same, buffer, table = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2)), torch.ones(2), {}
+    notes = WrittenWeights(Footprint(dict), lambda: [written, same])
+    places = [TensorPlace(tensor, "x") for tensor in (written, same, buffer)]
+    start = Snapshot([*places, EntryPlace(table, "table")])
+    written.data += 1
+    buffer += 1
+    table["a"] = 1
+    ((weight, value),) = notes.note([start])
+    assert weight is written
+    assert value.tolist() == [1.0, 1.0]
