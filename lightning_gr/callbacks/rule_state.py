@@ -34,7 +34,8 @@ class RuleState:
     def state_dict(self) -> dict[str, Any]:
         """The vectors by parameter name; empty before the first run."""
         module = None if self._module is None else self._module()
-        return {} if module is None else self.vectors.state_dict(module.named_parameters())
+        # without the number of steps, which the callback counts itself
+        return {} if module is None else self.vectors.state_dict(module.named_parameters())["vectors"]
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Keep ``state`` for :meth:`begin`, when the module is known."""

@@ -1,6 +1,7 @@
 """Vectors that a rule keeps from step to step, such as an average of gradients."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,26 +71,29 @@ class State:
             if first:
                 self.set(name, first)
 
-    def state_dict(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """The vectors by their name and that of the parameter.
+    def state_dict(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+        """The vectors by their name and that of the parameter, and the number of steps.
 
         Args:
             named: ``module.named_parameters()``.
         """
         names = {id(param): name for name, param in named}
-        return {
+        vectors = {
             vector: {names[key]: value for key, (_, value) in known.items() if key in names}
             for vector, known in self._vectors.items()
         }
+        return {"step": self.step, "vectors": vectors}
 
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]], named: Iterable[tuple[str, Tensor]]) -> None:
+    def load_state_dict(self, state: dict[str, Any], named: Iterable[tuple[str, Tensor]]) -> None:
         """Continue from what :meth:`state_dict` returned.
 
         Args:
-            state: The vectors.
+            state: The vectors and the number of steps, or the vectors alone, as version 0.1 saved them.
             named: ``module.named_parameters()``.
         """
         params = dict(named)
+        if isinstance(state.get("step"), int):
+            self.step, state = state["step"], state["vectors"]
         self._vectors = {
             vector: {
                 id(params[n]): (params[n], value.to(params[n].device)) for n, value in known.items() if n in params

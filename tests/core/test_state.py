@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from modules import assert_same, mlp
+from modules import assert_same, cross_entropy, make_batches, mlp, weights
 from torch import nn
 
+from lightning_gr import regularized_backward
+from lightning_gr.core.relatives import LookSAMRule
 from lightning_gr.core.state import State
 
 
@@ -41,7 +43,7 @@ def test_set_requires_a_vector_for_each_parameter():
 def test_saved_and_restored_by_name():
     net, other = mlp(), mlp()
     saved = filled(net, 2.0).state_dict(net.named_parameters())
-    assert_same(saved["average"], {name: torch.full_like(p, 2.0) for name, p in net.named_parameters()})
+    assert_same(saved["vectors"]["average"], {name: torch.full_like(p, 2.0) for name, p in net.named_parameters()})
     state = State()
     state.load_state_dict(saved, other.named_parameters())
     with state.of(list(other.parameters())):
@@ -50,9 +52,36 @@ def test_saved_and_restored_by_name():
         assert state.get("average") is None
 
 
+def test_an_interval_continues_where_it_stopped():
+    """In a loop of your own, LookSAM's direction is recomputed in the same steps after a restart."""
+    rule, runs = LookSAMRule(0.2, interval=3), []
+    for restarts in (False, True):
+        net, state = mlp(), State()
+        for batch in make_batches()[:5]:
+            if restarts:
+                saved, state = state.state_dict(net.named_parameters()), State()
+                state.load_state_dict(saved, net.named_parameters())
+            net.zero_grad()
+            regularized_backward(lambda net=net, batch=batch: cross_entropy(net, batch), net, rule, state=state)
+            with torch.no_grad():
+                torch._foreach_add_(list(net.parameters()), [p.grad for p in net.parameters()], alpha=-0.1)
+        runs.append(weights(net))
+    assert_same(*runs)
+
+
+def test_vectors_alone_can_be_loaded():
+    """As version 0.1 saved them, even if one of them is named `step`."""
+    net, state = mlp(), State()
+    vector = {name: torch.ones_like(param) for name, param in net.named_parameters()}
+    state.load_state_dict({"average": vector, "step": vector}, net.named_parameters())
+    with state.of(list(net.parameters())):
+        assert all((value == 1.0).all() for name in ("average", "step") for value in state.get(name))
+    assert state.step == 0
+
+
 def test_unknown_parameters_are_ignored():
     saved = filled(mlp()).state_dict(mlp().named_parameters())
-    assert saved == {"average": {}}
+    assert saved == {"step": 0, "vectors": {"average": {}}}
     net = mlp()
     saved = filled(net).state_dict(net.named_parameters())
     state = State()
