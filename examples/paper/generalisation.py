@@ -196,7 +196,8 @@ def show_gains(tests: dict[str, list[dict]], epochs: dict[str, int]) -> None:
     sets: dict[tuple[int, float], dict[str, dict[str, list[dict]]]] = {}
     for task, rows in tests.items():
         groups = by_label(rows, epochs[task])
-        sets.setdefault((TASKS[task].sizes[1], TASKS[task].noise), {})[task.split("-")[1]] = groups
+        network = {"mlp": "MLP", "cnn": "CNN", "resnet": "ResNet"}[task.split("-")[1]]
+        sets.setdefault((TASKS[task].sizes[1], TASKS[task].noise), {})[network] = groups
     for (images, noise), networks in sets.items():
         title = f"MNIST, {images:,} images, {f'{noise:.0%} of the labels random' if noise else 'clean labels'}"
         caption = "plain: test accuracy in %; others: paired gains over it, in points"
@@ -236,9 +237,10 @@ def draw_group(axes, height: int, group: list[dict], left: float, hollow: bool) 
     mean, error = mean_and_error(values)
     look = {"color": color, "markerfacecolor": "none" if hollow else color, "capsize": 3, "markersize": 5}
     axes.plot(values, [height] * len(values), "|", color=color, alpha=0.5, markersize=6)
-    axes.errorbar(mean, height, xerr=error, fmt="o", **look)
     if mean < left:
         axes.text(left, height, f" ◂ {mean:.0f}", color=color, verticalalignment="center", fontsize=8)
+    else:
+        axes.errorbar(mean, height, xerr=error, fmt="o", **look)
 
 
 def draw_grid(args, selections: dict[str, list[dict]], epochs: dict[str, int], name: str) -> None:

@@ -91,9 +91,13 @@ ON_CLEAN_DIGITS = functools.partial(candidates, (0.1, 1.0), (0.03, 0.3), (0.1, 0
 ON_MNIST1D = functools.partial(candidates, (0.01, 0.03, 0.1), (0.03, 0.3), (0.05, 0.2), (0.5, 2.0))
 PAIR, SMALL_PAIR = {"gamma": 0.3, "epsilon": 0.3}, {"gamma": 0.1, "epsilon": 0.3}
 
+AHEAD: Grid = {"MSAM": each("rho", (0.5, 1.0, 2.0))}
+
 STUDIES = {
-    "digits-noise20": Study(dataclasses.replace(DIGITS, noise=0.2), ON_DIGITS((0.5, 0.8, 1.1), PAIR), (100, 101)),
-    "digits": Study(DIGITS, ON_CLEAN_DIGITS((0.02, 0.05, 0.1), PAIR), (100,)),
+    "digits-noise20": Study(
+        dataclasses.replace(DIGITS, noise=0.2), ON_DIGITS((0.5, 0.8, 1.1), PAIR) | AHEAD, (100, 101)
+    ),
+    "digits": Study(DIGITS, ON_CLEAN_DIGITS((0.02, 0.05, 0.1), PAIR) | AHEAD, (100,)),
     "mnist1d-resnet": Study(RESNET, ON_MNIST1D((0.03, 0.1), {"gamma": 0.03, "epsilon": 0.3}), (100, 101)),
     "mnist1d-vit": Study(
         VIT,
