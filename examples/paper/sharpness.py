@@ -88,7 +88,10 @@ def draw(args, rows: list[dict], tests: list[dict], name: str) -> None:
         one.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         one.xaxis.set_major_formatter("{x:g}")
         one.xaxis.set_minor_formatter(NullFormatter())
-    axes[0, -1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    marks = [zip(*one.get_legend_handles_labels(), strict=True) for one in axes[0]]
+    handles = {label: handle for pairs in marks for handle, label in pairs}  # a task may lack a method
+    look = {"fontsize": "x-small", "loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    axes[0, -1].legend(handles.values(), handles.keys(), **look)
     save(figure, args.figures, name)
 
 
