@@ -92,7 +92,7 @@ def test_generalisation_and_sharpness(tmp_path):
     run("generalisation", tmp_path)
     assert_drawn(tmp_path, "generalisation", "generalisation_grid")
     tests = rows(tmp_path / "generalisation.csv")
-    assert len({row["method"] for row in tests}) == 8
+    assert len({row["method"] for row in tests}) == 9
     assert {row["epochs"] for row in tests if row["method"] == "plain"} == {"1", "2"}
     run("sharpness", tmp_path)
     assert_drawn(tmp_path, "sharpness")
