@@ -385,7 +385,7 @@ def stepped_twin(optimizer: torch.optim.Optimizer, group: dict[str, Any], state:
     """
     kind = type(optimizer)
     twin: Any = object.__new__(kind)
-    kept = defaultdict(dict, {param: dict(state) for param in group["params"]}) if state else defaultdict(dict)
+    kept = defaultdict(dict, {param: dict(state) for param in group["params"] if state})
     vars(twin).update(vars(optimizer), state=kept, param_groups=[group])
     vars(twin).pop("step", None)  # a scheduler's wrapper
     inspect.unwrap(kind.step)(twin)

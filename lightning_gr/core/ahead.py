@@ -117,18 +117,26 @@ def keeps_momentum(optimizer: torch.optim.Optimizer) -> bool | None:
             # two-dimensional, as Muon requires
             param = torch.nn.Parameter(torch.ones(2, 2, device=device))
             param.grad = torch.ones_like(param)
+            alone = {**group, "params": [param]}
+            kept = _try_step(param, optimizer, alone, {})
             # most optimizers create their state in the first step, some (Adagrad in torch 2.6) in the constructor
-            for state in ({}, _state_for(param, optimizer, group)):
-                try:
-                    twin = stepped_twin(optimizer, {**group, "params": [param]}, state)
-                except Exception:
-                    # for example an optimizer that needs a closure, or custom attributes on each parameter
-                    continue
-                found = found or bool(momenta_of(twin, [param]))
-                break
-            else:
+            if kept is None and (state := _state_for(param, optimizer, group)):
+                kept = _try_step(param, optimizer, alone, state)
+            if kept is None:
                 return None
+            found = found or kept
     return found
+
+
+def _try_step(
+    param: Tensor, optimizer: torch.optim.Optimizer, group: dict[str, Any], state: dict[str, Any]
+) -> bool | None:
+    """Whether a dummy parameter with this state has a momentum after a step; None if the step fails."""
+    try:
+        return bool(momenta_of(stepped_twin(optimizer, group, state), [param]))
+    except Exception:
+        # for example an optimizer that needs a closure, or custom attributes on each parameter
+        return None
 
 
 def _state_for(param: Tensor, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, Any]:

@@ -214,3 +214,25 @@ STATEFUL = {
     "LookSAM": Stateful(LookSAMRule(0.2, 0.7, 3), reference.LookSAM),
 }
 OPTIMIZERS = {"SGD": (sgd, reference.SGD), "Adam": (adam, reference.Adam)}
+
+
+class Counts(nn.Module):
+    """A network whose output depends on the number of calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        self.count += 1
+        return self.net(x) * (1 + self.count)
+
+
+def with_momentum(net):
+    """Return SGD for ``net`` after a step, so that it has a momentum."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    cross_entropy(net, make_batches()[1]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer

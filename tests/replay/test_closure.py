@@ -5,7 +5,18 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from modules import METHODS, assert_near, assert_same, cross_entropy, gradients, make_batches, mlp, weights
+from modules import (
+    METHODS,
+    Counts,
+    assert_near,
+    assert_same,
+    cross_entropy,
+    gradients,
+    make_batches,
+    mlp,
+    weights,
+    with_momentum,
+)
 from outside import Record
 from torch import nn
 
@@ -24,19 +35,6 @@ def regularized(net, batch, rule, *, loss=cross_entropy, **options):
     net.zero_grad()
     regularized_backward(lambda: loss(net, batch), net, rule, **options)
     return gradients(net)
-
-
-class Counts(nn.Module):
-    """A network whose output depends on the number of calls."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = mlp()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-
-    def forward(self, x):
-        self.count += 1
-        return self.net(x) * (1 + self.count)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -244,14 +242,6 @@ def test_an_iterator_that_only_a_closure_holds_is_named_once():
 
 
 # --- rules that look at more than the gradient
-
-
-def with_momentum(net):
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    cross_entropy(net, make_batches()[1]).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return optimizer
 
 
 class Told:

@@ -4,9 +4,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from modules import assert_same, cross_entropy, gradients, make_batches, mlp
+from modules import Counts, assert_same, cross_entropy, gradients, make_batches, mlp, with_momentum
 from outside import Record
-from torch import nn
 
 from lightning_gr import in_second_pass
 from lightning_gr.core.ahead import Ahead
@@ -16,31 +15,10 @@ from lightning_gr.replay.evaluation import Surroundings
 from lightning_gr.replay.footprint import Footprint
 
 
-class Counts(nn.Module):
-    """Depends on how often it was called."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = mlp()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-
-    def forward(self, x):
-        self.count += 1
-        return self.net(x) * (1 + self.count)
-
-
 def passes_of(net, loss_fn, **options):
     surroundings = Surroundings(Footprint(lambda: {"net": net}), trained=lambda: list(net.parameters()))
     backward = {"backward": torch.Tensor.backward, "backward_again": torch.Tensor.backward}
     return ClosurePasses(loss_fn, surroundings, WeightStorage(), **(backward | options))
-
-
-def with_momentum(net):
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    cross_entropy(net, make_batches()[1]).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return optimizer
 
 
 @pytest.mark.parametrize("only", [True, False])
