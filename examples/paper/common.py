@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import math
 import os
 import platform
 import shlex
@@ -219,6 +220,16 @@ def new_figure(rows: int, columns: int, width: float, height: float):
         one.grid(alpha=0.25)
         one.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def new_panels(count: int, height: float) -> tuple:
+    """Create a figure with ``count`` panels of this height in inches, at most four in a row; return it and its axes."""
+    wide = min(count, 4)
+    high = math.ceil(count / wide)
+    figure, axes = new_figure(high, wide, 3.6 * wide, height * high)
+    for one in axes.flat[count:]:
+        one.remove()
+    return figure, list(axes.flat[:count])
 
 
 def save(figure, folder: Path, name: str) -> None:

@@ -6,7 +6,6 @@ all candidates) and `generalisation.csv` (test accuracy with the selected consta
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +18,7 @@ from common import (
     console,
     main,
     mean_and_error,
-    new_figure,
+    new_panels,
     new_table,
     plus_minus,
     run_missing,
@@ -214,18 +213,14 @@ def draw(args, tests: dict[str, list[dict]], epochs: dict[str, int], name: str) 
     """Plot the test accuracy of each method, with one panel per task. A mean left of a panel is written there."""
     groups = {task: by_label(rows, epochs[task]) for task, rows in tests.items()}
     labels = labels_of(groups.values())[::-1]
-    wide = min(4, len(tests))
-    high = math.ceil(len(tests) / wide)
-    figure, axes = new_figure(high, wide, 3.6 * wide, (0.7 + 0.2 * len(labels)) * high)
-    for one in axes.flat[len(tests) :]:
-        one.remove()
-    for position, (one, (task, found)) in enumerate(zip(axes.flat, groups.items(), strict=False)):
+    figure, panels = new_panels(len(tests), 0.7 + 0.2 * len(labels))
+    for position, (one, (task, found)) in enumerate(zip(panels, groups.items(), strict=True)):
         plain, _ = mean_and_error([row["accuracy"] for row in found["plain"]])
         one.axvline(plain, color="black", linewidth=0.8, linestyle=":")
         for label_, group in found.items():
             draw_group(one, labels.index(label_), group, plain - REACH, hollow="2×" in label_)
         one.set_xlim(left=max(plain - REACH, one.get_xlim()[0]))
-        one.set_yticks(range(len(labels)), labels if position % wide == 0 else [""] * len(labels))
+        one.set_yticks(range(len(labels)), labels if position % 4 == 0 else [""] * len(labels))
         one.set_ylim(-0.6, len(labels) - 0.4)
         one.set(title=task, xlabel="test accuracy (%)")
     save(figure, args.figures, name)
@@ -245,12 +240,8 @@ def draw_group(axes, height: int, group: list[dict], left: float, hollow: bool) 
 
 def draw_grid(args, selections: dict[str, list[dict]], epochs: dict[str, int], name: str) -> None:
     """Plot validation accuracy over ε for each γ: F-GR, B-GR and DB, with the best of the learning rates."""
-    wide = min(4, len(selections))
-    high = math.ceil(len(selections) / wide)
-    figure, axes = new_figure(high, wide, 3.6 * wide, 3.6 * high)
-    for one in axes.flat[len(selections) :]:
-        one.remove()
-    for one, (task, rows) in zip(axes.flat, selections.items(), strict=False):
+    figure, panels = new_panels(len(selections), 3.6)
+    for one, (task, rows) in zip(panels, selections.items(), strict=True):
         found = [row for row in rows if row["epochs"] == epochs[task]]
         gammas = sorted({row["gamma"] for row in found if row["method"] == "F-GR"})
         shades = dict(zip(gammas, (0.3, 0.55, 0.8, 1.0), strict=False))

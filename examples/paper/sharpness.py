@@ -12,7 +12,7 @@ from common import (
     console,
     main,
     mean_and_error,
-    new_figure,
+    new_panels,
     new_table,
     plus_minus,
     read,
@@ -74,9 +74,9 @@ def draw(args, rows: list[dict], tests: list[dict], name: str) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure, axes = new_figure(1, len(tasks), 3.6 * len(tasks), 3.2)
+    figure, panels = new_panels(len(tasks), 3.2)
     accuracy = {key(row): row["accuracy"] for row in tests}
-    for one, task in zip(axes[0], tasks, strict=True):
+    for one, task in zip(panels, tasks, strict=True):
         found = [row for row in rows if row["task"] == task]
         for method in dict.fromkeys(row["method"] for row in found):
             group = [row for row in found if row["method"] == method and row["epochs"] == found[0]["epochs"]]
@@ -88,10 +88,10 @@ def draw(args, rows: list[dict], tests: list[dict], name: str) -> None:
         one.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         one.xaxis.set_major_formatter("{x:g}")
         one.xaxis.set_minor_formatter(NullFormatter())
-    marks = [zip(*one.get_legend_handles_labels(), strict=True) for one in axes[0]]
+    marks = [zip(*one.get_legend_handles_labels(), strict=True) for one in panels]
     handles = {label: handle for pairs in marks for handle, label in pairs}  # a task may lack a method
     look = {"fontsize": "x-small", "loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    axes[0, -1].legend(handles.values(), handles.keys(), **look)
+    panels[:4][-1].legend(handles.values(), handles.keys(), **look)
     save(figure, args.figures, name)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_gr._compat import stepped_twin
+from lightning_gr.core.gradients import BackwardCheck
 from lightning_gr.core.perturb import Perturbation
 from lightning_gr.core.sharding import plain_are_shards
 from lightning_gr.core.signals import deferred_signals
@@ -71,12 +72,15 @@ class Ahead:
     def _displaced(self, factor: Tensor, again: bool) -> Iterator[None]:
         perturbation = self._current = Perturbation(self.params, self._storage, self._momenta)
         versions = [tensor._version for tensor in (*self.params, *self._momenta)]
-        again, self._versions = again and versions == self._versions, versions
+        unwritten, self._versions = again and versions == self._versions, versions
         with deferred_signals():
             try:
                 with perturbation:
-                    perturbation.displace_along(factor, again=again)
+                    perturbation.displace_along(factor, again=unwritten)
+                    # here, since restoring would undo a step; FSDP1 itself exchanges the parameters until then
+                    check = BackwardCheck([] if plain_are_shards() or not again else self.params)
                     yield
+                    check.done()
             finally:
                 perturbation.restore()  # again, in case Ctrl-C interrupted the first call
                 self._current = None

@@ -55,13 +55,15 @@ class BackwardCheck:
 
     Args:
         params: The parameters to regularize, before the backward pass.
-        thorough: Whether to read them as well, which shows a write through ``.data``.
+        thorough: Whether to read all of them as well, which shows a write through ``.data``, and not only those with
+            hooks that run after accumulation, where such optimizers step.
     """
 
     def __init__(self, params: Sequence[Tensor], thorough: bool = False) -> None:
         # a lazy parameter is written by the evaluation, which gives it its shape
         self._params = [param for param in params if not is_lazy(param)]
-        self._marks = TensorMarks(self._params, thorough)
+        self._read = self._params if thorough else list(filter(has_accumulation_hooks, with_hooks(self._params)))
+        self._marks, self._values = TensorMarks(self._params), TensorMarks(self._read, thorough=True)
 
     def done(self) -> None:
         """Check after the backward pass.
@@ -72,7 +74,7 @@ class BackwardCheck:
         params = self._params
         # an optimizer in a kernel of its own may move no version counter
         dropped = all(param.grad is None for param in params) and any(any(hook_tables(param)) for param in params)
-        if dropped or self._marks.differ(params):
+        if dropped or self._marks.differ(params) or self._values.differ(self._read):
             raise RuntimeError(
                 "An optimizer has stepped in a hook during the backward pass, so there is nothing left for a second"
                 " pass to regularize: let it step after the backward pass, or use no second pass"

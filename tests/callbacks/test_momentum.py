@@ -180,6 +180,25 @@ def test_an_optimizer_without_momentum_is_refused(optimizer, name):
     assert len(module.forward_weights) == (name == "NoMomentum")
 
 
+@pytest.mark.parametrize("large", [True, False])
+def test_an_optimizer_that_steps_unseen_in_the_backward_pass_is_refused(large, monkeypatch):
+    """Restoring the weights would undo what it writes to them through ``.data``."""
+    if large:
+        monkeypatch.setattr("lightning_gr.core.storage.SMALLEST", 0)
+    module = TinyModule()
+    steps = []
+
+    def step(param):
+        steps.append(0)
+        if len(steps) > 5:  # neither in the first step nor in one that is looked at more closely
+            param.data.sub_(param.grad)
+
+    module.net[0].weight.register_post_accumulate_grad_hook(step)
+    with pytest.raises(RuntimeError, match="stepped in a hook during the backward pass"):
+        fit(module, MomentumSAM(RHO), max_epochs=5)
+    assert len(steps) == 6
+
+
 def test_sam_in_addition_is_refused():
     with pytest.raises(MisconfigurationException, match="at most one method besides flooding"):
         fit(TinyModule(), MomentumSAM(RHO), SAM(0.1))

@@ -206,6 +206,27 @@ def test_an_optimizer_that_steps_in_the_backward_pass_is_refused():
         regularized(net, batch, GRRule(0.1))
 
 
+def test_an_optimizer_that_steps_now_and_then_is_refused():
+    """In a step in which nothing is learned, too."""
+    net, batch = mlp(), make_batches()[0]
+    calls = []
+
+    def step(param):
+        calls.append(param)
+        if len(calls) > 2:
+            param.data.sub_(param.grad)
+
+    handle = net[0].weight.register_post_accumulate_grad_hook(step)
+    while len(calls) < 2:
+        regularized(net, batch, GRRule(0.0))
+    for _ in range(2):
+        handle.remove()
+        regularized(net, batch, GRRule(0.1))
+        handle = net[0].weight.register_post_accumulate_grad_hook(step)
+    with pytest.raises(RuntimeError, match="during the backward pass"):
+        regularized(net, batch, GRRule(0.1))
+
+
 def test_nothing_is_searched_without_a_second_pass():
     net = mlp()
     regularized(net, make_batches()[0], GRRule(0.0))
@@ -286,15 +307,29 @@ def test_momentum_sam_takes_its_gradient_at_the_point_ahead(exclude):
     assert_same(regularized(net, batch, MomentumSAMRule(0.0)), regularized(net, batch, GRRule(0.0)))
 
 
-def test_momentum_sam_too_refuses_an_optimizer_that_steps_in_the_backward_pass():
+@torch.no_grad()
+def step_in_place(param):
+    param.sub_(param.grad)
+
+
+def step_unseen(param):
+    param.data.sub_(param.grad)
+
+
+def step_elsewhere(param):
+    param.data = param.data - param.grad
+    param.grad = None
+
+
+@pytest.mark.parametrize("step", [step_in_place, step_unseen, step_elsewhere])
+@pytest.mark.parametrize("name", ["0.bias", "0.weight"])
+@pytest.mark.parametrize("smallest", [0, None])
+def test_momentum_sam_too_refuses_an_optimizer_that_steps_in_the_backward_pass(step, name, smallest, monkeypatch):
+    if smallest is not None:
+        monkeypatch.setattr("lightning_gr.core.storage.SMALLEST", smallest)
     net = mlp()
     optimizer = with_momentum(net)
-
-    @torch.no_grad()
-    def step(param):
-        param.sub_(param.grad)
-
-    net[0].bias.register_post_accumulate_grad_hook(step)
+    net.get_parameter(name).register_post_accumulate_grad_hook(step)
     with pytest.raises(RuntimeError, match="during the backward pass"):
         regularized(net, make_batches()[0], MomentumSAMRule(0.5), optimizer=optimizer)
 
