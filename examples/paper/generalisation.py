@@ -219,11 +219,17 @@ def draw(args, tests: dict[str, list[dict]], epochs: dict[str, int], name: str) 
         one.axvline(plain, color="black", linewidth=0.8, linestyle=":")
         for label_, group in found.items():
             draw_group(one, labels.index(label_), group, plain - REACH, hollow="2×" in label_)
-        one.set_xlim(left=max(plain - REACH, one.get_xlim()[0]))
+        one.set_xlim(*limits([row["accuracy"] for group in found.values() for row in group], plain - REACH))
         one.set_yticks(range(len(labels)), labels if position % 4 == 0 else [""] * len(labels))
         one.set_ylim(-0.6, len(labels) - 0.4)
         one.set(title=task, xlabel="test accuracy (%)")
     save(figure, args.figures, name)
+
+
+def limits(values: list[float], least: float) -> tuple[float, float]:
+    """The limits of an axis with a margin; values below ``least`` are left out."""
+    margin = 0.05 * (max(values) - max(min(values), least))
+    return max(min(values) - margin, least), max(values) + margin
 
 
 def draw_group(axes, height: int, group: list[dict], left: float, hollow: bool) -> None:
@@ -257,7 +263,7 @@ def draw_grid(args, selections: dict[str, list[dict]], epochs: dict[str, int], n
         one.axhline(level, color="black", linewidth=0.8, label="plain")
         shown = [row["accuracy"] for row in found if row["method"] in ("plain", "DB", "B-GR", "F-GR")]
         one.set(title=task, xlabel="ε", ylabel="validation accuracy (%)", xscale="log")
-        one.set_ylim(bottom=max(level - 6, min(shown) - 0.5))
+        one.set_ylim(*limits(shown, level - 6))
         epsilons = sorted({row["epsilon"] for row in found if row["method"] == "F-GR"})
         one.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons], minor=False)
         one.set_xticks([], minor=True)

@@ -34,7 +34,7 @@ class MomentumSAM(TwoPass):
 
     Args:
         rho: The radius ρ ≥ 0. 2 worked well with MLPs on small image tasks, and the authors use 1.7 to 5.5. Training
-            may fail from about 4 on; with a small CNN with BatchNorm, it did in 4 of 10 runs with 1, and 0.3 worked.
+            may fail from about 4 on; with a small CNN with BatchNorm, it did in 2 of 5 runs with 1, and 0.3 worked.
         start_step: The first optimizer step (counted from 0) at which to look ahead. For a ViT, use the end of the
             learning-rate warm-up.
         interval: Look ahead every ``interval``-th optimizer step from then on.

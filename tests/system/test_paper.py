@@ -285,7 +285,8 @@ def test_schedule_in_trainer_and_plain_loop(paper):
 @pytest.mark.parametrize(
     ("task", "method", "tuned", "expected"),
     [
-        ("mnist-mlp-500", "plain", None, [0.005, 0.01, 0.02, 0.05, 0.1, 0.2]),
+        ("mnist-cnn-500", "plain", None, [0.005, 0.01, 0.02, 0.05, 0.1, 0.2]),
+        ("mnist-mlp-500", "plain", None, [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5]),
         ("mnist-mlp-500", "SAM", 0.01, [0.01, 0.05]),
         ("mnist-mlp-500", "SAM", 0.2, [0.2, 0.05]),
         ("mnist-mlp-500", "SAM", 0.05, [0.05]),
