@@ -85,7 +85,7 @@ def draw(args, rows: list[dict], tests: list[dict], name: str) -> None:
             look = {"color": COLORS[method], "marker": MARKS[method], "capsize": 2, "linestyle": "none"}
             one.errorbar(x, y, xerr=x_error, yerr=y_error, label=method, **look)
         one.set(xlabel="largest eigenvalue of the Hessian", ylabel="test accuracy (%)", title=task, xscale="log")
-        one.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        one.xaxis.set_major_locator(LogLocator(subs=(1, 3, 5)))
         one.xaxis.set_major_formatter("{x:g}")
         one.xaxis.set_minor_formatter(NullFormatter())
     marks = [zip(*one.get_legend_handles_labels(), strict=True) for one in panels]
