@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_gr._compat import stepped_twin
-from lightning_gr.core.gradients import BackwardCheck
+from lightning_gr.core.gradients import BackwardCheck, may_step
 from lightning_gr.core.perturb import Perturbation
 from lightning_gr.core.sharding import plain_are_shards
 from lightning_gr.core.signals import deferred_signals
@@ -78,7 +78,7 @@ class Ahead:
                 with perturbation:
                     perturbation.displace_along(factor, again=unwritten)
                     # here, since restoring would undo a step; FSDP1 itself exchanges the parameters until then
-                    check = BackwardCheck([] if plain_are_shards() or not again else self.params)
+                    check = BackwardCheck(may_step(self.params) if again and not plain_are_shards() else [])
                     yield
                     check.done()
             finally:

@@ -19,6 +19,7 @@ __all__ = [
     "check_graphless",
     "gradients_apart",
     "hidden_gradients",
+    "may_step",
     "own_gradient",
     "unchanged_gradients",
 ]
@@ -50,6 +51,11 @@ def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
     return [None if tensor is None else tensor._version for tensor in tensors]
 
 
+def may_step(params: Sequence[Tensor]) -> list[Tensor]:
+    """Those of ``params`` with hooks that run after accumulation, in which an optimizer may step."""
+    return [param for param in with_hooks(params) if has_accumulation_hooks(param)]
+
+
 class BackwardCheck:
     """Detects optimizers that step during a backward pass, after which the second pass would start from other weights.
 
@@ -62,7 +68,7 @@ class BackwardCheck:
     def __init__(self, params: Sequence[Tensor], thorough: bool = False) -> None:
         # a lazy parameter is written by the evaluation, which gives it its shape
         self._params = [param for param in params if not is_lazy(param)]
-        self._read = self._params if thorough else list(filter(has_accumulation_hooks, with_hooks(self._params)))
+        self._read = self._params if thorough else may_step(self._params)
         self._marks, self._values = TensorMarks(self._params), TensorMarks(self._read, thorough=True)
 
     def done(self) -> None:
