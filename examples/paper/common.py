@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 HERE = Path(__file__).parent
+IN_A_ROW = 4  # panels of a figure
 FAST = HERE.parent.parent / "outputs" / "paper-fast"
 PACKAGES = ("lightning_gr", "torch", "pytorch-lightning", "numpy", "scipy", "scikit-learn", "mnist1d", "mlxtend")
 
@@ -223,8 +224,8 @@ def new_figure(rows: int, columns: int, width: float, height: float):
 
 
 def new_panels(count: int, height: float) -> tuple:
-    """Create a figure with ``count`` panels of this height in inches, at most four in a row; return it and its axes."""
-    wide = min(count, 4)
+    """Create a figure with ``count`` panels of this height in inches, at most ``IN_A_ROW``; return it and its axes."""
+    wide = min(count, IN_A_ROW)
     high = math.ceil(count / wide)
     figure, axes = new_figure(high, wide, 3.6 * wide, height * high)
     for one in axes.flat[count:]:

@@ -14,6 +14,7 @@ import torch
 from common import (
     COLORS,
     HERE,
+    IN_A_ROW,
     arguments,
     console,
     main,
@@ -220,7 +221,7 @@ def draw(args, tests: dict[str, list[dict]], epochs: dict[str, int], name: str) 
         for label_, group in found.items():
             draw_group(one, labels.index(label_), group, plain - REACH, hollow="2×" in label_)
         one.set_xlim(*limits([row["accuracy"] for group in found.values() for row in group], plain - REACH))
-        one.set_yticks(range(len(labels)), labels if position % 4 == 0 else [""] * len(labels))
+        one.set_yticks(range(len(labels)), labels if position % IN_A_ROW == 0 else [""] * len(labels))
         one.set_ylim(-0.6, len(labels) - 0.4)
         one.set(title=task, xlabel="test accuracy (%)")
     save(figure, args.figures, name)

@@ -8,6 +8,7 @@ It reads the weights that `generalisation.py` saved in outputs/paper/states, and
 import torch
 from common import (
     COLORS,
+    IN_A_ROW,
     MARKS,
     console,
     main,
@@ -91,7 +92,7 @@ def draw(args, rows: list[dict], tests: list[dict], name: str) -> None:
     marks = [zip(*one.get_legend_handles_labels(), strict=True) for one in panels]
     handles = {label: handle for pairs in marks for handle, label in pairs}  # a task may lack a method
     look = {"fontsize": "x-small", "loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    panels[:4][-1].legend(handles.values(), handles.keys(), **look)
+    panels[:IN_A_ROW][-1].legend(handles.values(), handles.keys(), **look)
     save(figure, args.figures, name)
 
 

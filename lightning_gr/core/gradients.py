@@ -36,14 +36,14 @@ class TensorMarks:
     def __init__(self, tensors: Sequence[Tensor | None], thorough: bool = False) -> None:
         self._tensors = list(tensors)
         self._versions = _versions(self._tensors)
-        self._norms = _norms(self._tensors) if thorough else None
+        self._norms = _norms(self._tensors) if thorough else []
 
     def differ(self, now: Sequence[Tensor | None]) -> bool:
         """Compare with what is there ``now``, in the same order."""
         return (
             any(map(operator.is_not, now, self._tensors))
             or _versions(now) != self._versions
-            or (self._norms is not None and not all(map(torch.equal, self._norms, _norms(now))))
+            or (bool(self._norms) and _differ(self._norms, _norms(now)))
         )
 
 
@@ -92,6 +92,12 @@ def _norms(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     # separately, because a small change of one tensor would be lost in the norm of all
     dense = [t for t in tensors if t is not None and t.layout == torch.strided]
     return [norm.nan_to_num() for norm in torch._foreach_norm(local_parts(dense))] if dense else []
+
+
+def _differ(norms: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether any differs, waiting for the devices once."""
+    different = [one != other for one, other in zip(norms, others, strict=True)]
+    return bool(torch.stack([each.to(different[0].device) for each in different]).any())
 
 
 def check_graphless(grads: Sequence[Tensor]) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 from lightning_gr import GRRule, SAMRule, flood, in_second_pass, regularized_backward
 from lightning_gr.core.ahead import Ahead
 from lightning_gr.core.rules import SCHEMES, Update
-from lightning_gr.core.storage import WeightStorage
+from lightning_gr.core.storage import SMALLEST, WeightStorage
 from lightning_gr.replay.closure import ClosurePasses, _memory_of
 from lightning_gr.replay.evaluation import Surroundings
 from lightning_gr.replay.footprint import Footprint
@@ -193,14 +193,24 @@ def test_captured_variables_are_written_once_per_step():
         assert (large == step - step // 3).all()
 
 
+@torch.no_grad()
+def step_in_place(param):
+    param.sub_(param.grad)
+
+
+def step_unseen(param):
+    param.data.sub_(param.grad)
+
+
+def step_elsewhere(param):
+    param.data = param.data - param.grad
+    param.grad = None
+
+
 def test_an_optimizer_that_steps_in_the_backward_pass_is_refused():
     net, batch = mlp(), make_batches()[0]
-
-    def step(param):
-        param.data.sub_(param.grad)
-
     for param in net.parameters():
-        param.register_post_accumulate_grad_hook(step)
+        param.register_post_accumulate_grad_hook(step_unseen)
     regularized(net, batch, GRRule(0.0))  # allowed without a second pass
     with pytest.raises(RuntimeError, match="during the backward pass"):
         regularized(net, batch, GRRule(0.1))
@@ -208,21 +218,11 @@ def test_an_optimizer_that_steps_in_the_backward_pass_is_refused():
 
 def test_an_optimizer_that_steps_now_and_then_is_refused():
     """In a step in which nothing is learned, too."""
-    net, batch = mlp(), make_batches()[0]
-    calls = []
-
-    def step(param):
-        calls.append(param)
-        if len(calls) > 2:
-            param.data.sub_(param.grad)
-
-    handle = net[0].weight.register_post_accumulate_grad_hook(step)
-    while len(calls) < 2:
-        regularized(net, batch, GRRule(0.0))
+    net, batch, now = mlp(), make_batches()[0], []
+    net[0].weight.register_post_accumulate_grad_hook(lambda param: step_unseen(param) if now else None)
     for _ in range(2):
-        handle.remove()
         regularized(net, batch, GRRule(0.1))
-        handle = net[0].weight.register_post_accumulate_grad_hook(step)
+    now.append(True)
     with pytest.raises(RuntimeError, match="during the backward pass"):
         regularized(net, batch, GRRule(0.1))
 
@@ -307,26 +307,11 @@ def test_momentum_sam_takes_its_gradient_at_the_point_ahead(exclude):
     assert_same(regularized(net, batch, MomentumSAMRule(0.0)), regularized(net, batch, GRRule(0.0)))
 
 
-@torch.no_grad()
-def step_in_place(param):
-    param.sub_(param.grad)
-
-
-def step_unseen(param):
-    param.data.sub_(param.grad)
-
-
-def step_elsewhere(param):
-    param.data = param.data - param.grad
-    param.grad = None
-
-
 @pytest.mark.parametrize("step", [step_in_place, step_unseen, step_elsewhere])
 @pytest.mark.parametrize("name", ["0.bias", "0.weight"])
-@pytest.mark.parametrize("smallest", [0, None])
+@pytest.mark.parametrize("smallest", [0, SMALLEST])
 def test_momentum_sam_too_refuses_an_optimizer_that_steps_in_the_backward_pass(step, name, smallest, monkeypatch):
-    if smallest is not None:
-        monkeypatch.setattr("lightning_gr.core.storage.SMALLEST", smallest)
+    monkeypatch.setattr("lightning_gr.core.storage.SMALLEST", smallest)
     net = mlp()
     optimizer = with_momentum(net)
     net.get_parameter(name).register_post_accumulate_grad_hook(step)
